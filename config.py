@@ -1,0 +1,126 @@
+"""The arguments that the scripts share: one dataclass a group, a YAML file for defaults, the command line over it.
+
+Every script accepts every argument below, so that one configs/*.yaml and one list of flags serve the whole run; its
+--help shows the groups it uses.
+"""
+import difflib
+import os
+import sys
+from argparse import SUPPRESS
+from dataclasses import dataclass, field, fields
+from typing import Literal, Optional
+
+import yaml
+from transformers import HfArgumentParser
+
+from packed import InputError
+
+
+def arg(default, help, *aliases):
+    return field(default=default, metadata={"help": help, **({"aliases": list(aliases)} if aliases else {})})
+
+
+@dataclass
+class DataArguments:
+    preference_data_path: Optional[str] = arg(None, "preferences: a .jsonl or .json file", "--in")
+    data: str = arg("packed", "folder of the packed arrays", "--out")
+    columns: Optional[str] = arg(None, "other column names, e.g. prompt=question,chosen=response_j,rejected=response_k")
+    max_length: int = arg(1024, "longest prompt + response, in tokens; longer pairs are left out and listed")
+    template: Literal["auto", "chat", "none"] = arg("auto", "auto: the tokenizer's chat template if it has one")
+    on_bad_row: Literal["stop", "skip"] = arg("stop", "a malformed row stops the job, or is listed and skipped")
+    num_proc: int = arg(0, "processes; 0: one per core")
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: Optional[str] = arg(None, "model folder or hub name; the policy's start and the reference")
+    trust_remote_code: bool = arg(False, "run code that comes with the model (never needed for LLaDA)")
+    use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights, float32 scores; no: float32")
+    gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
+    states_per_forward: int = arg(4, "states of one response that share a forward pass")
+    deepspeed: Optional[str] = arg(None, "ds_configs/*.json: where parameters and optimizer live")
+    local_rank: int = arg(-1, "set by the launcher")
+
+
+@dataclass
+class NoiseArguments:
+    diffusion_steps: int = arg(4, "T, denoising steps of a trajectory")
+    trajectories: int = arg(5, "R, rotated trajectories per response; 1 + R(T-1) states each cost a forward pass")
+    noise_sets: int = arg(1, "K, draws of noise per pair; epoch e uses draw e mod K")
+    noise_seed: int = arg(0, "seed of the noise (not the run's seed)")
+
+
+@dataclass
+class TrainArguments:
+    output_dir: str = arg("runs/default", "folder of the run")
+    loss_type: Literal["sigmoid", "sft"] = arg("sigmoid", "sigmoid: DPO; sft: masked-diffusion NLL of chosen alone")
+    beta: float = arg(0.1, "DPO temperature")
+    label_smoothing: float = arg(0.0, "probability that a preference is wrong (conservative DPO), 0 to 0.5")
+    sft_weight: float = arg(0.0, "weight of the chosen response's masked-diffusion NLL per token, added to DPO")
+    sft_pad_to: int = arg(0, "sft: pad responses with end tokens that count in the loss to this many tokens")
+    learning_rate: float = arg(5e-7, "peak learning rate")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = arg("cosine", "shape after warm-up")
+    warmup_ratio: float = arg(0.03, "share of the steps spent warming up")
+    weight_decay: float = arg(0.0, "AdamW's decoupled weight decay")
+    adam_beta1: float = arg(0.9, "AdamW's beta1")
+    adam_beta2: float = arg(0.999, "AdamW's beta2")
+    max_grad_norm: float = arg(1.0, "clip the gradient's norm here; 0: never")
+    num_train_epochs: float = arg(1.0, "passes over the training pairs")
+    max_steps: int = arg(-1, "stop after this many optimizer steps instead of num_train_epochs")
+    per_device_train_batch_size: int = arg(1, "pairs per rank and micro-step, one after the other (sft: in one forward)")
+    gradient_accumulation_steps: int = arg(8, "micro-steps per optimizer step")
+    eval_fraction: float = arg(0.05, "share of the prompts held out")
+    eval_steps: int = arg(0, "score the held-out pairs every so many steps, and at the end; 0: only at the end")
+    logging_steps: int = arg(1, "print every so many steps (log.jsonl gets every one)")
+    save_steps: int = arg(0, "checkpoint every so many steps; 0: never")
+    save_total_limit: int = arg(2, "checkpoints kept")
+    seed: int = arg(42, "seed of the order of the data and of the held-out split")
+    resume_from_checkpoint: Optional[str] = arg(None, "a checkpoint folder, or latest")
+
+
+GROUPS = (DataArguments, ModelArguments, NoiseArguments, TrainArguments)
+
+
+def parse(argv, description, *used):
+    """Parse argv (None: the command line) into one instance per dataclass of `used`, in that order."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(GROUPS, description=description, allow_abbrev=False)
+    parser.add_argument("--config_file", help="YAML file of these arguments; the command line wins over it")
+    hidden = {item.name for group in GROUPS if group not in used for item in fields(group)} | {"local_rank"}
+    for action in parser._actions:
+        if action.dest in hidden or action.dest.removeprefix("no_") in hidden:
+            action.help = SUPPRESS
+    path = next((argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config_file"), None)
+    path = path or next((word.split("=", 1)[1] for word in argv if word.startswith("--config_file=")), None)
+    *groups, _ = parser.parse_args_into_dataclasses(args=(yaml_as_flags(path) if path else []) + argv)
+    return [group for group in groups if isinstance(group, used)]
+
+
+def yaml_as_flags(path):
+    """The YAML file's entries as flags, so that argparse checks their types (YAML reads 5e-6 as a string)."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = yaml.safe_load(file) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(entries, dict):
+        raise InputError(f"{path}: expected lines of 'name: value'")
+    known = [item.name for group in GROUPS for item in fields(group)]
+    flags = []
+    for name, value in entries.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            raise InputError(f"{path}: unknown argument '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+        if value is not None:
+            flags += [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]
+    return flags
+
+
+def run(main):
+    """Call a script's main() and exit: 2 and one sentence for a user's error."""
+    try:
+        sys.exit(main())
+    except InputError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

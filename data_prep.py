@@ -1,0 +1,456 @@
+"""Preference rows to token ids on disk.
+
+Input: prefs.jsonl. Output: packed/ (tokens.npy, bounds.npy, lines.npy, meta.json, rejects.jsonl; see packed.py).
+
+    python data_prep.py --in prefs.jsonl --out packed --model_name_or_path M
+    python data_prep.py --in prefs.json --columns prompt=question,chosen=response_j,rejected=response_k ...
+
+Rows, in a .jsonl (one object a line) or a .json (one list), are of one of these forms:
+    1. strings          {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    2. conversational   prompt: a list of {role, content}; chosen, rejected: one assistant message, or a string
+    3. implicit prompt  no prompt column; chosen and rejected are whole dialogues that share all but the last turn:
+                        message lists, "\\n\\nHuman: ...\\n\\nAssistant: ..." strings, or texts with a common beginning
+ShareGPT's {from, value} messages and its `conversations` column are read too.
+
+Prompt and response are made into ids separately and joined; every response ends in the end token. Nothing is truncated:
+a row that cannot be used whole is left out and listed with its reason, so that rows in = pairs kept + rows listed.
+lines.npy int64 (pairs,) is the line of the source (its place in the list, for a .json) that each pair came from.
+"""
+import json
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import jsonlines
+import numpy as np
+
+import checkpoint
+import config
+import packed
+from packed import InputError
+
+DESCRIPTION = ("Preference rows to token ids on disk: prefs.jsonl -> packed/. With --reuse, nothing is done when the "
+               "folder is complete and was made of the same file, tokenizer, template, columns and max_length.")
+MEND = "python data_prep.py --in prefs.jsonl --out {data} --model_name_or_path {model}"
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # turns of hh-rlhf's string dialogues
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list",
+         dict: "an object"}
+SMALL = 2000  # rows; below this, starting processes costs more than it saves
+
+
+class Malformed(Exception):
+    """A row that is not of any known form: "expected ..., found ..."."""
+
+
+@dataclass
+class Row:
+    number: int          # line in a .jsonl, place in a .json list, from 1
+    value: object        # the parsed JSON, or the raw text if it is not JSON
+    reason: str = ""     # why it is left out
+    detail: str = ""
+    parts: tuple = ()    # prompt (a string or messages), chosen, rejected
+    ids: tuple = ()      # the same as arrays of ids, uint32
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+def read_rows(path):
+    """Every row of the file as a Row, those that are not JSON marked malformed; blank lines are no rows."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file; expected preferences as .jsonl or .json")
+    if path.endswith(".json"):
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not valid JSON ({error}); call a file of one object a line .jsonl") from None
+        if not isinstance(values, list):
+            raise InputError(f"{path}: expected a list of rows, found {KINDS[type(values)]}")
+        return [Row(number, value) for number, value in enumerate(values, 1)]
+    if not path.endswith(".jsonl"):
+        raise InputError(f"{path}: expected a file that ends in .jsonl (one object a line) or .json (a list)")
+    rows = []
+    with open(path, "rb") as file, jsonlines.Reader(file, loads=json.loads) as reader:
+        for number in range(1, sys.maxsize):
+            try:
+                rows.append(Row(number, reader.read(allow_none=True)))
+            except EOFError:
+                return rows
+            except RecursionError:
+                rows.append(Row(number, "", "malformed", "expected a JSON object, found one nested too deep"))
+            except jsonlines.InvalidLineError as error:
+                text = error.line if isinstance(error.line, str) else error.line.decode("utf-8", "replace")
+                if text.strip():
+                    found = shorten(str(error.__cause__), 120)
+                    rows.append(Row(number, text, "malformed", f"expected a JSON object, found invalid JSON ({found})"))
+
+
+def parse_columns(text):
+    """'prompt=question,chosen=a' -> {"prompt": "question", "chosen": "a"}"""
+    columns = {}
+    for part in text.split(",") if text else ():
+        ours, _, theirs = (word.strip() for word in part.partition("="))
+        if ours not in ("prompt", "chosen", "rejected") or not theirs:
+            raise InputError(f"--columns {text}: expected prompt=NAME,chosen=NAME,rejected=NAME, found '{part}'")
+        columns[ours] = theirs
+    return columns
+
+
+def find_columns(rows, given, path):
+    """{"prompt", "chosen", "rejected": the file's name for it}; no "prompt" where it is implicit."""
+    there = list(dict.fromkeys(name for row in rows if isinstance(row.value, dict) for name in row.value))
+    prompt = [name for name in ("prompt", "conversations") if name in there][:1]
+    columns = {**{"prompt": name for name in prompt}, "chosen": "chosen", "rejected": "rejected", **given}
+    for name in columns.values():
+        if there and name not in there:
+            raise InputError(f"{path}: no column '{name}'; the columns are {shorten(', '.join(there), 300)}; "
+                             "name yours with --columns prompt=...,chosen=...,rejected=...")
+    return columns
+
+
+# --- the forms of a row -----------------------------------------------------------------------------------
+
+def preference(row, columns, chat):
+    """(prompt, chosen, rejected) of a row, the prompt a string or messages, the others strings; raises Malformed."""
+    if not isinstance(row, dict):
+        raise Malformed(f"expected a JSON object, found {KINDS[type(row)]}")
+    for name in columns.values():
+        if name not in row:
+            raise Malformed(f"expected a column '{name}', found {shorten(', '.join(row), 200) or 'an empty object'}")
+    prompt = conversation(row[columns["prompt"]], columns["prompt"]) if "prompt" in columns else None
+    chosen, rejected = (conversation(row[columns[side]], columns[side]) for side in ("chosen", "rejected"))
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        prompt, chosen, rejected = split_messages(prompt, chosen, rejected)
+    elif prompt is None:
+        prompt, chosen, rejected = split_text(chosen, rejected)
+    if chat and isinstance(prompt, str) and prompt.startswith(HUMAN) and prompt.rstrip().endswith(ASSISTANT):
+        prompt, chosen, rejected = dialogue(prompt), chosen.strip(), rejected.strip()
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise Malformed("expected a prompt whose last message is the user's, found the assistant's")
+    try:
+        "".join([prompt] if isinstance(prompt, str) else [said["content"] for said in prompt]).encode()
+        (chosen + rejected).encode()
+    except UnicodeEncodeError as error:
+        raise Malformed(f"expected text, found a lone surrogate (\\u{ord(error.object[error.start]):04x})") from None
+    return prompt, chosen, rejected
+
+
+def conversation(value, column):
+    """A string as it is; a message or a list of messages as a list of {"role", "content"}."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, (list, dict)) or not value:
+        found = f"an empty {KINDS[type(value)].split()[-1]}" if value in ([], {}) else KINDS[type(value)]
+        raise Malformed(f"expected '{column}' to be a string or a list of messages, found {found}")
+    messages = []
+    for message in value if isinstance(value, list) else [value]:
+        names = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
+        said = [message.get(name) for name in names] if isinstance(message, dict) else []
+        if not said or not all(isinstance(text, str) for text in said):
+            raise Malformed(f"expected messages with a string '{names[0]}' and '{names[1]}' in '{column}', "
+                            f"found {shorten(json.dumps(message), 80)}")
+        if said[0] not in ROLES:
+            raise Malformed(f"expected a role of system, user or assistant in '{column}', found {json.dumps(said[0])}")
+        messages.append({"role": ROLES[said[0]], "content": said[1]})
+    return messages
+
+
+def split_messages(prompt, chosen, rejected):
+    """Responses given as messages: the last of each is the response, those before it (the same in both) the prompt."""
+    chosen, rejected = ([{"role": "assistant", "content": side}] if isinstance(side, str) else side
+                        for side in (chosen, rejected))
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if side[-1]["role"] != "assistant":
+            raise Malformed(f"expected '{name}' to end in an assistant message, found role '{side[-1]['role']}'")
+    head = chosen[:-1]
+    if head != rejected[:-1]:
+        raise Malformed("expected chosen and rejected to share all messages but the last, found other messages")
+    if prompt is None and not head:
+        raise Malformed("expected a prompt column or leading messages that chosen and rejected share, found neither")
+    if prompt is not None and head:  # whole dialogues beside a prompt, as in ultrafeedback_binarized: they must agree
+        asked = [said["content"].strip() for said in head if said["role"] == "user"]
+        if prompt != head and not (isinstance(prompt, str) and prompt.strip() in asked):
+            raise Malformed(f"expected one assistant message in 'chosen', found {len(chosen)} messages that do not "
+                            "repeat the prompt")
+    return head or prompt, chosen[-1]["content"], rejected[-1]["content"]
+
+
+def split_text(chosen, rejected):
+    """Whole dialogues as strings: (common beginning, rest of chosen, rest of rejected)."""
+    shared = os.path.commonprefix([chosen, rejected])
+    if chosen.startswith(HUMAN) and rejected.startswith(HUMAN):
+        end = shared.rfind(ASSISTANT) + len(ASSISTANT)
+        rest = (chosen[end:], rejected[end:])
+        if ASSISTANT not in shared or any(turn in side for turn in (HUMAN, ASSISTANT) for side in rest):
+            raise Malformed("expected dialogues that share all but the last assistant turn, found more that differs")
+        return chosen[:end], *rest
+    end = len(shared)
+    if not all(side[end:end + 1].isspace() for side in (chosen, rejected)):  # in a word: back to the space before it
+        while end and not shared[end - 1].isspace():
+            end -= 1
+    end = len(shared[:end].rstrip())
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def dialogue(prompt):
+    """An hh-rlhf prompt as messages, the last "Assistant:" left out: the template writes it."""
+    words = re.split(r"\n\n(Human|Assistant):", prompt)
+    turns = zip(words[1::2], words[2::2])
+    return [{"role": ROLES[who.lower()], "content": said.strip()} for who, said in turns][:-1]
+
+
+# --- text to ids ------------------------------------------------------------------------------------------
+
+@dataclass
+class Encoder:
+    """Makes a row's three id lists; a plain value, so that it can be sent to other processes."""
+    tokenizer: object
+    response_tokenizer: object
+    template: str        # "chat" or "none"
+    bos: list            # ids before a prompt that no template renders
+    end: int
+    mask: int
+    special: re.Pattern  # the special tokens' strings
+    strips: bool         # the template strips what a message says
+    max_length: int
+
+    def __call__(self, prompt, chosen, rejected):
+        """(reason, detail, [prompt, chosen, rejected] ids); reason "" and ids when the row is fit to be kept."""
+        said = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        if not "".join(said).strip():
+            return "empty prompt", "", [[]] * 3
+        if blank := [name for name, side in (("chosen", chosen), ("rejected", rejected)) if not side.strip()]:
+            return "empty response", " and ".join(blank), [[]] * 3
+        # a special token written out in the text would be read as the token: a mask, an end, a forged turn
+        if found := next(filter(None, map(self.special.search, (*said, chosen, rejected))), None):
+            return "special token in the text", found.group(), [[]] * 3
+        try:
+            text = checkpoint.prompt_text(self.tokenizer, prompt, self.template)
+        except jinja2.TemplateError as error:
+            return "malformed", f"expected messages that the chat template takes, found: {error}", [[]] * 3
+        ids = [self.bos + checkpoint.encode(self.tokenizer, text)]
+        for side in (chosen, rejected):
+            side = side.strip() if self.strips else side
+            ids.append(checkpoint.encode(self.response_tokenizer, side) + [self.end])
+        if ids[1] == ids[2]:
+            return "chosen equals rejected", "", [[]] * 3
+        if (length := len(ids[0]) + max(map(len, ids[1:]))) > self.max_length:
+            return "too long", f"{length} tokens, max_length {self.max_length}", [[]] * 3
+        return "", "", ids
+
+
+def make_encoder(args, model_args, tokenizer):
+    name, remote = model_args.model_name_or_path, model_args.trust_remote_code
+    tokenizer.model_max_length = sys.maxsize  # its warning says nothing here: we drop what is too long
+    response_tokenizer = checkpoint.response_tokenizer(name, tokenizer, remote)
+    response_tokenizer.model_max_length = sys.maxsize
+    chat = checkpoint.uses_chat(tokenizer, args.template)
+    end = checkpoint.end_token_id(tokenizer, args.template)
+    mask = checkpoint.mask_token_id(checkpoint.load_config(name, remote), tokenizer)
+    bos = tokenizer.bos_token_id
+    adds_bos = not chat and bos is not None and tokenizer("x")["input_ids"][0] == bos
+    strips = False
+    if chat:
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": " @answer@ "}]
+        strips = " @answer@ " not in tokenizer.apply_chat_template(messages, tokenize=False)
+    return Encoder(tokenizer, response_tokenizer, "chat" if chat else "none", [bos] if adds_bos else [], end, mask,
+                   special_pattern(tokenizer, {mask, end}), strips, args.max_length)
+
+
+def special_pattern(tokenizer, ids):
+    """A pattern of every string that the tokenizer reads as a special token, and of the tokens `ids`."""
+    added = tokenizer.added_tokens_decoder
+    # all_special_tokens also holds sentencepiece's user-defined pieces, such as a newline, which are plain text
+    texts = {token for token in tokenizer.all_special_tokens
+             if (i := tokenizer.convert_tokens_to_ids(token)) not in added or added[i].special}
+    texts |= {str(token) for token in added.values() if token.special}
+    texts |= {tokenizer.convert_ids_to_tokens(i) for i in ids if i < len(tokenizer)}
+    return re.compile("|".join(re.escape(text) for text in sorted(texts - {None, ""}, key=len, reverse=True)))
+
+
+def encode_batch(batch, encoder):
+    """One batch of `datasets`: JSON strings in, columns out."""
+    done = [encoder(*json.loads(text)) for text in batch["row"]]
+    return {"reason": [reason for reason, _, _ in done], "detail": [detail for _, detail, _ in done],
+            **{name: [ids[i] for _, _, ids in done] for i, name in enumerate(("prompt", "chosen", "rejected"))}}
+
+
+def encode_rows(encoder, rows, num_proc):
+    """Fill in reason, detail and ids of each row; the same for every num_proc."""
+    import datasets  # here, not above: it takes a second, and --reuse has no need of it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+    if num_proc < 0:
+        raise InputError(f"--num_proc {num_proc}: expected 0 (one per core) or more")
+    num_proc = min(num_proc or (os.cpu_count() if len(rows) >= SMALL else 1), len(rows))
+    ids = datasets.List(datasets.Value("uint32"))
+    columns = {"reason": datasets.Value("string"), "detail": datasets.Value("string"),
+               "prompt": ids, "chosen": ids, "rejected": ids}
+    # Rows travel as JSON: arrow has no column type for "a string or messages". In memory: nothing in the home folder.
+    table = datasets.Dataset.from_dict({"row": [json.dumps(row.parts) for row in rows]})
+    table = table.map(encode_batch, batched=True, num_proc=num_proc if num_proc > 1 else None, remove_columns=["row"],
+                      fn_kwargs={"encoder": encoder}, features=datasets.Features(columns), keep_in_memory=True,
+                      load_from_cache_file=False, new_fingerprint="packed", desc="tokenizing")
+    for row, done in zip(rows, table.with_format("numpy")):
+        row.reason, row.detail = str(done["reason"]), str(done["detail"])
+        row.ids = tuple(done[name].astype(np.uint32) for name in ("prompt", "chosen", "rejected"))
+
+
+# --- the job ----------------------------------------------------------------------------------------------
+
+def prepare(path, args, encoder):
+    """All rows of the file, each with ids or with a reason; raises InputError before anything is written."""
+    where = f"{path}:" if path.endswith(".jsonl") else f"{path}: row "
+    rows = read_rows(path)
+    columns = find_columns(rows, parse_columns(args.columns), path)
+    for row in rows:
+        if not row.reason:
+            try:
+                row.parts = preference(row.value, columns, encoder.template == "chat")
+            except Malformed as error:
+                row.reason, row.detail = "malformed", str(error)
+        stop_at_malformed(row, args, where)
+        if row.parts and encoder.template == "none" and isinstance(row.parts[0], list):
+            raise InputError(f"{where}{row.number}: conversational rows need a chat template, and "
+                             + ("--template none was given" if args.template == "none" else "this tokenizer has none"))
+    if fit := [row for row in rows if not row.reason]:
+        encode_rows(encoder, fit, args.num_proc)
+    seen = {}
+    for row in rows:
+        stop_at_malformed(row, args, where)  # the chat template may refuse a row too
+        if not row.reason:
+            first = seen.setdefault(packed.fingerprint(*row.ids), row.number)
+            if first != row.number:
+                row.reason, row.detail = "duplicate", f"of {first}"
+    return rows
+
+
+def stop_at_malformed(row, args, where):
+    if row.reason == "malformed" and args.on_bad_row == "stop":
+        raise InputError(f"{where}{row.number}: {row.detail} (--on_bad_row skip leaves such rows out)")
+
+
+def write(folder, kept, left_out, meta):
+    """meta.json goes first and comes back last, so that no half is taken for whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)
+    packed.write_array(folder / "lines.npy", np.array([row.number for row in kept], np.int64))
+    with packed.replacing(folder / "rejects.jsonl") as file:
+        for row in left_out:
+            text = row.value if isinstance(row.value, str) else json.dumps(row.value)
+            entry = {"line": row.number, "reason": row.reason, "detail": row.detail, "text": shorten(text, 500)}
+            file.write(json.dumps(entry) + "\n")
+    packed.write_packed(folder, (row.ids for row in kept), meta)
+
+
+def up_to_date(args, tokenizer, mend):
+    """Whether args.data is complete and is what these arguments would make; with no source given, just complete."""
+    source = args.preference_data_path
+    if source and not os.path.isfile(source):
+        raise InputError(f"{source}: no such file; expected preferences as .jsonl or .json")
+    if not (Path(args.data) / "meta.json").exists():
+        if source:
+            return False
+        raise InputError(f"{args.data}: no packed preferences there, and no preference_data_path given; run: {mend}")
+    try:
+        meta = packed.Packed(args.data).meta
+        packed.open_array(Path(args.data) / "lines.npy", mend)
+    except InputError:
+        if source:
+            return False
+        raise
+    tokens = checkpoint.tokenizer_fingerprint(tokenizer)
+    if not source:
+        if meta.get("tokenizer") != tokens:
+            raise InputError(f"{args.data}: made with another tokenizer, that of {meta.get('model_name_or_path')}; "
+                             f"run: {mend}")
+        return True
+    wanted = {"tokenizer": tokens, "columns": parse_columns(args.columns), "max_length": args.max_length,
+              "template": "chat" if checkpoint.uses_chat(tokenizer, args.template) else "none"}
+    wanted["source_sha256"] = packed.file_sha256(source)
+    return all(meta.get(key) == value for key, value in wanted.items())
+
+
+# --- what is printed --------------------------------------------------------------------------------------
+
+def shorten(text, most):
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def pieces(tokenizer, ids, most=40):
+    """The ids as text with the boundaries visible; a long one is cut in the middle."""
+    anchor = checkpoint.encode(tokenizer, "x")[-1:]  # in front of each token: decoders strip the first one's space
+    before = len(tokenizer.decode(anchor))
+
+    def show(part):
+        said = [tokenizer.decode(anchor + [int(i)], clean_up_tokenization_spaces=False)[before:] for i in part]
+        return ["".join(c if c.isprintable() else repr(c)[1:-1] for c in piece) for piece in said]
+    if len(ids) <= most:
+        said = show(ids)
+    else:
+        said = [*show(ids[:most // 2]), f" ... ({len(ids) - most} more) ... ", *show(ids[-most // 2:])]
+    mark = "·" if any("|" in piece for piece in said) else "|"
+    return mark + mark.join(said) + mark
+
+
+def summary(args, kept, left_out, tokenizer):
+    """Lines to print: counts, lengths, one example, a warning if lengths differ."""
+    dropped = Counter(row.reason for row in left_out)
+    lines = [f"{args.preference_data_path}: {len(kept) + len(left_out)} rows, {len(kept)} kept, {len(left_out)} dropped"
+             + (f", listed in {args.data}/rejects.jsonl" if left_out else "")]
+    lines += [f"  {count:6d}  {reason}" for reason, count in dropped.most_common()]
+    lengths = np.array([[len(ids) for ids in row.ids] for row in kept])  # (pairs, 3)
+    shares = (0, 50, 90, 99, 100)
+    lines.append("tokens    " + "".join(f"{name:>8}" for name in ("min", "50%", "90%", "99%", "max")))
+    for name, column in zip(("prompt", "chosen", "rejected"), lengths.T):
+        lines.append(f"{name:<10}" + "".join(f"{n:8d}" for n in np.percentile(column, shares, method="nearest")))
+    lines.append(f"example, line {kept[0].number}:")
+    lines += [f"  {name:<9}{pieces(tokenizer, ids)}" for name, ids in zip(("prompt", "chosen", "rejected"), kept[0].ids)]
+    chosen, rejected = np.median(lengths[:, 1:], axis=0)
+    if max(chosen, rejected) > 1.25 * min(chosen, rejected):
+        lines.append(f"warning: the median response has {chosen:.0f} tokens if chosen, {rejected:.0f} if rejected; "
+                     "DPO may learn the length instead of the content")
+    return lines
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags = [word for word in argv if word != "--reuse"]
+    args, model_args = config.parse(flags, DESCRIPTION, config.DataArguments, config.ModelArguments)
+    source, folder, name = args.preference_data_path, Path(args.data), model_args.model_name_or_path
+    reuse = len(flags) < len(argv)
+    if not source and not reuse:
+        raise InputError("no preferences given; add --in FILE.jsonl")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder for the packed arrays, found a file")
+    tokenizer = checkpoint.load_tokenizer(name, model_args.trust_remote_code)
+    if reuse and up_to_date(args, tokenizer, MEND.format(data=args.data, model=name)):
+        print(f"{folder}: {packed.read_json(folder / 'meta.json', '')['pairs']} pairs, up to date")
+        return
+    encoder = make_encoder(args, model_args, tokenizer)
+    rows = prepare(source, args, encoder)
+    kept, left_out = [row for row in rows if not row.reason], [row for row in rows if row.reason]
+    assert len(rows) == len(kept) + len(left_out)
+    dropped = dict(Counter(row.reason for row in left_out).most_common())
+    if not kept:
+        why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise InputError(f"{source}: holds no row that can be used ({why or 'it is empty'})")
+    model_config = checkpoint.load_config(name, model_args.trust_remote_code)
+    embeddings = getattr(model_config, "embedding_size", None) or getattr(model_config, "vocab_size", sys.maxsize)
+    if (largest := max(encoder.mask, *(int(ids.max()) for row in kept for ids in row.ids))) >= embeddings:
+        raise InputError(f"{name}: token id {largest} is beyond the model's embedding of {embeddings} rows; "
+                         "its tokenizer and config.json do not belong together")
+    write(folder, kept, left_out, {
+        "tokenizer": checkpoint.tokenizer_fingerprint(tokenizer), "model_name_or_path": name, "source": source,
+        "source_sha256": packed.file_sha256(source), "columns": parse_columns(args.columns),
+        "template": encoder.template, "max_length": args.max_length, "rows": len(rows), "kept": len(kept), "dropped": dropped,
+        "end_token_id": encoder.end, "pad_token_id": tokenizer.eos_token_id, "mask_token_id": encoder.mask})
+    print("\n".join(summary(args, kept, left_out, tokenizer)))
+    print(f"next: python score.py --data {folder} --model_name_or_path {name}")
+
+
+if __name__ == "__main__":
+    config.run(main)

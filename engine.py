@@ -1,0 +1,156 @@
+"""DeepSpeed behind four verbs: start the ranks, resolve a ds_config, build an engine, gather its weights.
+
+ds_configs/*.json say where memory lives; what the run decides stands there as "auto" and is filled in here. A literal
+that contradicts the run is refused, so that a value has one home.
+"""
+import datetime
+import json
+import logging
+import os
+import resource
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from packed import InputError
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # before deepspeed's import
+import deepspeed  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+
+class Ranks(NamedTuple):
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def broadcast(self, value):
+        """Rank 0's `value`, any picklable one, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value):
+        """Every rank's `value` as a list, on every rank."""
+        box = [None] * self.world
+        dist.all_gather_object(box, value)
+        return box
+
+
+def start():
+    """Join the ranks that a launcher made (RANK, WORLD_SIZE, ...), or be the only one."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if not dist.is_initialized():
+        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+            os.environ.setdefault(name, str(value))
+        # hours: rank 0 writes a whole 8B model while the others wait
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2), **alone)
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def read_ds_config(path):
+    """The ds_config at `path`, with its ZeRO stage checked; {} stage 0 when no path is given."""
+    if not path:
+        return {"zero_optimization": {"stage": 0}}
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); see ds_configs/README.md") from None
+    stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, dict) else None
+    if stage not in (0, 1, 2, 3):
+        raise InputError(f"{path}: zero_optimization.stage is {stage}, expected 0, 1, 2 or 3; see ds_configs/README.md")
+    if config.get("fp16", {}).get("enabled"):
+        raise InputError(f"{path}: fp16 is not supported (its range is too small for these scores); use bf16")
+    return config
+
+
+def resolve(config, values, path):
+    """Fill every "auto" of `config` from `values` {"a.b.c": (value, flag)}; a literal must equal the run's value."""
+    config = json.loads(json.dumps(config))
+    for dotted, (value, flag) in values.items():
+        *parents, key = dotted.split(".")
+        place = config
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        if place.setdefault(key, "auto") not in ("auto", value):
+            raise InputError(f'{path}: "{dotted}" is {json.dumps(place[key])}, but the run says {flag} = '
+                             f'{json.dumps(value)}; write "auto" there, or give the run that value')
+        place[key] = value
+    if left := [dotted for dotted in paths_of(config, "auto")]:
+        raise InputError(f'{path}: "{left[0]}" is "auto", which this project does not fill in; write a number')
+    return config
+
+
+def paths_of(value, wanted, prefix=""):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from paths_of(item, wanted, f"{prefix}.{key}" if prefix else key)
+    elif value == wanted:
+        yield prefix
+
+
+def training_config(config, args, model_args, backwards, path):
+    """The configuration of the policy's engine. `backwards`: backward passes per optimizer step."""
+    values = {
+        "train_micro_batch_size_per_gpu": (args.per_device_train_batch_size, "per_device_train_batch_size"),
+        "gradient_accumulation_steps": (args.gradient_accumulation_steps, "gradient_accumulation_steps"),
+        "gradient_clipping": (args.max_grad_norm, "max_grad_norm"),
+        "bf16.enabled": (model_args.use_mixed_precision == "bf16", "use_mixed_precision == bf16"),
+        "optimizer.type": ("AdamW", "optimizer"),
+        "optimizer.params.lr": (args.learning_rate, "learning_rate"),
+        "optimizer.params.betas": ([args.adam_beta1, args.adam_beta2], "adam_beta1, adam_beta2"),
+        "optimizer.params.weight_decay": (args.weight_decay, "weight_decay"),
+    }
+    config = resolve(config, values, path)
+    config.pop("train_batch_size", None)
+    # To DeepSpeed each backward is one accumulation step: ZeRO-2's offload allocates its accumulation buffer only when
+    # it expects more than one. The loss is scaled by us, and the boundary set by us.
+    config["gradient_accumulation_steps"] = backwards
+    return config | {"steps_per_print": 10**9, "wall_clock_breakdown": False}
+
+
+def scoring_config(config, model_args):
+    """The configuration that streams a frozen model under ZeRO-3: parameters only, no optimizer."""
+    zero = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
+    return {"zero_optimization": zero, "bf16": {"enabled": model_args.use_mixed_precision == "bf16"},
+            "train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9}
+
+
+def build(model, config):
+    """The DeepSpeed engine of `model`; trains what requires a gradient if `config` names an optimizer."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        return deepspeed.initialize(model=model, model_parameters=trainable if "optimizer" in config else None,
+                                    config=config)[0]
+    except AttributeError as error:
+        if "ds_opt_adam" not in str(error):
+            raise
+        raise InputError("DeepSpeed's CPU Adam did not compile; see its message above (a C++ compiler, and on a GPU "
+                         "the CUDA toolkit of torch's version, are needed), then run: bash launch.sh --setup") from None
+
+
+def gather_weights(engine, ranks):
+    """{name: whole CPU tensor} of the engine's parameters on rank 0, {} elsewhere; one parameter at a time."""
+    whole = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
+            if ranks.first:
+                whole[name] = parameter.detach().to("cpu", copy=True)
+    return whole
+
+
+def memory_peaks(device):
+    """(GPU, host) peak in GiB of this process; None for the GPU on a CPU."""
+    gpu = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return gpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,152 @@
+"""What one training step scores, and the loss it makes of the scores: DPO on a pair, SFT on a batch of rows.
+
+margin = (S(w) - S(l)) - (S_ref(w) - S_ref(l)),  L = -log sigmoid(beta * margin)     (Rafailov et al., arXiv 2305.18290,
+with S the stepwise denoising score of score.py). Noise and S_ref are replayed from disk. Another loss: preference_loss.
+
+n response tokens, S states.
+"""
+import math
+
+import numpy as np
+from torch.nn.functional import logsigmoid
+
+import diffusion
+import score
+from packed import InputError, fingerprint
+
+# TRL's names; SFT has the first only
+METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+
+
+def preference_loss(margin, beta, label_smoothing=0.0):
+    """-log sigmoid(beta * margin); with label smoothing e, (1 - e) of it and e of its mirror (conservative DPO).
+
+    margin: () float32, (S(w) - S(l)) - (S_ref(w) - S_ref(l)). Source: arXiv 2305.18290, equation 7.
+    """
+    return -(1 - label_smoothing) * logsigmoid(beta * margin) - label_smoothing * logsigmoid(-beta * margin)
+
+
+def split(packed, eval_fraction, seed):
+    """(train, held out) pair indices; a prompt is on one side only. The prompts with the smallest hashes are held out."""
+    key = [fingerprint(packed[index][0], seed) for index in range(len(packed))]
+    prompts = sorted(set(key))
+    held = set(prompts[:math.ceil(eval_fraction * len(prompts))])
+    train = np.array([index for index, name in enumerate(key) if name not in held], np.int64)
+    if not len(train):
+        raise InputError(f"{packed.folder}: --eval_fraction {eval_fraction} leaves no pair to train on")
+    return train, np.array([index for index, name in enumerate(key) if name in held], np.int64)
+
+
+class Stream:
+    """Endless order of the training pairs: epoch after epoch, each a permutation of its own. A place in it is one number.
+
+    With `lengths` (SFT), pairs of like length stand together in blocks of `block`, so that little is padded.
+    """
+
+    def __init__(self, train, seed, block=1, lengths=None):
+        self.train, self.seed, self.block, self.lengths = train, seed, block, lengths
+        self.epoch, self.order = None, None
+
+    def __getitem__(self, place):
+        """(pair index, epoch) at `place`."""
+        epoch, offset = divmod(place, len(self.train))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, self.shuffle(np.random.default_rng([self.seed, epoch]))
+        return int(self.order[offset]), epoch
+
+    def shuffle(self, rng):
+        order = rng.permutation(self.train)
+        if self.lengths is None:
+            return order
+        pool = 32 * self.block
+        near = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")]
+                               for part in np.split(order, range(pool, len(order), pool))])
+        blocks = np.split(near, range(self.block, len(near), self.block))
+        return np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
+
+
+class Preference:
+    """DPO on pairs: a piece of work is (pair index, epoch), scored by itself."""
+
+    def __init__(self, args, noise_args, packed, reference, mask_id):
+        self.args, self.noise, self.packed, self.reference, self.mask_id = args, noise_args, packed, reference, mask_id
+        self.metrics = METRICS
+        states = diffusion.state_count(noise_args.diffusion_steps, noise_args.trajectories)
+        self.counts = [states, states] + ([1] if args.sft_weight else [])  # states of each response
+
+    def work(self, batch):
+        """Pieces of a micro-batch [(pair, epoch)] that are scored one after the other, each with its share of the loss."""
+        return [(item, 1 / len(batch)) for item in batch]
+
+    def responses(self, item):
+        """The States of chosen and rejected and, under sft_weight, the chosen's SFT row."""
+        index, epoch = item
+        prompt, *sides = self.packed[index]
+        masks = self.reference.masks(index, epoch % self.noise.noise_sets)
+        states = [score.trajectory_states(prompt, side, masked, self.noise.diffusion_steps, self.noise.trajectories, self.mask_id)
+                  for side, masked in zip(sides, masks)]
+        return states + ([sft_rows([item], self.packed, 0, self.noise.noise_seed, self.mask_id)] if self.args.sft_weight else [])
+
+    def ref_scores(self, item):
+        """S_ref of chosen and rejected, (2,) float32."""
+        index, epoch = item
+        return self.reference.scores[epoch % self.noise.noise_sets][index].sum(-1)
+
+    def loss(self, item):
+        """The function from the pair's scores [S(w), S(l)(, -NLL)] to its loss."""
+        ref_chosen, ref_rejected = (float(value) for value in self.ref_scores(item))
+
+        def of(scores):
+            margin = (scores[0] - scores[1]) - (ref_chosen - ref_rejected)
+            loss = preference_loss(margin, self.args.beta, self.args.label_smoothing)
+            return loss - self.args.sft_weight * scores[2] if self.args.sft_weight else loss
+        return of
+
+    def measure(self, item, loss, scores):
+        """The pair's METRICS, and 1 for the pair; rewards = beta * (policy - reference), logps summed per completion."""
+        logps = [float(state.sum()) for state in scores[:2]]
+        rewards = [self.args.beta * (logp - float(ref)) for logp, ref in zip(logps, self.ref_scores(item))]
+        return np.array([float(loss), *rewards, rewards[0] - rewards[1], float(rewards[0] > rewards[1]), *logps, 1])
+
+
+class SFT:
+    """Masked-diffusion NLL of the chosen response: a piece of work is a whole micro-batch, scored in one forward."""
+
+    def __init__(self, args, noise_args, packed, mask_id):
+        self.args, self.noise, self.packed, self.mask_id = args, noise_args, packed, mask_id
+        self.metrics = METRICS[:1]
+        self.counts = [1]  # one backward pass, however many rows
+
+    def work(self, batch):
+        return [(batch, 1.0)]
+
+    def responses(self, item):
+        return [sft_rows(item, self.packed, self.args.sft_pad_to, self.noise.noise_seed, self.mask_id)]
+
+    def loss(self, item):
+        return lambda scores: -scores[0] / len(item)
+
+    def measure(self, item, loss, scores):
+        return np.array([float(loss) * len(item), len(item)])
+
+
+def sft_rows(rows, packed, pad_to, noise_seed, mask_id):
+    """States of SFT: one row per (pair, epoch), one draw of noise each; its score is minus the NLL per response token.
+
+    Responses are padded to `pad_to` tokens, and to the longest row, with end tokens that are masked and counted like any
+    other, so that the model learns to stop (LLaDA's GUIDELINES.md).
+    """
+    pairs = [packed[index] for index, _ in rows]
+    length = max(len(prompt) + max(len(chosen), pad_to) for prompt, chosen, _ in pairs)
+    parts = []
+    for (index, epoch), (prompt, chosen, _) in zip(rows, pairs):
+        padding = length - len(prompt) - len(chosen)
+        response = np.pad(chosen, (0, padding), constant_values=packed.meta["pad_token_id"])
+        masked, weight = diffusion.sft_noise(
+            len(response), diffusion.generator(noise_seed, packed.content(index), "sft", epoch))
+        parts.append(score.response_states(prompt, response, masked[None], weight[None], mask_id))
+    return score.States(*(np.concatenate(arrays) for arrays in zip(*parts)))
+def wilson(rate, n, z=1.96):
+    """The 95% interval [low, high] of a proportion (Wilson, 1927)."""
+    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return [float((middle - half) / (1 + z * z / n)), float((middle + half) / (1 + z * z / n))]

@@ -1,0 +1,190 @@
+"""The arrays on disk: packed preferences and the reference's noise and scores. Written under a temporary name, renamed.
+
+packed/            tokens.npy uint32 (tokens,), bounds.npy int64 (pairs, 4) = start, prompt end, chosen end, rejected end,
+                   meta.json (what they were made of), rejects.jsonl (rows left out, with reasons)
+packed/ref-<key>/  noise-k.npy uint8 (response tokens, ceil(S/8)), ref_scores-k.npy float32 (pairs, 2, S), meta.json
+
+S states, K noise sets. Response tokens are in file order: chosen then rejected, pair by pair.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = 1
+
+
+class InputError(Exception):
+    """A user's error in one sentence: what, where, what was expected, what to run. Scripts print it and exit 2."""
+
+
+@contextlib.contextmanager
+def replacing(path, mode="w"):
+    """Open a temporary neighbour of `path`; renamed over it when the block ends without an exception."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def write_json(path, value):
+    with replacing(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def write_array(path, array):
+    with replacing(path, "wb") as file:
+        np.save(file, array)
+
+
+def read_json(path, mend):
+    """The JSON object at `path`; InputError naming `mend`, the command that makes the file, if it is not one."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); make it with: {mend}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object; make it again with: {mend}")
+    return value
+
+
+def fingerprint(*parts):
+    """Hex digest of 16 characters over strings, bytes, arrays and JSON values, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            data = np.ascontiguousarray(part).tobytes()
+        else:
+            data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()[:16]
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_packed(folder, pairs, meta):
+    """Write the arrays of `pairs`, an iterable of (prompt, chosen, rejected) id sequences; meta.json comes last.
+
+    The old meta.json is removed first, so that a job killed half-way leaves a folder that no one takes for finished.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)
+    chunks, bounds, end = [], [], 0
+    for parts in pairs:
+        row = [end]
+        for ids in parts:
+            chunks.append(np.asarray(ids, dtype=np.uint32))
+            row.append(row[-1] + len(ids))
+        bounds.append(row)
+        end = row[-1]
+    tokens = np.concatenate(chunks) if chunks else np.zeros(0, np.uint32)
+    bounds = np.asarray(bounds, np.int64).reshape(-1, 4)
+    write_array(folder / "tokens.npy", tokens)
+    write_array(folder / "bounds.npy", bounds)
+    data = fingerprint(tokens, bounds, meta["tokenizer"], meta["end_token_id"])
+    write_json(folder / "meta.json", {"format": FORMAT, "fingerprint": data, "pairs": len(bounds), **meta})
+
+
+class Packed:
+    """Memory-mapped reader of a packed/ folder. packed[i] -> (prompt, chosen, rejected), uint32 arrays."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        mend = f"python data_prep.py --in prefs.jsonl --out {folder}"
+        self.meta = read_json(self.folder / "meta.json", mend)
+        if self.meta.get("format") != FORMAT:
+            raise InputError(f"{folder}/meta.json: format {self.meta.get('format')}, expected {FORMAT}; run: {mend}")
+        self.tokens, self.bounds = (open_array(self.folder / f"{name}.npy", mend) for name in ("tokens", "bounds"))
+        if self.bounds.shape != (self.meta["pairs"], 4) or len(self.bounds) and self.bounds[-1, 3] != len(self.tokens):
+            raise InputError(f"{folder}: tokens.npy, bounds.npy and meta.json disagree; run: {mend}")
+        if not len(self.bounds):
+            raise InputError(f"{folder}: holds no pair; run: {mend}")
+        # (pairs, 3) where in noise-k.npy a pair's chosen starts, its rejected starts, and both end
+        lengths = np.diff(self.bounds[:, 1:], axis=1)  # (pairs, 2) response tokens
+        self.noise_bounds = np.concatenate(([0], lengths.cumsum()))[2 * np.arange(len(lengths))[:, None] + np.arange(3)]
+
+    def __len__(self):
+        return len(self.bounds)
+
+    def __getitem__(self, index):
+        start, *ends = self.bounds[index]
+        return tuple(self.tokens[a:b] for a, b in zip((start, *ends), ends))
+
+    def content(self, index):
+        """All ids of a pair, what its noise is keyed by."""
+        return self.tokens[self.bounds[index, 0]:self.bounds[index, 3]]
+
+
+def open_array(path, mend):
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as an array ({error}); make it again with: {mend}") from None
+
+
+def pack_masks(masked):
+    """(S, n) bool -> (n, ceil(S/8)) uint8, big-endian over states."""
+    return np.packbits(masked.T, axis=1)
+
+
+def unpack_masks(bits, S):
+    """(n, ceil(S/8)) uint8 -> (S, n) bool."""
+    return np.unpackbits(bits, axis=1, count=S).T.astype(bool)
+
+
+class Reference:
+    """Memory-mapped reader of packed/ref-<key>/ for one run; `wanted` is the key's fields as the run needs them."""
+
+    def __init__(self, packed, wanted, noise_sets, mend):
+        self.folder = packed.folder / f"ref-{fingerprint(wanted)}"
+        if not (self.folder / "meta.json").exists():
+            raise InputError(missing_reference(packed.folder, wanted, mend))
+        self.meta = read_json(self.folder / "meta.json", mend)
+        self.S = self.meta["states"]
+        self.packed = packed
+        if self.meta["noise_sets"] < noise_sets:
+            raise InputError(f"{self.folder}: holds {self.meta['noise_sets']} noise sets, --noise_sets {noise_sets} "
+                             f"were asked for; run: {mend}")
+        self.noise = [open_array(self.folder / f"noise-{k}.npy", mend) for k in range(noise_sets)]
+        self.scores = [open_array(self.folder / f"ref_scores-{k}.npy", mend) for k in range(noise_sets)]
+        for bits, scores in zip(self.noise, self.scores):
+            if bits.shape != (packed.noise_bounds[-1, 2], -(-self.S // 8)) or scores.shape != (len(packed), 2, self.S):
+                raise InputError(f"{self.folder}: its arrays do not have the shapes of {packed.folder}; run: {mend}")
+
+    def masks(self, index, noise_set):
+        """masked (S, n) of chosen and of rejected, bool."""
+        a, b, c = self.packed.noise_bounds[index]
+        bits = self.noise[noise_set]
+        return unpack_masks(bits[a:b], self.S), unpack_masks(bits[b:c], self.S)
+
+
+def missing_reference(folder, wanted, mend):
+    """One sentence: there is none, or which field of the nearest existing one differs."""
+    nearest = None
+    for path in sorted(Path(folder).glob("ref-*/meta.json")):
+        have = read_json(path, mend)["depends_on"]
+        differs = {name: (have.get(name), value) for name, value in wanted.items() if have.get(name) != value}
+        if nearest is None or len(differs) < len(nearest[1]):
+            nearest = path.parent, differs
+    if nearest is None:
+        return f"{folder}: holds no reference scores; run: {mend}"
+    said = ", ".join(f"{name} is {have} there and {want} in this run" for name, (have, want) in nearest[1].items())
+    return f"{nearest[0]}: made for another run ({said}); run: {mend}"

@@ -1,0 +1,121 @@
+"""A run's folder on disk: run.json, log.jsonl, checkpoints/step-N/, final/.
+
+A checkpoint is written under a temporary name and renamed when whole; final/ appears last. A run is finished when
+final/ is there; an unfinished one goes on from its newest checkpoint, its log cut back to it.
+"""
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from packed import InputError, read_json, write_json
+
+# These may differ when a run goes on: where things are, how often it speaks and saves, how the work is cut.
+FREE = {"preference_data_path", "columns", "template", "on_bad_row", "num_proc", "max_length", "data", "output_dir",
+        "resume_from_checkpoint", "local_rank", "logging_steps", "save_steps", "save_total_limit", "eval_steps",
+        "states_per_forward", "gradient_checkpointing", "deepspeed", "model_name_or_path", "trust_remote_code"}
+
+
+class Run:
+    """Reader and writer of one output_dir."""
+
+    def __init__(self, output_dir):
+        self.folder = Path(output_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        self.log_path = self.folder / "log.jsonl"
+
+    @property
+    def final(self):
+        return self.folder / "final"
+
+    @property
+    def finished(self):
+        return (self.final / "config.json").exists()
+
+    def saved(self):
+        """Complete checkpoints, oldest first: [(step, path)]."""
+        found = [(int(path.name[5:]), path) for path in self.checkpoints.glob("step-*")
+                 if path.name[5:].isdigit() and (path / "state.json").exists()]
+        return sorted(found)
+
+    def start_from(self, wanted):
+        """The checkpoint to go on from, or None for a fresh start. `wanted`: None (newest if any), latest, or a path."""
+        saved = self.saved()
+        if wanted in (None, "latest"):
+            if wanted and not saved:
+                raise InputError(f"--resume_from_checkpoint latest: {self.checkpoints} holds no checkpoint; "
+                                 "leave the flag out to start the run")
+            return saved[-1][1] if saved else None
+        path = Path(wanted)
+        if not (path / "state.json").exists():
+            known = ", ".join(str(item) for _, item in saved) or "none"
+            raise InputError(f"--resume_from_checkpoint {wanted}: not a checkpoint of this project; there are: {known}")
+        return path
+
+    def check_same(self, arguments, inputs):
+        """Refuse to go on with a run that other arguments or other inputs started."""
+        if not (self.folder / "run.json").exists():
+            return
+        before = read_json(self.folder / "run.json", "another --output_dir")
+        pairs = [(name, before["arguments"].get(name), value) for name, value in arguments.items() if name not in FREE]
+        pairs += [(name, before["inputs"].get(name), value) for name, value in inputs.items()]
+        for name, old, new in pairs:
+            if old != new:
+                raise InputError(f"{self.folder}: that run has {name} = {old}, this one {new}; "
+                                 "give this one another --output_dir, or the same value")
+
+    def begin(self, arguments, inputs, versions):
+        """Write run.json; everything needed to say what made these weights."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "run.json", {
+            "arguments": arguments, "inputs": inputs, "versions": {"python": platform.python_version(), **versions},
+            "git_commit": git_commit(), "command": ["python", *sys.argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+
+    def cut_log(self, step):
+        """Keep the lines of log.jsonl up to `step`; a torn last line goes too."""
+        kept = []
+        if self.log_path.exists():
+            for line in self.log_path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError):
+                    break
+        temporary = self.log_path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.log_path)
+
+    def log(self, line):
+        with open(self.log_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def temporary(self, step):
+        """Name under checkpoints/ to write a checkpoint to, before `keep` makes it count."""
+        return f".step-{step}.tmp"
+
+    def keep(self, step, state, limit):
+        """Make a written checkpoint count, and drop the oldest beyond `limit`."""
+        work = self.checkpoints / self.temporary(step)
+        write_json(work / "state.json", state)
+        target = self.checkpoints / f"step-{step}"
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(work, target)
+        for _, old in self.saved()[:-limit] if limit > 0 else []:
+            gone = old.with_name(f".{old.name}.old")
+            os.replace(old, gone)  # renamed first: a half-deleted checkpoint is never found
+            shutil.rmtree(gone)
+
+
+def git_commit():
+    """The commit of the code, "-dirty" if changed; None outside a clone."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True).stdout
+        return commit + ("-dirty" if changed.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,246 @@
+"""The stepwise denoising score, its segmented gradient, and the reference job that writes a model's scores to disk.
+
+    packed/ + model -> packed/ref-<key>/ (noise and reference scores; replayed by train_dpo.py)
+    python score.py --data packed --model_name_or_path M [--diffusion_steps 4] [--trajectories 5] [--deepspeed ds.json]
+
+S(x, y) = 1/R sum_r sum_s sum_{i: reveal_step_r[i] = s} log p(y_i | state before s, x)      (the guide's S_theta, rotated)
+
+B rows of a forward, L length, n response tokens, V vocabulary, T denoising steps, R trajectories, S states.
+"""
+import math
+import shutil
+import time
+import zipfile
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import checkpoint
+import config
+import diffusion
+import engine
+import packed as disk
+from packed import InputError
+
+CHUNK = 8  # pairs per chunk of the reference job: what a kill can lose, per rank
+
+
+class States(NamedTuple):
+    """Rows to be scored together: inputs and targets (S, L) int64, weight (S, L) float32, 0 where nothing is scored."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    weight: np.ndarray
+
+    def segments(self, states_per_forward):
+        """Row indices, one array a forward: always ceil(S / states_per_forward) of them, whatever the response.
+
+        States that reveal nothing are left out, but no segment is empty: ranks must make the same forwards.
+        """
+        live = self.weight.any(axis=1)
+        for first in range(0, len(self.inputs), states_per_forward):
+            rows = np.arange(first, min(first + states_per_forward, len(self.inputs)))
+            yield rows[live[rows]] if live[rows].any() else rows[:1]
+
+
+def response_states(prompt, response, masked, weight, mask_id):
+    """States of one response: prompt (P,) and response (n,) ids, masked (S, n) bool, weight (S, n). The prompt is never masked."""
+    S, start = len(masked), len(prompt)
+    targets = np.tile(np.concatenate((prompt, response)).astype(np.int64), (S, 1))  # (S, L)
+    inputs = targets.copy()
+    inputs[:, start:][masked] = mask_id
+    full = np.zeros(targets.shape, np.float32)
+    full[:, start:] = weight
+    return States(inputs, targets, full)
+
+
+def trajectory_states(prompt, response, masked, T, R, mask_id):
+    return response_states(prompt, response, masked, diffusion.trajectory_weights(masked, T, R), mask_id)
+
+
+def weighted_logps(model, states, rows, device):
+    """sum(weight * log p(target | input)) of each of `rows`: (B,) float32, in one forward with the head at scored tokens."""
+    inputs, targets, weight = (array[rows] for array in states)  # (B, L)
+    positions = np.flatnonzero(weight)
+    if not len(positions):
+        positions = np.zeros(1, np.int64)  # weight 0: a forward for the other ranks' sake
+    send = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
+    logits = model(input_ids=send(inputs), positions=send(positions)).logits  # (N, V)
+    logp = -torch.nn.functional.cross_entropy(logits.float(), send(targets.ravel()[positions]), reduction="none")  # float32
+    grid = torch.zeros(inputs.size, dtype=torch.float32, device=device)  # no atomics: the same sum at every run
+    return grid.index_put((send(positions),), logp * send(weight.ravel()[positions])).view(len(inputs), -1).sum(-1)
+
+
+def state_scores(model, states, states_per_forward, device):
+    """Per-state scores (S,) float32, `states_per_forward` rows at a time; a graph is kept if gradients are enabled."""
+    parts = torch.zeros(len(states.inputs), dtype=torch.float32, device=device)
+    for rows in states.segments(states_per_forward):
+        parts = parts.index_put((torch.from_numpy(rows).to(device),), weighted_logps(model, states, rows, device))
+    return parts
+
+
+def diffusion_score(model, prompt, response, masked, weight, mask_id, states_per_forward=4, device="cpu"):
+    """The stepwise denoising score of one response, per state.
+
+    prompt (P,), response (n,) ids; masked (S, n) bool and weight (S, n) as diffusion.trajectory_masks and
+    trajectory_weights make them. Returns (S,) float32; their sum is S(x, y). Differentiable.
+    """
+    return state_scores(model, response_states(prompt, response, masked, weight, mask_id), states_per_forward, device)
+
+
+def backward_passes(counts, states_per_forward):
+    """Backward passes that score_and_backward makes for responses of `counts` states."""
+    segments = [math.ceil(count / states_per_forward) for count in counts]
+    return 1 if max(segments) == 1 else sum(segments)
+
+
+def score_and_backward(model, responses, objective, states_per_forward, device, backward):
+    """Exact gradient of objective([S(response) ...]) at constant memory in the number of states.
+
+    objective: list of scalar scores -> scalar loss. backward(loss): adds d loss / d weights to the gradient. When every
+    response fits one forward, one joint backward; else the scores are taken without a graph, the loss's derivative by
+    each score is one number, and each segment's score times that number is sent backward by itself (the chain rule).
+    Returns the loss and each response's per-state scores, detached.
+    """
+    if backward_passes([len(states.inputs) for states in responses], states_per_forward) == 1:
+        scores = [state_scores(model, states, states_per_forward, device) for states in responses]
+        loss = objective([score.sum() for score in scores])
+        backward(loss)
+        return loss.detach(), [score.detach() for score in scores]
+    with torch.no_grad():
+        scores = [state_scores(model, states, states_per_forward, device) for states in responses]
+    totals = [score.sum().requires_grad_() for score in scores]
+    loss = objective(totals)
+    for states, slope in zip(responses, torch.autograd.grad(loss, totals)):
+        for rows in states.segments(states_per_forward):
+            backward(slope * weighted_logps(model, states, rows, device).sum())
+    return loss.detach(), scores
+
+
+def depends_on(packed, model_args, noise_args):
+    """What reference scores depend on: they are replayed only in a run that says the same."""
+    return {"data": packed.meta["fingerprint"], "model": checkpoint.model_fingerprint(model_args.model_name_or_path),
+            "tokenizer": packed.meta["tokenizer"], "estimator": "stepwise", "order": "random",
+            "diffusion_steps": noise_args.diffusion_steps, "trajectories": noise_args.trajectories,
+            "noise_seed": noise_args.noise_seed, "dtype": model_args.use_mixed_precision}
+
+
+def check(packed, model_args, noise_args):
+    """Refuse arguments that make no score, and arrays that another tokenizer made. Returns the model's mask id."""
+    for name, value in (("diffusion_steps", noise_args.diffusion_steps), ("trajectories", noise_args.trajectories),
+                        ("noise_sets", noise_args.noise_sets), ("states_per_forward", model_args.states_per_forward)):
+        if value < 1:
+            raise InputError(f"--{name} is {value}, expected at least 1")
+    tokenizer = checkpoint.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
+    if checkpoint.tokenizer_fingerprint(tokenizer) != packed.meta["tokenizer"]:
+        raise InputError(f"{packed.folder}: packed with another tokenizer than {model_args.model_name_or_path}'s; run: "
+                         f"python data_prep.py --in {packed.meta['source']} --out {packed.folder} "
+                         f"--model_name_or_path {model_args.model_name_or_path}")
+    model_config = checkpoint.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
+    return checkpoint.mask_token_id(model_config, tokenizer)
+
+
+def draw(packed, index, side, noise_args, noise_set):
+    """masked (S, n) of one response of a pair; side 0 is chosen, 1 rejected."""
+    rng = diffusion.generator(noise_args.noise_seed, packed.content(index), ("chosen", "rejected")[side], noise_set)
+    n, T = len(packed[index][1 + side]), noise_args.diffusion_steps
+    return diffusion.trajectory_masks(diffusion.trajectories(n, T, noise_args.trajectories, rng), T)
+
+
+def score_chunk(model, packed, pairs, noise_args, noise_set, mask_id, states_per_forward, device):
+    """Noise and scores of `pairs`: bits uint8 (their response tokens, ceil(S/8)), scores float32 (pairs, 2, S)."""
+    T, R, bits, scores = noise_args.diffusion_steps, noise_args.trajectories, [], []
+    for index in pairs:
+        prompt, *responses = packed[index]
+        for side, response in enumerate(responses):
+            masked = draw(packed, index, side, noise_args, noise_set)
+            states = trajectory_states(prompt, response, masked, T, R, mask_id)
+            scores.append(state_scores(model, states, states_per_forward, device).cpu().numpy())
+            bits.append(disk.pack_masks(masked))
+        if not np.isfinite(scores[-2:]).all():
+            raise InputError(f"{packed.folder}: the reference score of pair {index} is not finite; the model is broken "
+                             "or its numbers overflow (try --use_mixed_precision no)")
+    return np.concatenate(bits), np.stack(scores).reshape(len(pairs), 2, -1)
+
+
+def reference_set(model, packed, folder, noise_args, noise_set, mask_id, states_per_forward, ranks):
+    """Score every pair under one noise set: chunks dealt over the ranks, each renamed into place, assembled at the end."""
+    work = folder / f"chunks-{noise_set}"
+    work.mkdir(parents=True, exist_ok=True)
+    names = {first: work / f"{first:09d}-{min(first + CHUNK, len(packed)):09d}.npz" for first in range(0, len(packed), CHUNK)}
+    todo = ranks.broadcast([first for first, path in names.items() if not readable(path)])
+    S = diffusion.state_count(noise_args.diffusion_steps, noise_args.trajectories)
+    lengths = np.diff(packed.bounds, axis=1)  # (pairs, 3)
+    cost = S * (2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2])  # tokens through the model, per pair
+    bar = tqdm(total=sum(int(cost[first:first + CHUNK].sum()) for first in todo), unit="tok", unit_scale=True,
+               desc=f"reference scores, noise set {noise_set}", disable=not ranks.first, mininterval=1)
+    for turn in range(0, len(todo), ranks.world):
+        mine = todo[turn + ranks.rank:turn + ranks.rank + 1]
+        pairs = list(range(mine[0], min(mine[0] + CHUNK, len(packed)))) if mine else []
+        idle = [0] * (CHUNK - len(pairs)) if ranks.world > 1 else []  # scored and thrown away: equal forwards on every rank
+        bits, scores = score_chunk(model, packed, pairs + idle, noise_args, noise_set, mask_id, states_per_forward, ranks.device)
+        if mine:
+            kept = (packed.noise_bounds[pairs, 2] - packed.noise_bounds[pairs, 0]).sum()
+            with disk.replacing(names[mine[0]], "wb") as file:
+                np.savez(file, noise=bits[:kept], scores=scores[:len(pairs)])
+        bar.update(sum(int(cost[first:first + CHUNK].sum()) for first in todo[turn:turn + ranks.world]))
+    bar.close()
+    dist.barrier()
+    if ranks.first:
+        chunks = [np.load(path, allow_pickle=False) for path in names.values()]
+        disk.write_array(folder / f"noise-{noise_set}.npy", np.concatenate([chunk["noise"] for chunk in chunks]))
+        disk.write_array(folder / f"ref_scores-{noise_set}.npy", np.concatenate([chunk["scores"] for chunk in chunks]))
+        shutil.rmtree(work)
+    dist.barrier()
+
+
+def readable(path):
+    try:
+        with np.load(path, allow_pickle=False) as chunk:
+            return {"noise", "scores"} <= set(chunk.files)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+
+
+def main(argv=None):
+    data_args, model_args, noise_args = config.parse(
+        argv, __doc__.splitlines()[0], config.DataArguments, config.ModelArguments, config.NoiseArguments)
+    packed = disk.Packed(data_args.data)
+    mask_id = check(packed, model_args, noise_args)
+    wanted = depends_on(packed, model_args, noise_args)
+    folder = packed.folder / f"ref-{disk.fingerprint(wanted)}"
+    have = disk.read_json(folder / "meta.json", "this command")["noise_sets"] if (folder / "meta.json").exists() else 0
+    if have >= noise_args.noise_sets:
+        print(f"{folder}: {len(packed)} pairs, {have} noise set(s), up to date", flush=True)
+        return 0
+    ranks = engine.start()
+    have = ranks.broadcast(have)
+    ds_config, dtype = engine.read_ds_config(model_args.deepspeed), checkpoint.DTYPES[model_args.use_mixed_precision]
+    ds_config = engine.scoring_config(ds_config, model_args)
+    streamed = ds_config["zero_optimization"]["stage"] == 3  # else the model fits: no engine is needed
+    model = checkpoint.load_model(model_args.model_name_or_path, dtype, ds_config, model_args.trust_remote_code)
+    model = engine.build(model, ds_config) if streamed else model.to(ranks.device)
+    began = time.time()
+    with torch.no_grad():
+        for noise_set in range(have, noise_args.noise_sets):
+            reference_set(model, packed, folder, noise_args, noise_set, mask_id, model_args.states_per_forward, ranks)
+            if ranks.first:
+                disk.write_json(folder / "meta.json", {
+                    "depends_on": wanted, "noise_sets": noise_set + 1, "pairs": len(packed),
+                    "states": diffusion.state_count(noise_args.diffusion_steps, noise_args.trajectories),
+                    "model_name_or_path": model_args.model_name_or_path, "device": str(ranks.device),
+                    "ranks": ranks.world, "torch": torch.__version__, "states_per_forward": model_args.states_per_forward})
+    if ranks.first:
+        print(f"{folder}: {len(packed)} pairs, {noise_args.noise_sets} noise set(s), {time.time() - began:.0f} s\n"
+              f"next: python train_dpo.py --data {packed.folder} --model_name_or_path {model_args.model_name_or_path}",
+              flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    config.run(main)

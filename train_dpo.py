@@ -1,0 +1,285 @@
+"""Diffusion-DPO: align a masked diffusion language model with preferences. The loop is here, visible.
+
+    packed/ + packed/ref-<key>/ + model -> runs/NAME/ (run.json, log.jsonl, checkpoints/, final/)
+    deepspeed train_dpo.py --deepspeed ds_configs/zero3_offload_4080.json --data packed --model_name_or_path M
+
+The loss is in objective.py, the score and its exact gradient in score.py, the engine in engine.py. The first step has
+margin 0 and loss ln 2, because policy and reference replay the same noise; a run where they do not is refused.
+"""
+import dataclasses
+import math
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import checkpoint
+import config
+import engine
+import packed as disk
+import runs
+import score
+from objective import SFT, Preference, Stream, split, wilson
+from packed import InputError
+
+GUARD = {"bf16": 2e-2, "no": 1e-4}  # |policy - reference| per token that a first step may show
+
+
+class Job(NamedTuple):
+    """What every step needs: arguments, the engine, the objective, the order of the data, the ranks."""
+
+    args: config.TrainArguments
+    policy: Any
+    objective: Any
+    stream: Stream
+    ranks: engine.Ranks
+    states_per_forward: int
+
+
+def learning_rate(step, total, args):
+    """The rate of optimizer step `step` (0-based) of `total`: linear warm-up, then cosine or linear to 0, or constant."""
+    warmup = math.ceil(args.warmup_ratio * total)
+    if step < warmup:
+        return args.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(total - warmup, 1)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    return args.learning_rate * shape[args.lr_scheduler_type]
+
+
+def micro_batch(job, step, micro):
+    """This rank's [(pair, epoch)] of one micro-step; a place in the stream depends on nothing but its number."""
+    B = job.args.per_device_train_batch_size
+    first = ((step * job.args.gradient_accumulation_steps + micro) * job.ranks.world + job.ranks.rank) * B
+    return [job.stream[first + b] for b in range(B)]
+
+
+def optimizer_step(job, step, backwards, rate):
+    """One step of the optimizer. Returns this rank's sums of the metrics, its pairs, and the tokens through the model."""
+    done, sums, tokens = 0, 0, 0
+    for group in job.policy.optimizer.param_groups:
+        group["lr"] = rate
+    for micro in range(job.args.gradient_accumulation_steps):
+        for item, share in job.objective.work(micro_batch(job, step, micro)):
+
+            def backward(loss):
+                nonlocal done
+                done += 1  # the boundary is set at every backward: without it ZeRO-2 is silently wrong
+                job.policy.set_gradient_accumulation_boundary(done == backwards)
+                job.policy.backward(loss * (share / job.args.gradient_accumulation_steps), scale_wrt_gas=False)
+
+            responses = job.objective.responses(item)
+            loss, scores = score.score_and_backward(
+                job.policy, responses, job.objective.loss(item), job.states_per_forward, job.ranks.device, backward)
+            sums = sums + job.objective.measure(item, loss, scores)
+            tokens += sum(states.inputs.size for states in responses)
+    assert done == backwards, f"{done} backward passes, {backwards} were planned"
+    job.policy.step()
+    return np.append(sums, tokens)
+
+
+@torch.no_grad()
+def evaluate(job, pairs):
+    """Mean metrics over the held-out `pairs`, noise set 0, dealt over the ranks with the same forwards on each."""
+    sums = np.zeros(len(job.objective.metrics) + 1)
+    for turn in range(0, len(pairs), job.ranks.world):
+        mine = turn + job.ranks.rank
+        item = (int(pairs[min(mine, len(pairs) - 1)]), 0)  # an idle rank scores the last pair and throws it away
+        [(item, _)] = job.objective.work([item])
+        scores = [score.state_scores(job.policy, states, job.states_per_forward, job.ranks.device)
+                  for states in job.objective.responses(item)]
+        loss = job.objective.loss(item)([state.sum() for state in scores])
+        if mine < len(pairs):
+            sums += job.objective.measure(item, loss, scores)
+    means = named(job, total(sums, job.ranks), "eval_")
+    if "eval_rewards/accuracies" in means:
+        means["eval_rewards/accuracies_ci95"] = wilson(means["eval_rewards/accuracies"], len(pairs))
+    return means
+
+
+def total(sums, ranks):
+    """Sum over the ranks."""
+    value = torch.from_numpy(sums).to(ranks.device)
+    dist.all_reduce(value)
+    return value.cpu().numpy()
+
+
+def named(job, sums, prefix=""):
+    names = job.objective.metrics
+    return {prefix + name: float(value / sums[len(names)]) for name, value in zip(names, sums)}
+
+
+@torch.no_grad()
+def check_reference(job, dtype):
+    """Refuse to start if the policy does not reproduce the stored scores: other weights, dtype, masks or tokens."""
+    worst = 0.0
+    for item in micro_batch(job, 0, 0):
+        lengths = [len(side) for side in job.objective.packed[item[0]][1:]]
+        for states, want, n in zip(job.objective.responses(item), job.objective.ref_scores(item), lengths):
+            got = score.state_scores(job.policy, states, job.states_per_forward, job.ranks.device).sum()
+            worst = max(worst, abs(float(got) - float(want)) / n)
+    gaps = job.ranks.gather(worst)
+    if not all(gap <= GUARD[dtype] for gap in gaps):
+        folder, data = job.objective.reference.folder, job.objective.packed.folder
+        raise InputError(f"{folder}: its scores differ from the policy's by {max(gaps):.2g} per token before the first step "
+                         f"(at most {GUARD[dtype]:.0e} expected); remove that folder and run: python score.py --data {data}")
+    return max(gaps)
+
+
+def prepare(argv):
+    """Read the arguments and everything on disk that the run replays; refuse what cannot be right."""
+    data_args, model_args, noise_args, args = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS)
+    for name in ("learning_rate", "beta", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name} is {getattr(args, name)}, expected more than 0")
+    if not 0 <= args.eval_fraction < 1 or not 0 <= args.label_smoothing < 0.5:
+        raise InputError("--eval_fraction must be in [0, 1), --label_smoothing in [0, 0.5)")
+    packed = disk.Packed(data_args.data)
+    mask_id = score.check(packed, model_args, noise_args)
+    wanted = score.depends_on(packed, model_args, noise_args)
+    if args.loss_type == "sft":
+        objective = SFT(args, noise_args, packed, mask_id)
+    else:
+        mend = (f"python score.py --data {data_args.data} --model_name_or_path {model_args.model_name_or_path} "
+                f"--diffusion_steps {noise_args.diffusion_steps} --trajectories {noise_args.trajectories} "
+                f"--noise_sets {noise_args.noise_sets} --use_mixed_precision {model_args.use_mixed_precision}")
+        objective = Preference(args, noise_args, packed, disk.Reference(packed, wanted, noise_args.noise_sets, mend), mask_id)
+    arguments = {name: value for group in (data_args, model_args, noise_args, args)
+                 for name, value in dataclasses.asdict(group).items()}
+    return model_args, args, objective, arguments, wanted
+
+
+def save_checkpoint(job, run, step, num_tokens):
+    """Engine, step (which is the schedule's and the data's place) and counters. Nothing draws from a global RNG."""
+    job.policy.save_checkpoint(str(run.checkpoints), tag=run.temporary(step), save_latest=False)
+    dist.barrier()
+    if job.ranks.first:
+        run.keep(step, {"step": step, "num_tokens": num_tokens, "world": job.ranks.world}, job.args.save_total_limit)
+    dist.barrier()
+
+
+def load_checkpoint(job, path):
+    """(step, num_tokens) of the checkpoint, its engine state loaded."""
+    state = disk.read_json(path / "state.json", "another checkpoint")
+    if state["world"] != job.ranks.world:
+        raise InputError(f"{path}: was saved by {state['world']} ranks, this run has {job.ranks.world}; "
+                         f"start it with {state['world']}")
+    loaded, _ = job.policy.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None:
+        raise InputError(f"{path}: DeepSpeed cannot load it; choose another checkpoint with --resume_from_checkpoint")
+    return state["step"], state["num_tokens"]
+
+
+def train(job, run, held, start, steps, backwards, num_tokens):
+    """The loop: step, log, evaluate, save. Returns the last evaluation."""
+    args, ranks, began, evaluation = job.args, job.ranks, time.time(), {}
+    for step in range(start, steps):
+        clock, rate = time.time(), learning_rate(step, steps, args)
+        sums = total(optimizer_step(job, step, backwards, rate), ranks)
+        pairs, tokens = sums[len(job.objective.metrics)], sums[-1]
+        num_tokens += int(tokens)
+        seconds = time.time() - clock
+        norm = job.policy.get_global_grad_norm()
+        line = {"step": step + 1, "epoch": round((step + 1) * pairs / len(job.stream.train), 4), **named(job, sums),
+                "learning_rate": rate, "grad_norm": None if norm is None else float(norm), "num_tokens": num_tokens,
+                "pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds,
+                "seconds_left": (time.time() - began) / (step + 1 - start) * (steps - step - 1)}
+        line["gpu_peak_gib"], line["host_peak_gib"] = engine.memory_peaks(ranks.device)
+        if len(held) and (step + 1 == steps or args.eval_steps and (step + 1) % args.eval_steps == 0):
+            evaluation = evaluate(job, held)
+            line |= evaluation
+        if ranks.first:
+            run.log(line)
+            if (step + 1) % args.logging_steps == 0 or step + 1 == steps or evaluation.keys() <= line.keys() != set():
+                print(progress(line, steps), flush=True)
+        if args.save_steps and (step + 1) % args.save_steps == 0:
+            save_checkpoint(job, run, step + 1, num_tokens)
+    return evaluation
+
+
+def progress(line, steps):
+    """One line for the terminal."""
+    words = [f"step {line['step']}/{steps}", f"loss {line['loss']:.4f}"]
+    if "rewards/margins" in line:
+        words += [f"margin {line['rewards/margins']:+.3f}", f"accuracy {line['rewards/accuracies']:.2f}"]
+    if "eval_loss" in line:
+        words += [f"eval loss {line['eval_loss']:.4f}"]
+    if "eval_rewards/accuracies" in line:
+        low, high = line["eval_rewards/accuracies_ci95"]
+        words += [f"eval accuracy {line['eval_rewards/accuracies']:.3f} [{low:.3f}, {high:.3f}]"]
+    gpu = "" if line["gpu_peak_gib"] is None else f"GPU {line['gpu_peak_gib']:.1f} GiB, "
+    left = round(line["seconds_left"])
+    return " | ".join(words + [f"lr {line['learning_rate']:.1e}", f"{line['pairs_per_second']:.2f} pairs/s",
+                               f"{line['tokens_per_second']:.0f} tok/s", f"{gpu}host {line['host_peak_gib']:.1f} GiB",
+                               f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"])
+
+
+def main(argv=None):
+    # 1. what is on disk, and whether this run is finished, unfinished or new
+    model_args, args, objective, arguments, wanted = prepare(argv)
+    packed, run = objective.packed, runs.Run(args.output_dir)
+    run.check_same(arguments, wanted)
+    if run.finished:
+        print(f"{run.final}: this run is finished; another needs another --output_dir", flush=True)
+        return 0
+    checkpoint_path = run.start_from(args.resume_from_checkpoint)
+    train_pairs, held = split(packed, args.eval_fraction, args.seed)
+    ds_config = engine.read_ds_config(model_args.deepspeed)
+
+    # 2. the policy in its engine
+    ranks = engine.start()
+    rows = args.per_device_train_batch_size
+    per_step = rows * args.gradient_accumulation_steps * ranks.world
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(train_pairs) / per_step)
+    pieces = args.gradient_accumulation_steps * len(objective.work([(0, 0)] * rows))
+    states_per_forward = rows if args.loss_type == "sft" else model_args.states_per_forward
+    backwards = pieces * score.backward_passes(objective.counts, states_per_forward)
+    ds_config = engine.training_config(ds_config, args, model_args, backwards, model_args.deepspeed)
+    source = model_args.model_name_or_path
+    model = checkpoint.load_model(source, checkpoint.DTYPES[model_args.use_mixed_precision], ds_config, model_args.trust_remote_code)
+    if model_args.gradient_checkpointing:  # non-reentrant: the only kind that ZeRO-3 bears with several forwards a step
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    lengths = np.diff(packed.bounds[:, :3].astype(np.int64), axis=1).sum(1) if args.loss_type == "sft" else None
+    job = Job(args, engine.build(model, ds_config), objective, Stream(train_pairs, args.seed, rows, lengths), ranks, states_per_forward)
+
+    # 3. start or go on
+    start, num_tokens = load_checkpoint(job, checkpoint_path) if checkpoint_path else (0, 0)
+    if ranks.first:
+        print(f"{source}: {len(train_pairs)} pairs to train on, {len(held)} held out, {steps} steps of {per_step} pairs, "
+              f"{sum(objective.counts)} states a pair, {backwards} backward passes a step"
+              + (f"; going on after step {start} ({checkpoint_path})" if start else ""), flush=True)
+    if not start and args.loss_type != "sft":
+        gap = check_reference(job, model_args.use_mixed_precision)
+        if ranks.first:
+            print(f"policy and reference agree to {gap:.1e} per token", flush=True)
+    if ranks.first:
+        run.begin(arguments, wanted, {"torch": torch.__version__, "deepspeed": engine.deepspeed.__version__, "ranks": ranks.world})
+        run.cut_log(start)
+    dist.barrier()
+
+    # 4. the loop, and what comes out
+    evaluation = train(job, run, held, start, steps, backwards, num_tokens)
+    weights = engine.gather_weights(job.policy, ranks)
+    if ranks.first:
+        tokenizer = checkpoint.load_tokenizer(source, model_args.trust_remote_code)
+        checkpoint.save_model(run.final, model, weights, checkpoint.model_folder(source), tokenizer, card(arguments, evaluation))
+        print(f"{run.final}: the aligned model, in Hugging Face format\n"
+              f"next: python generate.py --model_name_or_path {run.final} --prompt '...'", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def card(arguments, evaluation):
+    """The model card: what made these weights, and what the held-out pairs said."""
+    names = ("loss_type", "beta", "diffusion_steps", "trajectories", "learning_rate", "num_train_epochs", "seed", "noise_seed")
+    table = "\n".join(f"| {name} | {value} |" for name, value in
+                      [(name, arguments[name]) for name in names] + [(name, value) for name, value in evaluation.items()])
+    return (f"---\nlibrary_name: transformers\ntags: [diffusion-language-model, dpo]\n---\n"
+            f"{arguments['model_name_or_path']} trained with train_dpo.py ({arguments['loss_type']}).\n\n"
+            f"| | |\n|---|---|\n{table}\n")
+
+
+if __name__ == "__main__":
+    config.run(main)
