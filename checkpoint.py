@@ -6,19 +6,23 @@ Under ZeRO-3 the model is built partitioned (zero.Init) and filled one tensor at
 whole in host memory twice. No remote code runs unless trust_remote_code is given; weights are safetensors only.
 """
 import contextlib
+import inspect
 import json
 import os
 import shutil
 from pathlib import Path
 
+import jinja2
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 from transformers.initialization import no_init_weights
+from transformers.utils.logging import disable_progress_bar
 
 import llada  # noqa: F401  registers model_type llada
 from packed import InputError, fingerprint, read_json
 
+disable_progress_bar()  # ours are few and honest; this one would only flash by
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}  # by use_mixed_precision
 
 
@@ -51,6 +55,9 @@ def load_tokenizer(name, trust_remote_code=False, **kwargs):
     """The folder's tokenizer through AutoTokenizer (tokenizer.json, or a sentencepiece tokenizer.model)."""
     folder = model_folder(name)
     load_config(name, trust_remote_code)
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer_config.json").exists():
+        raise InputError(f"{folder}: its tokenizer.model needs a tokenizer_config.json beside it that names tokenizer_class "
+                         "(LlamaTokenizer for SMDM), or it would be read wrongly")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
     except (ValueError, OSError, KeyError, TypeError) as error:
@@ -90,16 +97,24 @@ def prompt_text(tokenizer, prompt, template):
         if isinstance(prompt, str):
             return prompt
         raise InputError("conversational rows need a chat template, and this tokenizer has none (or --template none)")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return render(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+
+
+def render(tokenizer, messages):
+    """The chat template's text of `messages`, then the assistant's header."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise InputError(f"the chat template refuses these messages ({error})") from None
 
 
 def end_token_id(tokenizer, template):
     """What ends a response: the special token that the chat template puts after an assistant's message, else eos."""
     if uses_chat(tokenizer, template):
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "@answer@"}]
-        rest = encode(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False).split("@answer@")[-1])
-        if rest and rest[0] in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
+        rest = encode(tokenizer, render(tokenizer, messages).split("@answer@")[-1])
+        added = tokenizer.added_tokens_decoder  # it holds sentencepiece's user-defined pieces too, which are plain text
+        if rest and rest[0] in added and added[rest[0]].special:
             return rest[0]
     return tokenizer.eos_token_id
 
@@ -168,6 +183,9 @@ def load_model(name, dtype, ds_config=None, trust_remote_code=False):
         build = deepspeed.zero.Init(config_dict_or_path=ds_config)  # its own dtype argument is ignored on a CPU
     with no_init_weights(), build:
         model = AutoModelForMaskedLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()  # no_init_weights leaves that out, too
+    if "positions" not in inspect.signature(model.forward).parameters:
+        raise InputError(f"{folder}: model_type {config.model_type} is not supported; expected llada")
     fill(model, folder)
     return model.train()
 

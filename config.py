@@ -33,7 +33,7 @@ class DataArguments:
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: Optional[str] = arg(None, "model folder or hub name; the policy's start and the reference")
+    model_name_or_path: Optional[str] = arg(None, "model folder or hub name: the policy's start and the reference; when not given, the one that packed the data; data_prep: examples/tiny")
     trust_remote_code: bool = arg(False, "run code that comes with the model (never needed for LLaDA)")
     use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights, float32 scores; no: float32")
     gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
@@ -92,8 +92,17 @@ def parse(argv, description, *used):
             action.help = SUPPRESS
     path = next((argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config_file"), None)
     path = path or next((word.split("=", 1)[1] for word in argv if word.startswith("--config_file=")), None)
-    *groups, _ = parser.parse_args_into_dataclasses(args=(yaml_as_flags(path) if path else []) + argv)
+    flags = (yaml_as_flags(path) if path else []) + argv
+    *groups, _, unknown = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise InputError(f"unknown argument {unknown[0]}{nearest(unknown[0], known)}")
     return [group for group in groups if isinstance(group, used)]
+
+
+def nearest(word, known):
+    found = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {found[0]}?" if found else "; --help lists them"
 
 
 def yaml_as_flags(path):
@@ -109,10 +118,11 @@ def yaml_as_flags(path):
     flags = []
     for name, value in entries.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            raise InputError(f"{path}: unknown argument '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+            raise InputError(f"{path}: unknown argument {name}{nearest(str(name), known)}")
         if value is not None:
-            flags += [f"--{name}={str(value).lower() if isinstance(value, bool) else value}"]
+            if isinstance(value, bool):
+                value = "yes" if value else "no"  # YAML's bare `no` is False, and use_mixed_precision knows "no"
+            flags += [f"--{name}={value}"]
     return flags
 
 
@@ -122,5 +132,6 @@ def run(main):
         sys.exit(main())
     except InputError as error:
         rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        if rank == "0" or error.local:
+            print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         sys.exit(2)

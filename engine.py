@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import resource
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ class Ranks(NamedTuple):
 def start():
     """Join the ranks that a launcher made (RANK, WORLD_SIZE, ...), or be the only one."""
     deepspeed_logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -138,6 +140,14 @@ def build(model, config):
             raise
         raise InputError("DeepSpeed's CPU Adam did not compile; see its message above (a C++ compiler, and on a GPU "
                          "the CUDA toolkit of torch's version, are needed), then run: bash launch.sh --setup") from None
+
+
+def step(engine):
+    """One optimizer step. Returns the gradient's norm before clipping."""
+    whole = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(whole) if whole else None  # ZeRO-0 in float32 keeps them, and names no norm
+    engine.step()
+    return float(norm if engine.get_global_grad_norm() is None else engine.get_global_grad_norm())
 
 
 def gather_weights(engine, ranks):

@@ -30,7 +30,7 @@ from packed import InputError, replacing
 
 def check_lengths(steps, gen_length, block_length):
     if min(steps, gen_length, block_length) < 1:
-        raise InputError(f"--steps {steps} --gen_length {gen_length} --block_length {block_length}: expected at least 1")
+        raise InputError(f"--steps {steps} --gen_length {gen_length} --block_length {block_length}: all must be >= 1")
     if gen_length % block_length:
         raise InputError(f"--gen_length {gen_length} is not a multiple of --block_length {block_length}; "
                          f"try --block_length {math.gcd(gen_length, block_length)}")

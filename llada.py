@@ -8,8 +8,6 @@ config.json + *.safetensors (GSAI-ML/LLaDA-8B-*) -> logits.  Importing this file
 Source: Nie et al., Large Language Diffusion Models, arXiv 2502.09992, and the checkpoints' configuration.
 B batch, L length, D width, H heads, G key/value heads, hd head width, V vocabulary, N scored positions.
 """
-import math
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -163,16 +161,13 @@ class LLaDAModelLM(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module):
-        """Normal(0, init_std), residual outputs scaled by 1/sqrt(2 n_layers); only training from scratch uses it."""
+        """Normal(0, init_std), norms 1, biases 0; only training from scratch uses it."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, 0.0, self.config.init_std)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, LLaDABlock):
-            for linear in (module.attn_out, module.ff_out):
-                init.normal_(linear.weight, 0.0, self.config.init_std / math.sqrt(2 * self.config.n_layers))
 
     def get_input_embeddings(self):
         return self.model.transformer.wte
@@ -186,14 +181,12 @@ class LLaDAModelLM(PreTrainedModel):
     def set_output_embeddings(self, head):
         self.model.transformer.ff_out = head
 
-    def forward(self, input_ids, attention_mask=None, positions=None, **kwargs):
+    def forward(self, input_ids, attention_mask=None, positions=None):
         """input_ids (B, L); attention_mask (B, L), 1 = real; positions (N,) flat indices b * L + i.
 
         Returns MaskedLMOutput with logits (B, L, V), or (N, V) of `positions` alone, so that a score needs no
         more head than it reads. Positions are counted by index: padding on the left shifts them.
         """
-        if unknown := [name for name, value in kwargs.items() if value not in (None, False, True)]:
-            raise ValueError(f"LLaDA's forward does not take {', '.join(unknown)}")
         x = self.model.transformer.wte(input_ids)  # (B, L, D)
         cos, sin = rotary(input_ids.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta, x.device)
         bias = None

@@ -19,7 +19,14 @@ FORMAT = 1
 
 
 class InputError(Exception):
-    """A user's error in one sentence: what, where, what was expected, what to run. Scripts print it and exit 2."""
+    """A user's error in one sentence: what, where, what was expected, what to run. Scripts print it and exit 2.
+
+    local: only this rank has met it, so this rank must say it; else every rank has, and rank 0 speaks.
+    """
+
+    def __init__(self, sentence, local=False):
+        super().__init__(sentence)
+        self.local = local
 
 
 @contextlib.contextmanager
@@ -75,8 +82,11 @@ def fingerprint(*parts):
 
 
 def file_sha256(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_packed(folder, pairs, meta):
@@ -136,7 +146,7 @@ class Packed:
 def open_array(path, mend):
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: cannot be read as an array ({error}); make it again with: {mend}") from None
 
 

@@ -130,6 +130,7 @@ def depends_on(packed, model_args, noise_args):
 
 def check(packed, model_args, noise_args):
     """Refuse arguments that make no score, and arrays that another tokenizer made. Returns the model's mask id."""
+    model_args.model_name_or_path = model_args.model_name_or_path or packed.meta["model_name_or_path"]
     for name, value in (("diffusion_steps", noise_args.diffusion_steps), ("trajectories", noise_args.trajectories),
                         ("noise_sets", noise_args.noise_sets), ("states_per_forward", model_args.states_per_forward)):
         if value < 1:
@@ -162,7 +163,7 @@ def score_chunk(model, packed, pairs, noise_args, noise_set, mask_id, states_per
             bits.append(disk.pack_masks(masked))
         if not np.isfinite(scores[-2:]).all():
             raise InputError(f"{packed.folder}: the reference score of pair {index} is not finite; the model is broken "
-                             "or its numbers overflow (try --use_mixed_precision no)")
+                             "or its numbers overflow (try --use_mixed_precision no)", local=True)
     return np.concatenate(bits), np.stack(scores).reshape(len(pairs), 2, -1)
 
 
@@ -201,13 +202,15 @@ def readable(path):
     try:
         with np.load(path, allow_pickle=False) as chunk:
             return {"noise", "scores"} <= set(chunk.files)
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # EOFError: an empty file
         return False
 
 
 def main(argv=None):
-    data_args, model_args, noise_args = config.parse(
-        argv, __doc__.splitlines()[0], config.DataArguments, config.ModelArguments, config.NoiseArguments)
+    data_args, model_args, noise_args, train_args = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS)
+    if train_args.loss_type == "sft":
+        print("loss_type sft needs no reference scores", flush=True)
+        return 0
     packed = disk.Packed(data_args.data)
     mask_id = check(packed, model_args, noise_args)
     wanted = depends_on(packed, model_args, noise_args)

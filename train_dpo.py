@@ -56,7 +56,7 @@ def micro_batch(job, step, micro):
 
 
 def optimizer_step(job, step, backwards, rate):
-    """One step of the optimizer. Returns this rank's sums of the metrics, its pairs, and the tokens through the model."""
+    """One step of the optimizer. Returns this rank's sums (the metrics, pairs, tokens through the model) and the gradient's norm."""
     done, sums, tokens = 0, 0, 0
     for group in job.policy.optimizer.param_groups:
         group["lr"] = rate
@@ -75,8 +75,7 @@ def optimizer_step(job, step, backwards, rate):
             sums = sums + job.objective.measure(item, loss, scores)
             tokens += sum(states.inputs.size for states in responses)
     assert done == backwards, f"{done} backward passes, {backwards} were planned"
-    job.policy.step()
-    return np.append(sums, tokens)
+    return np.append(sums, tokens), engine.step(job.policy)
 
 
 @torch.no_grad()
@@ -176,22 +175,22 @@ def train(job, run, held, start, steps, backwards, num_tokens):
     args, ranks, began, evaluation = job.args, job.ranks, time.time(), {}
     for step in range(start, steps):
         clock, rate = time.time(), learning_rate(step, steps, args)
-        sums = total(optimizer_step(job, step, backwards, rate), ranks)
+        sums, norm = optimizer_step(job, step, backwards, rate)
+        sums = total(sums, ranks)
         pairs, tokens = sums[len(job.objective.metrics)], sums[-1]
         num_tokens += int(tokens)
         seconds = time.time() - clock
-        norm = job.policy.get_global_grad_norm()
         line = {"step": step + 1, "epoch": round((step + 1) * pairs / len(job.stream.train), 4), **named(job, sums),
-                "learning_rate": rate, "grad_norm": None if norm is None else float(norm), "num_tokens": num_tokens,
+                "learning_rate": rate, "grad_norm": norm, "num_tokens": num_tokens,
                 "pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds,
                 "seconds_left": (time.time() - began) / (step + 1 - start) * (steps - step - 1)}
         line["gpu_peak_gib"], line["host_peak_gib"] = engine.memory_peaks(ranks.device)
-        if len(held) and (step + 1 == steps or args.eval_steps and (step + 1) % args.eval_steps == 0):
+        if scored := len(held) and (step + 1 == steps or args.eval_steps and (step + 1) % args.eval_steps == 0):
             evaluation = evaluate(job, held)
             line |= evaluation
         if ranks.first:
             run.log(line)
-            if (step + 1) % args.logging_steps == 0 or step + 1 == steps or evaluation.keys() <= line.keys() != set():
+            if scored or step + 1 == steps or (step + 1) % args.logging_steps == 0:
                 print(progress(line, steps), flush=True)
         if args.save_steps and (step + 1) % args.save_steps == 0:
             save_checkpoint(job, run, step + 1, num_tokens)

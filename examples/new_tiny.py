@@ -49,8 +49,8 @@ def main(argv=None):
         "mask_token": "<mask>", "clean_up_tokenization_spaces": False}, indent=2) + "\n")
     torch.manual_seed(args.seed)
     config = LLaDAConfig(
-        d_model=192, n_layers=4, n_heads=6, n_kv_heads=6, mlp_hidden_size=512, vocab_size=args.vocab_size,
-        embedding_size=args.vocab_size, max_sequence_length=512, rope_theta=10000.0, mask_token_id=MASK,
+        d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, mlp_hidden_size=384, vocab_size=args.vocab_size,
+        embedding_size=args.vocab_size, max_sequence_length=512, rope_theta=10000.0, init_std=0.08, mask_token_id=MASK,
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS)
     model = LLaDAModelLM(config)
     model.save_pretrained(args.out)

@@ -171,7 +171,7 @@ def test_batch_is_one_by_one(tiny_dir, temperature):
     batched = generate.respond(model, tokenizer, prompts, batch_size=2, progress=done.append, **options)
     assert batched == generate.respond(model, tokenizer, prompts, batch_size=1, **options)
     counts = Counter(len(ids) for ids in prompts).values()
-    assert done[-1] == 6 and done == sorted(done) and len(done) == sum(-(-count // 2) for count in counts)  # full batches
+    assert done[-1] == 6 and done == sorted(done) and len(done) == sum(-(-count // 2) for count in counts)
     assert (batched[0] == batched[5]) == (temperature == 0)
     if temperature == 0:
         assert batched == [generate.respond(model, tokenizer, [ids], **options)[0] for ids in prompts]
@@ -220,16 +220,17 @@ def test_script_file_to_file(tiny_dir, tmp_path):
 def test_prompt_is_printed(tiny_dir, capsys):
     base = ["--model_name_or_path", str(tiny_dir), "--prompt", "7 + 5", *SHORT]
     texts = []
-    for more in ([], ["--temperature", "1", "--seed", "1"], ["--temperature", "1", "--seed", "1"], ["--temperature", "1"]):
-        generate.main(base + more)
+    for temperature, seed in ("00", "11", "11", "10"):
+        generate.main(base + ["--temperature", temperature, "--seed", seed])
         texts.append(capsys.readouterr().out)
     assert texts[1] == texts[2] != texts[3] and all(text.endswith("\n") for text in texts)
 
 
 def test_chat_template(tiny_dir, tmp_path, monkeypatch):
-    """A prompt is a user message, with the assistant's header after it and nothing added; --template none leaves it raw."""
+    """A prompt is a user message, then the assistant's header, nothing added; --template none leaves it raw."""
     folder = shutil.copytree(tiny_dir, tmp_path / "chat")
-    template = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+    template = ("<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+                "{% if add_generation_prompt %}[a]{% endif %}")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
     talk = [{"role": role, "content": role[0]} for role in ("system", "user")]
@@ -282,9 +283,11 @@ def test_malformed_row(tiny_dir, tmp_path, line):
 @pytest.mark.parametrize("flags, words", [
     (["--in", "nowhere.jsonl", "--out", "out.jsonl"], "nowhere.jsonl"), (["--in", "x.jsonl"], "--out"),
     (["--prompt", "x", "--device", "tpu"], "tpu"), (["--prompt", "x", "--temperature", "-1"], "--temperature"),
-    (["--prompt", "x", "--temperature", "nan"], "--temperature"), (["--prompt", "x", "--batch_size", "0"], "--batch_size"),
+    (["--prompt", "x", "--temperature", "nan"], "--temperature"),
+    (["--prompt", "x", "--batch_size", "0"], "--batch_size"),
     (["--task", "arithmetic", "--num", "0"], "--num"), (["--prompt", "x", "--out", "nowhere/out.jsonl"], "nowhere"),
-    ([], "--prompt"), (["--prompt", "x", "--step", "3"], "--step"), (["--prompt", "x", "--template", "chat"], "template")])
+    ([], "--prompt"), (["--prompt", "x", "--step", "3"], "--step"),
+    (["--prompt", "x", "--template", "chat"], "template")])
 def test_refusals(tiny_dir, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as error:

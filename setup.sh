@@ -1,0 +1,60 @@
+# Sourced by launch.sh and tests/run.sh: finds or makes the environment, once, and says what it does.
+# Leaves: $python, and DeepSpeed's extensions compiled under $TORCH_EXTENSIONS_DIR.
+# The active python3 is used if it satisfies requirements.txt; else .venv beside this file is made from it.
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+die() { echo "error: $1" >&2; exit 2; }
+
+serves() { # does this python satisfy requirements.txt?
+    "$1" - "$here/requirements.txt" 2>/dev/null <<'PY'
+import sys
+from importlib.metadata import version
+from packaging.requirements import Requirement
+for line in open(sys.argv[1]):
+    need = Requirement(line.strip())
+    assert need.specifier.contains(version(need.name), prereleases=True)
+PY
+}
+
+if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && serves python3; then
+    python=$(command -v python3)
+else
+    python=$here/.venv/bin/python
+    if ! serves "$python"; then
+        command -v python3 >/dev/null || die "python3 is not installed; Python 3.10 or newer is needed"
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$(python3 --version) is too old; Python 3.10 or newer is needed"
+        echo "setup: making $here/.venv from requirements.txt (1.5 GB on a CPU, more with CUDA; a few minutes, once)"
+        python3 -m venv "$here/.venv" || die "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv"
+        "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt" 2> "$here/.venv/pip.log" ||
+            die "pip could not install requirements.txt; its last words: $(tail -n 1 "$here/.venv/pip.log")"
+    fi
+fi
+
+# One folder of compiled extensions per environment: another torch would not load them.
+prefix=$("$python" -c 'import sys; print(sys.prefix)')
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$prefix/torch_extensions}
+export PATH=$prefix/bin:$PATH # ninja
+built=$TORCH_EXTENSIONS_DIR/.built
+versions=$("$python" -c 'from importlib.metadata import version as v; print("torch", v("torch"), "deepspeed", v("deepspeed"))')
+if [ "$(cat "$built" 2>/dev/null)" != "$versions" ]; then
+    command -v "${CXX:-c++}" >/dev/null || die "no C++ compiler, which DeepSpeed's CPU Adam needs; on Debian and Ubuntu: apt install g++"
+    mkdir -p "$TORCH_EXTENSIONS_DIR"
+    echo "setup: compiling DeepSpeed's extensions (one to six minutes, once)"
+    # One builder at a time: whoever holds this lock may remove the lock files that a killed build left behind,
+    # at which the next process would otherwise wait for ever, silently.
+    (
+        flock 9
+        find "$TORCH_EXTENSIONS_DIR" -name lock -delete
+        "$python" - > "$TORCH_EXTENSIONS_DIR/build.log" 2>&1 <<'PY' || exit 1
+import os
+import torch
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+from deepspeed.accelerator import get_accelerator
+names = ["CPUAdamBuilder"] + (["ShareMemCommBuilder"] if get_accelerator().device_name() == "cpu" else [])
+for name in names:
+    get_accelerator().create_op_builder(name).load(verbose=True)
+PY
+        echo "$versions" > "$built.tmp" && mv "$built.tmp" "$built"
+    ) 9> "$TORCH_EXTENSIONS_DIR/.builder" || die "DeepSpeed's extensions did not compile (a compiler, and on a GPU the CUDA toolkit of torch's version, are needed); see $TORCH_EXTENSIONS_DIR/build.log"
+fi

@@ -1,0 +1,144 @@
+"""The mathematics once more, naively, to test against: float64, one state at a time, nothing of ours imported.
+
+A model is {tensor name: float64 tensor}, as its safetensors file names them. n response tokens, V vocabulary, D width,
+L length, T denoising steps, R trajectories. reveal: R lists of n steps. p(y | x) is a softmax over V at each position.
+"""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+MASK = 3
+
+
+def load(folder):
+    return {name: tensor.double().requires_grad_() for name, tensor in load_file(Path(folder) / "model.safetensors").items()}
+
+
+def rms_norm(x, weight, eps=1e-5):
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def rotated(x, theta=10000.0):
+    """x (L, hd): dimension j and j + hd/2 turned by the angle position * theta ** (-2j / hd)."""
+    L, width = x.shape
+    half = width // 2
+    out = []
+    for j in range(half):
+        angle = torch.arange(L, dtype=torch.float64) * theta ** (-2 * j / width)
+        out.append((x[:, j] * angle.cos() - x[:, j + half] * angle.sin(), x[:, j + half] * angle.cos() + x[:, j] * angle.sin()))
+    return torch.stack([a for a, _ in out] + [b for _, b in out], -1)
+
+
+def log_probs(model, ids, heads=4):
+    """LLaDA on one row: log p (L, V), every position attending to every other."""
+    take = lambda name: model[f"model.transformer.{name}.weight"]  # noqa: E731
+    x = take("wte")[torch.tensor(ids)]  # (L, D)
+    width, block = x.shape[1] // heads, 0
+    while f"model.transformer.blocks.{block}.attn_norm.weight" in model:
+        part = lambda name: take(f"blocks.{block}.{name}")  # noqa: E731
+        h = rms_norm(x, part("attn_norm"))
+        q, k, v = (h @ part(name).T for name in ("q_proj", "k_proj", "v_proj"))
+        mixed = []
+        for head in range(heads):
+            cut = slice(head * width, (head + 1) * width)
+            attention = torch.softmax(rotated(q[:, cut]) @ rotated(k[:, cut]).T / math.sqrt(width), -1)
+            mixed.append(attention @ v[:, cut])
+        x = x + torch.cat(mixed, -1) @ part("attn_out").T
+        h = rms_norm(x, part("ff_norm"))
+        gate = h @ part("ff_proj").T
+        x = x + (gate * torch.sigmoid(gate) * (h @ part("up_proj").T)) @ part("ff_out").T
+        block += 1
+    return torch.log_softmax(rms_norm(x, take("ln_f")) @ take("ff_out").T, -1)
+
+
+def hidden(masked, prompt, response):
+    """The row in which the response tokens of `masked` are the mask."""
+    return [int(token) for token in prompt] + [MASK if hide else int(token) for token, hide in zip(response, masked)]
+
+
+def score(model, prompt, response, reveal, T):
+    """1/R sum_r sum_s sum_{i revealed at s} log p(y_i | state before s, x)."""
+    total = 0.0
+    for steps in reveal:
+        for s in range(T):
+            revealed = [i for i in range(len(response)) if steps[i] == s]
+            if revealed:
+                logp = log_probs(model, hidden([step >= s for step in steps], prompt, response))
+                for i in revealed:
+                    total = total + logp[len(prompt) + i, int(response[i])]
+    return total / len(reveal)
+
+
+def reveal_steps(bits, T, R):
+    """reveal (R, n) of one response's rows of noise-k.npy (n, bytes): the last step before which its token is hidden."""
+    reveal = []
+    for r in range(R):
+        steps = []
+        for row in bits:
+            hides = [s for s in range(T) for state in [0 if s == 0 else 1 + r * (T - 1) + s - 1]
+                     if row[state // 8] >> (7 - state % 8) & 1]
+            assert hides == list(range(len(hides))) and hides, "a token shows and hides again"
+            steps.append(hides[-1])
+        reveal.append(steps)
+    return reveal
+
+
+def read_packed(folder):
+    """[(prompt, chosen, rejected)] lists of ids."""
+    tokens, bounds = np.load(Path(folder) / "tokens.npy"), np.load(Path(folder) / "bounds.npy")
+    return [tuple(tokens[a:b].tolist() for a, b in zip(row, row[1:])) for row in bounds.tolist()]
+
+
+def read_reference(packed, **wanted):
+    """(reveal[k][pair] of chosen and of rejected, scores[k]) of the one packed/ref-*/ whose meta says `wanted`."""
+    [folder] = [path.parent for path in Path(packed).glob("ref-*/meta.json")
+                if wanted.items() <= json.loads(path.read_text())["depends_on"].items()]
+    depends = json.loads((folder / "meta.json").read_text())["depends_on"]
+    T, R, sets, scores = depends["diffusion_steps"], depends["trajectories"], [], []
+    while (folder / f"noise-{len(sets)}.npy").exists():
+        bits, place, pairs = np.load(folder / f"noise-{len(sets)}.npy"), 0, []
+        for _, *sides in read_packed(packed):
+            pair = []
+            for side in sides:
+                pair.append(reveal_steps(bits[place:place + len(side)].tolist(), T, R))
+                place += len(side)
+            pairs.append(pair)
+        assert place == len(bits)
+        scores.append(np.load(folder / f"ref_scores-{len(sets)}.npy"))
+        sets.append(pairs)
+    return sets, scores
+
+
+def preference_loss(margin, beta, smoothing=0.0):
+    win = torch.sigmoid(torch.as_tensor(beta * margin, dtype=torch.float64))
+    return -(1 - smoothing) * torch.log(win) - smoothing * torch.log(1 - win)
+
+
+def pair_loss(model, reference, pair, reveal, T, beta, smoothing=0.0):
+    """-log sigmoid(beta * margin), the reference's scores made here, from its weights."""
+    prompt, chosen, rejected = pair
+    with torch.no_grad():
+        ref_w, ref_l = score(reference, prompt, chosen, reveal[0], T), score(reference, prompt, rejected, reveal[1], T)
+    win, lose = score(model, prompt, chosen, reveal[0], T), score(model, prompt, rejected, reveal[1], T)
+    return preference_loss((win - lose) - (ref_w - ref_l), beta, smoothing)
+
+
+def train(model, reference, batches, T, *, lr, betas, eps, weight_decay, clip, beta):
+    """AdamW with clipping by global norm over `batches` of (pair, reveal). Yields (mean loss, norm, weights) a step."""
+    optimizer = torch.optim.AdamW(list(model.values()), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    for batch in batches:
+        optimizer.zero_grad()
+        losses = []
+        for pair, reveal in batch:
+            loss = pair_loss(model, reference, pair, reveal, T, beta) / len(batch)
+            loss.backward()
+            losses.append(float(loss))
+        norm = math.sqrt(sum(float((value.grad ** 2).sum()) for value in model.values()))
+        for value in model.values():
+            value.grad *= min(1.0, clip / norm)
+        optimizer.step()
+        yield sum(losses), norm, {name: value.detach().clone() for name, value in model.items()}

@@ -1,0 +1,146 @@
+"""What the tests of score, objective and train_dpo run on: a model of 60,000 parameters, pairs of random ids, scripts."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import checkpoint
+import config
+import packed
+from llada import LLaDAConfig, LLaDAModelLM
+
+EOS, MASK, VOCAB = 2, 3, 512
+ENV = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false",
+       "HF_HUB_OFFLINE": "1"}
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+# prompt, chosen, rejected: a response of 1 token beside one of 200, and fewer tokens than denoising steps
+LENGTHS = [(5, 1, 200), (7, 200, 1), (4, 12, 9), (6, 2, 3), (3, 30, 1), (9, 5, 40), (4, 1, 1), (8, 17, 23), (5, 3, 2), (6, 8, 13),
+           (2, 7, 7), (5, 25, 4), (3, 11, 19), (7, 6, 2), (4, 9, 10), (6, 1, 33), (5, 14, 6), (8, 4, 21), (3, 16, 5)]
+
+
+def make_model(folder, tokenizer_dir, seed=0):
+    """A LLaDA folder with the tokenizer of `tokenizer_dir`, weights large enough that predictions differ."""
+    torch.manual_seed(seed)
+    model = LLaDAModelLM(LLaDAConfig(
+        d_model=32, n_layers=2, n_heads=4, mlp_hidden_size=48, vocab_size=VOCAB, max_sequence_length=512, rope_theta=10000.0,
+        init_std=0.2, mask_token_id=MASK, bos_token_id=1, eos_token_id=EOS, pad_token_id=EOS))
+    model.save_pretrained(folder)
+    for path in Path(tokenizer_dir).glob("token*"):
+        shutil.copy(path, folder)
+    return Path(folder)
+
+
+def make_pairs(lengths, seed=0):
+    """Random ids, the responses ending in eos."""
+    rng = np.random.default_rng(seed)
+    ids = lambda n: rng.integers(4, VOCAB, n).tolist()  # noqa: E731
+    return [(ids(p), ids(w - 1) + [EOS], ids(l - 1) + [EOS]) for p, w, l in lengths]
+
+
+def pack(folder, pairs, model):
+    """packed/ of `pairs` as data_prep.py writes it."""
+    tokenizer = checkpoint.load_tokenizer(str(model))
+    packed.write_packed(folder, pairs, {
+        "tokenizer": checkpoint.tokenizer_fingerprint(tokenizer), "source": "prefs.jsonl", "model_name_or_path": str(model),
+        "end_token_id": EOS, "pad_token_id": EOS, "mask_token_id": MASK, "template": "none"})
+    return Path(folder)
+
+
+def ds_config(path, base, **adam):
+    """ds_configs/BASE.json for a tiny model: everything partitioned, torch's AdamW with the parameters `adam`.
+
+    zero2 is zero2_offload_4080 with the optimizer left in place.
+    """
+    shipped = "zero2_offload_4080" if base == "zero2" else base
+    settings = json.loads((ROOT / "ds_configs" / f"{shipped}.json").read_text())
+    settings["optimizer"]["params"].update({"torch_adam": True, **adam})
+    settings["zero_force_ds_cpu_optimizer"] = False
+    if base == "zero2":
+        del settings["zero_optimization"]["offload_optimizer"]
+    if settings["zero_optimization"]["stage"] == 3:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path.write_text(json.dumps(settings))
+    return str(path)
+
+
+def flags(**values):
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+@contextmanager
+def alone():
+    """One rank in this process: afterwards the next script can start its own."""
+    before = {name: os.environ.pop(name, None) for name in LAUNCHER}
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def call(main, *argv):
+    """A script's main() in this process."""
+    with alone():
+        return main([str(word) for word in argv])
+
+
+def refusal(main, capsys, *argv):
+    """The sentence with which a script refuses `argv`, as its command line prints it."""
+    capsys.readouterr()
+    try:
+        config.run(lambda: call(main, *argv))
+    except SystemExit as end:
+        assert end.code == 2, end.code
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 1 and "Traceback" not in said, said
+    return said[said.index("error: "):].splitlines()[0]
+
+
+def start(command, world=None, **options):
+    """Start a script of ours (bare, or by torchrun on `world` ranks) in a session of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world else []
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHER} | ENV
+    return subprocess.Popen([sys.executable, *launcher, *map(str, command)], env=env, cwd=ROOT, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def run(command, world=None, code=0, timeout=240):
+    """Run it to its end, which must be `code`; returns what it printed."""
+    process = start(command, world)
+    try:
+        said, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"{command} hangs:\n{process.communicate()[0][-3000:]}") from None
+    assert process.returncode == code, said[-5000:]
+    return said
+
+
+def run_jobs(folder, world, jobs, timeout=400):
+    """Run `jobs` (name, script, arguments) one after the other in one worker.py per rank; {name: [what each rank did]}.
+
+    One start instead of many: most of a tiny run's time is the start.
+    """
+    folder.mkdir(exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps([[name, script, list(map(str, argv))] for name, script, argv in jobs]))
+    run([ROOT / "tests" / "worker.py", folder], world, timeout=timeout)
+    return {name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(world or 1)]
+            for name, _, _ in jobs}
+
+
+def log(output_dir):
+    return [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]

@@ -1,0 +1,190 @@
+"""Tests of config.py: YAML under the command line, misspelt names, exit codes, who speaks.
+
+    .venv/bin/python -m pytest -q tests/test_config.py
+"""
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import config
+from packed import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """parse(yaml text or None, *words) -> every argument by name."""
+    def call(text, *words):
+        if text is not None:
+            (tmp_path / "run.yaml").write_text(text)
+            words = ("--config_file", str(tmp_path / "run.yaml"), *words)
+        return {item.name: getattr(group, item.name) for group in config.parse(words, "x", *config.GROUPS)
+                for item in fields(group)}
+    return call
+
+
+def test_defaults(parse):
+    got = parse(None)
+    assert len(got) == sum(len(fields(group)) for group in config.GROUPS)  # no name is used twice
+    assert {name: got[name] for name in ("diffusion_steps", "trajectories", "noise_sets", "beta", "learning_rate", "seed")} \
+        == {"diffusion_steps": 4, "trajectories": 5, "noise_sets": 1, "beta": 0.1, "learning_rate": 5e-7, "seed": 42}
+    assert parse("") == parse("# nothing\n") == got
+
+
+def test_guide_names(parse):
+    """The names that the guide's config.yaml uses."""
+    got = parse("""
+        model_name_or_path: GSAI-ML/LLaDA-8B-Instruct
+        preference_data_path: prefs.jsonl
+        output_dir: runs/a
+        learning_rate: 5e-6
+        per_device_train_batch_size: 2
+        gradient_accumulation_steps: 16
+        num_train_epochs: 3
+        beta: 0.2
+        diffusion_steps: 20
+        use_mixed_precision: bf16
+        gradient_checkpointing: true
+        save_steps: 500
+        logging_steps: 10
+        seed: 7
+        resume_from_checkpoint: null
+        """.replace("        ", ""))
+    assert got["learning_rate"] == 5e-6 and got["num_train_epochs"] == 3.0 and got["beta"] == 0.2
+    assert got["gradient_checkpointing"] is True and got["resume_from_checkpoint"] is None
+    assert (got["per_device_train_batch_size"], got["save_steps"], got["seed"]) == (2, 500, 7)
+    assert (got["model_name_or_path"], got["preference_data_path"]) == ("GSAI-ML/LLaDA-8B-Instruct", "prefs.jsonl")
+
+
+def test_command_line_wins(parse):
+    text = "beta: 0.3\ndiffusion_steps: 8\ngradient_checkpointing: false\n"
+    got = parse(text, "--beta", "0.5", "--gradient_checkpointing", "true")
+    assert (got["beta"], got["diffusion_steps"], got["gradient_checkpointing"]) == (0.5, 8, True)
+    assert parse(text)["beta"] == 0.3
+
+
+@pytest.mark.parametrize("form", ["{}", "--config_file={}"])
+def test_config_file_forms(tmp_path, form):
+    (tmp_path / "a.yaml").write_text("beta: 0.3\n")
+    words = ["--config_file", str(tmp_path / "a.yaml")] if form == "{}" else [form.format(tmp_path / "a.yaml")]
+    assert config.parse([*words, "--seed=3"], "x", config.TrainArguments)[0].beta == 0.3
+
+
+def test_values_as_yaml_reads_them(parse):
+    """5e-6 is a string to YAML; a value may look like a flag; YAML 1.1 reads a bare `no` as false."""
+    assert parse("learning_rate: 5e-6")["learning_rate"] == parse("learning_rate: '5e-6'")["learning_rate"] == 5e-6
+    assert parse("max_steps: -1")["max_steps"] == -1 and parse("output_dir: --x")["output_dir"] == "--x"
+    assert parse("use_mixed_precision: no")["use_mixed_precision"] == "no"
+    assert parse('use_mixed_precision: "no"')["use_mixed_precision"] == "no"
+
+
+@pytest.mark.parametrize("word, value", [("true", True), ("false", False), ("True", True), ("yes", True), ("no", False),
+                                         ("0", False), ("1", True)])
+def test_bools(parse, word, value):
+    for name in ("gradient_checkpointing", "trust_remote_code"):  # one that is on, one that is off
+        assert parse(None, f"--{name}", word)[name] is parse(None, f"--{name}={word}")[name] is value
+        assert parse(f"{name}: {word}")[name] is value
+
+
+def test_bare_bools(parse):
+    assert parse(None, "--trust_remote_code")["trust_remote_code"] is True
+    assert parse(None, "--no_gradient_checkpointing")["gradient_checkpointing"] is False
+
+
+def test_groups():
+    """Only the groups asked for, in config's order; the others' flags are accepted all the same."""
+    data, noise = config.parse(["--in", "x.jsonl", "--out", "y", "--beta", "9"], "x", config.DataArguments, config.NoiseArguments)
+    assert (data.preference_data_path, data.data) == ("x.jsonl", "y") and noise.trajectories == 5
+
+
+def test_help_shows_the_groups_used(capsys):
+    with pytest.raises(SystemExit) as done:
+        config.parse(["--help"], "what it does", config.DataArguments)
+    text = capsys.readouterr().out
+    assert done.value.code == 0 and "what it does" in text and "--max_length" in text and "--config_file" in text
+    assert not any(word in text for word in ("--beta", "--gradient_checkpointing", "--no_", "--local_rank"))
+
+
+@pytest.mark.parametrize("text, words", [
+    ("learning_rat: 1", ["learning_rat", "did you mean", "learning_rate"]), ("zzz: 1", ["unknown", "zzz"]),
+    ("3: 1", ["unknown", "3"]), ("- a", ["name: value"]), ("just words", ["name: value"]),
+    ("a: b: c", ["YAML"]), ("a: '", ["YAML"])])
+def test_wrong_yaml(parse, text, words):
+    with pytest.raises(InputError) as error:
+        parse(text)
+    assert all(word in str(error.value) for word in ["run.yaml", *words]) and "\n" not in str(error.value)
+    assert ("did you mean" in str(error.value)) == ("did you mean" in words)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--learning_rat", "1"], "--learning_rat; did you mean --learning_rate?"), (["--zzz"], "--zzz"),
+    (["--diffusion", "4"], "--diffusion; did you mean --diffusion_steps?"), (["stray"], "stray")])
+def test_unknown_flag(words, said):
+    """An abbreviation is unknown, too."""
+    with pytest.raises(InputError) as error:
+        config.parse(words, "x", config.NoiseArguments)
+    assert f"unknown argument {said}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_yaml():
+    with pytest.raises(InputError, match=r"nowhere\.yaml"):
+        config.parse(["--config_file", "nowhere.yaml"], "x", config.TrainArguments)
+
+
+@pytest.mark.parametrize("text, words, said", [
+    (None, ["--beta", "big"], "--beta"), ("beta: big", [], "--beta"), (None, ["--seed", "1.5"], "--seed"),
+    (None, ["--trust_remote_code", "maybe"], "--trust_remote_code"), (None, ["--loss_type", "ipoo"], "ipoo"),
+    ("max_steps: [1]", [], "--max_steps"), (None, ["--config_file"], "--config_file")])
+def test_wrong_values(parse, capsys, text, words, said):
+    """A wrong type or choice ends with exit code 2 and argparse's line."""
+    with pytest.raises(SystemExit) as done:
+        parse(text, *words)
+    assert done.value.code == 2 and said in capsys.readouterr().err
+
+
+# --- run --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rank, local, said", [
+    (None, False, "error: beta is 0, expected more\n"), ("0", False, "error: beta is 0, expected more\n"), ("1", False, ""),
+    ("0", True, "error: beta is 0, expected more\n"), ("3", True, "error (rank 3): beta is 0, expected more\n")])
+def test_user_error(monkeypatch, capsys, rank, local, said):
+    """One sentence, exit code 2, once: from rank 0, or from the one rank that has met it."""
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+
+    def main():
+        raise InputError("beta is 0, expected more", local=local)
+
+    with pytest.raises(SystemExit) as done:
+        config.run(main)
+    assert done.value.code == 2 and capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize("result, code", [(0, 0), (None, None), (3, 3)])
+def test_exit_code(result, code):
+    with pytest.raises(SystemExit) as done:
+        config.run(lambda: result)
+    assert done.value.code == code
+
+
+def test_our_own_errors_are_not_hidden():
+    def main():
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        config.run(main)
+
+
+def test_subprocess(tmp_path):
+    """As a script meets it: one line on stderr, nothing on stdout."""
+    (tmp_path / "a.yaml").write_text("learning_rat: 1\n")
+    code = "import config; config.run(lambda: config.parse(None, 'x', *config.GROUPS) and 0)"
+    done = subprocess.run([sys.executable, "-c", code, "--config_file", tmp_path / "a.yaml"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    line, end = done.stderr.split("\n")
+    assert line.startswith(f"error: {tmp_path}/a.yaml: ") and "learning_rate" in line and end == ""

@@ -1,0 +1,216 @@
+"""Tests of runs.py: what a run's folder says after any way of stopping.
+
+    .venv/bin/python -m pytest -q tests/test_runs.py
+"""
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+
+import runs
+from packed import InputError
+from runs import Run
+
+ARGUMENTS = {"beta": 0.1, "learning_rate": 1e-6, "seed": 42, "save_steps": 10, "output_dir": "runs/a", "deepspeed": None}
+INPUTS = {"data": "d", "model": "m"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    got = Run(tmp_path / "run")
+    got.begin(ARGUMENTS, INPUTS, {"torch": "2"})
+    return got
+
+
+def write_checkpoint(run, step, limit=0):
+    """What train_dpo does: write under the temporary name, then keep."""
+    work = run.checkpoints / run.temporary(step)
+    work.mkdir(parents=True)
+    (work / "weights").write_text(f"weights {step}")
+    run.keep(step, {"step": step}, limit)
+
+
+def steps(run):
+    return [step for step, _ in run.saved()]
+
+
+def refused(call, *words):
+    with pytest.raises(InputError) as error:
+        call()
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+
+
+# --- the same run? ----------------------------------------------------------------------------------------
+
+def test_begin(run, monkeypatch):
+    got = json.loads((run.folder / "run.json").read_text())
+    assert got["arguments"] == ARGUMENTS and got["inputs"] == INPUTS and got["versions"]["torch"] == "2"
+    assert {"git_commit", "command", "started"} <= set(got) and "python" in got["versions"]
+    run.check_same(ARGUMENTS, INPUTS)
+
+
+def test_new_folder_is_free(tmp_path):
+    Run(tmp_path / "nothing").check_same(ARGUMENTS, INPUTS)
+    assert Run(tmp_path / "nothing").start_from(None) is None and not Run(tmp_path / "nothing").finished
+
+
+@pytest.mark.parametrize("change, inputs, words", [
+    ({"beta": 0.2}, {}, ["beta = 0.1, this one 0.2"]), ({"seed": 1}, {}, ["seed = 42, this one 1"]),
+    ({"new_flag": 1}, {}, ["new_flag = None, this one 1"]),
+    ({}, {"data": "e"}, ["data = d, this one e"]), ({}, {"model": "n"}, ["model = m, this one n"])])
+def test_other_run_is_refused(run, change, inputs, words):
+    refused(lambda: run.check_same(ARGUMENTS | change, INPUTS | inputs), str(run.folder), "--output_dir", *words)
+
+
+def test_free_arguments(run):
+    """Where things are, how often it speaks, how the work is cut: these may differ. Every one is a real argument."""
+    import config
+    from dataclasses import fields
+    assert runs.FREE <= {item.name for group in config.GROUPS for item in fields(group)}
+    run.check_same(ARGUMENTS | {name: "other" for name in runs.FREE}, INPUTS)
+    assert not runs.FREE & {"beta", "learning_rate", "seed", "noise_seed", "diffusion_steps", "trajectories", "loss_type",
+                            "use_mixed_precision", "per_device_train_batch_size", "gradient_accumulation_steps"}
+
+
+def test_torn_run_json(run):
+    os.truncate(run.folder / "run.json", 10)
+    refused(lambda: run.check_same(ARGUMENTS, INPUTS), "run.json")
+
+
+def test_finished(run):
+    assert not run.finished
+    run.final.mkdir()
+    assert not run.finished
+    (run.final / "config.json").write_text("{}")
+    assert run.finished
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------
+
+def test_newest_is_found_by_number(run):
+    for step in (9, 100, 20):
+        write_checkpoint(run, step)
+    assert steps(run) == [9, 20, 100]
+    assert run.start_from(None) == run.start_from("latest") == run.checkpoints / "step-100"
+    assert run.start_from(str(run.checkpoints / "step-20")) == run.checkpoints / "step-20"
+    assert json.loads((run.checkpoints / "step-20" / "state.json").read_text()) == {"step": 20}
+    assert (run.checkpoints / "step-20" / "weights").read_text() == "weights 20"
+
+
+def test_no_checkpoint(run):
+    assert run.start_from(None) is None
+    refused(lambda: run.start_from("latest"), "--resume_from_checkpoint latest", "no checkpoint")
+    refused(lambda: run.start_from("elsewhere"), "--resume_from_checkpoint elsewhere", "there are: none")
+    write_checkpoint(run, 3)
+    (run.checkpoints / "step-4").mkdir()
+    refused(lambda: run.start_from(str(run.checkpoints / "step-4")), "step-4: not a checkpoint", "step-3")
+
+
+def test_unfinished_is_never_found(run):
+    """Killed while writing, before state.json, or while an old one was being removed."""
+    write_checkpoint(run, 1)
+    work = run.checkpoints / run.temporary(2)
+    work.mkdir()
+    (work / "state.json").write_text("{}")  # killed just before the rename
+    (run.checkpoints / "step-3").mkdir()
+    (run.checkpoints / ".step-4.old").mkdir()
+    (run.checkpoints / ".step-4.old" / "state.json").write_text("{}")
+    (run.checkpoints / "step-x").mkdir()
+    (run.checkpoints / "step-x" / "state.json").write_text("{}")
+    assert steps(run) == [1] and run.start_from("latest") == run.checkpoints / "step-1"
+
+
+def test_state_comes_before_the_rename(run, monkeypatch):
+    """Killed at the rename: nothing new counts, and the same step can be written again."""
+    write_checkpoint(run, 1)
+    replace = os.replace
+
+    def killed(a, b):
+        if str(b).endswith("step-2"):
+            raise KeyboardInterrupt
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(run, 2)
+    assert steps(run) == [1]
+    monkeypatch.setattr(os, "replace", replace)
+    shutil.rmtree(run.checkpoints / run.temporary(2))
+    write_checkpoint(run, 2)
+    assert steps(run) == [1, 2]
+
+
+@pytest.mark.parametrize("limit, left", [(0, [1, 2, 3, 4]), (-1, [1, 2, 3, 4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
+def test_rotation(run, limit, left):
+    for step in (1, 2, 3, 4):
+        write_checkpoint(run, step, limit)
+    assert steps(run) == left
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [f"step-{step}" for step in left]
+
+
+def test_rotation_killed(run, monkeypatch):
+    """A half-deleted checkpoint is not one."""
+    for step in (1, 2):
+        write_checkpoint(run, step)
+
+    def half(path, **_):
+        if "old" in path.name:
+            (path / "weights").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", half)
+        write_checkpoint(run, 3, limit=2)
+    assert steps(run) == [2, 3] and all((path / "weights").exists() for _, path in run.saved())
+
+
+def test_kept_again(run):
+    write_checkpoint(run, 1)
+    work = run.checkpoints / run.temporary(1)
+    work.mkdir()
+    run.keep(1, {"again": True}, 0)
+    assert os.listdir(run.checkpoints / "step-1") == ["state.json"] and steps(run) == [1]
+
+
+# --- the log ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("torn", ["", '{"step": 4, "lo', '{"step": 4', '{"st', "{", "\x00\x00", '{"loss": 1}\n'])
+@pytest.mark.parametrize("step, left", [(0, []), (2, [1, 2]), (3, [1, 2, 3]), (9, [1, 2, 3])])
+def test_cut_log(run, torn, step, left):
+    for number in (1, 2, 3):
+        run.log({"step": number, "loss": 0.5})
+    with open(run.log_path, "a") as file:
+        file.write(torn)
+    run.cut_log(step)
+    assert [json.loads(line) for line in run.log_path.read_text().splitlines()] == [{"step": n, "loss": 0.5} for n in left]
+    run.log({"step": 10})
+    assert run.log_path.read_text().endswith('\n{"step": 10}\n' if left else '{"step": 10}\n')
+    assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoints", "log.jsonl", "run.json"]
+
+
+def test_cut_no_log(run):
+    run.cut_log(5)
+    assert run.log_path.read_text() == ""
+
+
+# --- the commit -------------------------------------------------------------------------------------------
+
+def test_git_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert runs.git_commit() is None
+
+    def git(*words):
+        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
+                              capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-q", "-m", "first", "--no-verify")
+    commit = git("rev-parse", "HEAD")
+    assert runs.git_commit() == commit
+    (tmp_path / "a").write_text("2")
+    assert runs.git_commit() == commit + "-dirty"

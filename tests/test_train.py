@@ -1,0 +1,395 @@
+"""Tests of train_dpo.py and engine.py: real runs of the command line, against plain AdamW on the formula in plain.py.
+
+    .venv/bin/python -m pytest -q tests/test_train.py
+
+Each of 1 and 2 ranks is started once and makes its runs one after the other (worker.py); stops and refusals are
+processes of their own.
+"""
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import plain
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import LENGTHS, ROOT, call, ds_config, flags, log, make_model, make_pairs, pack, refusal, run, run_jobs, start
+
+import config
+import engine
+import score
+import train_dpo
+
+T, R = 3, 2  # S = 5
+STATES = flags(diffusion_steps=T, trajectories=R)
+FP32, BF16 = (STATES + flags(use_mixed_precision=name) for name in ("no", "bf16"))
+ADAM = {"eps": 1e-3}  # smooth: with 1e-8 a first step is the gradient's sign, and rounding decides it
+RUN = flags(beta=0.05, learning_rate=0.01, lr_scheduler_type="constant", warmup_ratio=0, weight_decay=0.1, adam_beta1=0.8,
+            adam_beta2=0.95, max_grad_norm=0.5, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3,
+            eval_fraction=0.3, eval_steps=2)
+STAGES = ("zero0", "zero2", "zero2_offload_4080", "zero3", "zero3_offload_4080")
+
+
+@pytest.fixture(scope="module")
+def home(tiny_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    return SimpleNamespace(folder=folder, model=make_model(folder / "model", tiny_dir))
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def runs(request, home):
+    """Every stage, joint and segmented, and in bf16, on 1 or 2 ranks: `.did[name]` and the runs' folders."""
+    world = request.param
+    folder = home.folder / f"ranks-{world}"
+    folder.mkdir()
+    data = pack(folder / "packed", make_pairs(LENGTHS), home.model)
+    base, jobs = ["--data", data], []
+    for name, dtype in (("score-no", FP32), ("score-bf16", BF16)):
+        jobs.append((name, "score", base + dtype + ["--states_per_forward", 3]))
+    for stage in STAGES:
+        path = ["--deepspeed", ds_config(folder / f"{stage}.json", stage, **ADAM)]
+        for cut, size in (("joint", 5), ("cut", 2)):
+            jobs.append((f"{stage}-{cut}", "train_dpo", base + FP32 + RUN + path + flags(
+                states_per_forward=size, output_dir=folder / f"{stage}-{cut}", gradient_checkpointing=cut == "cut")))
+        jobs.append((f"{stage}-bf16", "train_dpo", base + BF16 + RUN + path + flags(
+            states_per_forward=3, output_dir=folder / f"{stage}-bf16", max_steps=2)))
+    did = run_jobs(folder / "out", world, jobs)
+    for name, ranks in did.items():
+        assert [rank["error"] for rank in ranks] == [""] * world, name
+    return SimpleNamespace(world=world, folder=folder, data=data, did=did)
+
+
+@pytest.fixture(scope="module")
+def truth(runs, home):
+    """(loss, norm, weights) of three steps of plain AdamW on the formula, over the pairs that the runs took."""
+    pairs, [reveal] = plain.read_packed(runs.data), plain.read_reference(runs.data, dtype="no")[0]
+    taken = runs.did["zero0-cut"]
+    batches = [[tuple(item) for rank in taken for item in rank["items"][str(step)]] for step in range(3)]
+    for ranks in runs.did.values():  # the order of the data depends on nothing else
+        assert all(rank["items"].get(str(s)) in (None, mine["items"][str(s)]) for rank, mine in zip(ranks, taken) for s in range(3))
+    assert [len(batch) for batch in batches] == [4 * runs.world] * 3
+    every = [index for batch in batches for index, _ in batch]
+    trained = {index for index in range(19) if index not in held_out(runs)}
+    assert set(every[:len(trained)]) == trained if len(every) >= len(trained) else len(set(every)) == len(every)
+    assert {min(len(side) for side in pairs[index][1:]) for index in every} >= {1}
+    assert {max(len(side) for side in pairs[index][1:]) for index in every} >= {200}
+    return list(plain.train(
+        plain.load(home.model), plain.load(home.model),
+        [[(pairs[index], reveal[index]) for index, _ in batch] for batch in batches], T, lr=0.01, betas=(0.8, 0.95),
+        eps=ADAM["eps"], weight_decay=0.1, clip=0.5, beta=0.05))
+
+
+def held_out(runs):
+    """What no run trained on, by the runs that went through an epoch on 2 ranks."""
+    import objective
+    import packed
+    return set(objective.split(packed.Packed(runs.data), 0.3, 42)[1].tolist())
+
+
+# The optimizer's steps
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("cut", ["joint", "cut"])
+def test_steps_are_plain_adamw(runs, truth, stage, cut):
+    """Loss, gradient norm (clipped after) and weights of three steps: engine, accumulation, ranks and segments add nothing."""
+    name = f"{stage}-{cut}"
+    for step, (loss, norm, weights) in enumerate(truth):
+        line = log(runs.folder / name)[step]
+        assert line["loss"] == pytest.approx(loss, rel=1e-5), step
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 0.5, step
+        got = torch.load(runs.folder / "out" / f"{name}.step-{step + 1}.pt")
+        assert got.keys() == weights.keys()
+        for key, want in weights.items():
+            assert float((got[key].double() - want).abs().max()) < 1e-5, (step, key)
+    final = load_file(runs.folder / name / "final" / "model.safetensors")
+    assert all(torch.equal(final[key], got[key]) for key in got)
+
+
+def test_same_forwards_on_every_rank(runs):
+    """In training, in evaluation and in the reference job; one more or less and ZeRO-3 waits for ever."""
+    held = len(held_out(runs))
+    assert runs.world == 1 or held % 2, "the last held-out pair leaves a rank idle"
+    for name, ranks in runs.did.items():
+        counts = [[rank[what] for what in ("forwards", "forwards_without_graph", "eval_forwards", "backwards")] for rank in ranks]
+        assert counts == counts[:1] * runs.world, name
+        if name.endswith(("joint", "cut")):
+            segments, pairs, turns = 1 if name.endswith("joint") else 3, 3 * 4, math.ceil(held / runs.world)
+            evaluated = 2 * turns * 2 * segments  # after steps 2 and 3
+            checked = 2 * 2 * segments
+            silent = 0 if segments == 1 else pairs * 2 * segments  # the scores before the loss
+            assert counts[0] == [pairs * 2 * segments, evaluated + checked + silent, evaluated,
+                                 pairs if segments == 1 else pairs * 2 * segments], name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_first_step(runs, stage):
+    """Policy = reference: margin 0, loss ln 2, at every stage, in float32 and bfloat16."""
+    for kind, loose in (("joint", 1e-4), ("cut", 1e-4), ("bf16", 1e-2)):
+        line = log(runs.folder / f"{stage}-{kind}")[0]
+        assert line["loss"] == pytest.approx(math.log(2), abs=loose)
+        assert line["rewards/margins"] == pytest.approx(0, abs=loose)
+        assert line["rewards/chosen"] == pytest.approx(0, abs=loose) and line["logps/chosen"] < -1
+
+
+def test_stages_agree(runs):
+    """Step by step, in bf16 within its precision; and the runs learn."""
+    for kind, loose in (("joint", 1e-5), ("cut", 1e-5), ("bf16", 2e-2)):
+        losses = np.array([[line["loss"] for line in log(runs.folder / f"{stage}-{kind}")] for stage in STAGES])
+        np.testing.assert_allclose(losses, losses[:1].repeat(len(STAGES), 0), rtol=loose)
+        assert (losses[:, -1] != losses[:, 0]).all()
+
+
+def test_evaluation_is_the_formula(runs, truth, home):
+    """Mean loss and accuracy over the held-out pairs, with the weights after step 3; the log's other numbers."""
+    pairs, [reveal] = plain.read_packed(runs.data), plain.read_reference(runs.data, dtype="no")[0]
+    weights, before = truth[-1][2], plain.load(home.model)
+    with torch.no_grad():
+        margins = []
+        for index in sorted(held_out(runs)):
+            prompt, *sides = pairs[index]
+            win, lose = (plain.score(weights, prompt, side, steps, T) - plain.score(before, prompt, side, steps, T)
+                         for side, steps in zip(sides, reveal[index]))
+            margins.append((0.05 * win.item(), 0.05 * lose.item()))
+    for stage in STAGES:
+        lines = log(runs.folder / f"{stage}-cut")
+        line = lines[-1]
+        assert line["eval_loss"] == pytest.approx(np.mean([-math.log(1 / (1 + math.exp(l - w))) for w, l in margins]), rel=1e-3)
+        assert line["eval_rewards/chosen"] == pytest.approx(np.mean([w for w, _ in margins]), abs=1e-3)
+        assert line["eval_rewards/margins"] == pytest.approx(np.mean([w - l for w, l in margins]), abs=1e-3)
+        assert line["eval_rewards/accuracies"] == pytest.approx(np.mean([w > l for w, l in margins]))
+        assert [line["step"] for line in lines] == [1, 2, 3] and "eval_loss" not in lines[0] and "eval_loss" in lines[1]
+        taken = [index for rank in runs.did[f"{stage}-cut"] for items in rank["items"].values() for index, _ in items]
+        tokens = sum(5 * (2 * len(pairs[i][0]) + len(pairs[i][1]) + len(pairs[i][2])) for i in taken)
+        assert line["num_tokens"] == tokens and not set(taken) & held_out(runs)
+        assert line["epoch"] == pytest.approx(len(taken) / (19 - len(held_out(runs))), abs=1e-4)
+
+
+def test_final_loads(runs, home):
+    """final/ is a Hugging Face folder with the trained weights, in each kind of number."""
+    import checkpoint
+    for stage in STAGES:
+        for kind, dtype in (("cut", torch.float32), ("bf16", torch.bfloat16)):
+            model = checkpoint.load_model(str(runs.folder / f"{stage}-{kind}" / "final"), dtype)
+            start = load_file(home.model / "model.safetensors")
+            assert all((value != start[key].to(dtype)).any() for key, value in model.state_dict().items())
+            checkpoint.load_tokenizer(str(runs.folder / f"{stage}-{kind}" / "final"))
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+def test_learning_rate(shape):
+    args = config.TrainArguments(learning_rate=2.0, warmup_ratio=0.3, lr_scheduler_type=shape)
+    rates = [train_dpo.learning_rate(step, 10, args) for step in range(10)]
+    assert rates[:3] == pytest.approx([2 / 3, 4 / 3, 2])
+    want = {"cosine": [1 + math.cos(math.pi * i / 7) for i in range(7)], "linear": [2 - 2 * i / 7 for i in range(7)],
+            "constant": [2] * 7}[shape]
+    assert rates[3:] == pytest.approx(want)
+    assert train_dpo.learning_rate(0, 1, args) == 2  # one step: neither 0 nor a division by it
+
+
+# Refusals: one sentence, exit code 2
+
+
+@pytest.fixture(scope="module")
+def scored(home):
+    """Packed pairs with reference scores in float32, made here."""
+    data = pack(home.folder / "scored", make_pairs(LENGTHS[:6]), home.model)
+    assert call(score.main, "--data", data, *FP32) == 0
+    return data
+
+
+def mended(sentence, *argv):
+    """Run the command that a refusal names; then the arguments are accepted."""
+    words = shlex.split(sentence.split("run: ")[1])
+    assert words[:2] == ["python", "score.py"]
+    assert call(score.main, *words[2:]) == 0
+    train_dpo.prepare(list(map(str, argv)))
+
+
+def test_wrong_reference(home, scored, tmp_path, capsys):
+    """Missing, of another model, other T, R, noise seed, type or fewer sets: what differs, and the command that mends it."""
+    def refused(data, *argv):
+        said = refusal(train_dpo.main, capsys, "--data", data, *argv, "--output_dir", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        return said
+    bare = pack(tmp_path / "bare", make_pairs(LENGTHS[:3]), home.model)
+    argv = [*flags(diffusion_steps=2, trajectories=3, noise_seed=5, noise_sets=2, use_mixed_precision="no")]
+    said = refused(bare, *argv)
+    assert "holds no reference scores" in said
+    mended(said, "--data", bare, *argv)
+    for more, word in ((["--diffusion_steps", 4], "diffusion_steps is 2 there and 4 in this run"),
+                       (["--trajectories", 2], "trajectories is 3 there and 2"), (["--noise_seed", 0], "noise_seed is 5 there and 0"),
+                       (["--noise_sets", 3], "--noise_sets 3"), (["--use_mixed_precision", "bf16"], "dtype is no there and bf16")):
+        said = refused(bare, *argv, *more)
+        assert word in said
+        mended(said, "--data", bare, *argv, *more)
+    other = make_model(tmp_path / "other", home.model, seed=1)
+    said = refused(scored, *FP32, "--model_name_or_path", other)
+    assert "model is " in said and str(other) in said
+    mended(said, "--data", scored, *FP32, "--model_name_or_path", other)
+
+
+def test_edited_scores(home, scored, tmp_path):
+    """Scores that the policy does not reproduce: refused before the first step, by every rank alike."""
+    data = shutil.copytree(scored, tmp_path / "packed")
+    [path] = [meta.parent / "ref_scores-0.npy" for meta in data.glob("ref-*/meta.json")
+              if json.loads(meta.read_text())["depends_on"]["dtype"] == "no"
+              and json.loads(meta.read_text())["model_name_or_path"] == str(home.model)]
+    scores = np.load(path)
+    scores[:, 1, 0] += 1.0
+    np.save(path, scores)
+    argv = [ROOT / "train_dpo.py", "--data", data, *FP32, "--output_dir", tmp_path / "run"]
+    said = run(argv, code=2)
+    assert "Traceback" not in said and "differ from the policy's by" in said and "python score.py" in said
+    assert len([line for line in said.splitlines() if line.startswith("error: ")]) == 1
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--beta", 0], "--beta is 0"), (["--learning_rate", -1], "--learning_rate is -1"), (["--eval_fraction", 1], "--eval_fraction"),
+    (["--label_smoothing", 0.5], "--label_smoothing"), (["--gradient_accumulation_steps", 0], "--gradient_accumulation_steps is 0"),
+    (["--eval_fraction", 0.99], "leaves no pair to train on"), (["--resume_from_checkpoint", "latest"], "holds no checkpoint"),
+    (["--resume_from_checkpoint", "nowhere"], "not a checkpoint"), (["--deepspeed", "nowhere.json"], "nowhere.json")])
+def test_refusals(scored, tmp_path, capsys, argv, words):
+    assert words in refusal(train_dpo.main, capsys, "--data", scored, *FP32, "--output_dir", tmp_path / "run", *argv)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"gradient_clipping": 2.0}, "max_grad_norm"), ({"bf16": {"enabled": True}}, "use_mixed_precision"),
+    ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps"), ({"sparse": "auto"}, '"sparse"'),
+    ({"fp16": {"enabled": True}}, "fp16"), ({"zero_optimization": {"stage": 5}}, "stage is 5")])
+def test_one_home_for_a_value(scored, tmp_path, capsys, change, words):
+    """A literal of the ds_config that contradicts the run is refused, and names both."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(json.loads((ROOT / "ds_configs" / "zero0.json").read_text()) | change))
+    said = refusal(train_dpo.main, capsys, "--data", scored, *FP32, "--output_dir", tmp_path / "run", "--deepspeed", path)
+    assert words in said and str(path) in said
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_ds_configs(path):
+    """Every shipped file resolves; to DeepSpeed each backward pass is an accumulation step."""
+    args = config.TrainArguments(learning_rate=0.25, max_grad_norm=0.5)
+    made = engine.training_config(engine.read_ds_config(path), args, config.ModelArguments(), 6, path)
+    assert made["gradient_accumulation_steps"] == 6 and made["optimizer"]["params"]["lr"] == 0.25
+    assert made["gradient_clipping"] == 0.5 and made["bf16"]["enabled"] and not list(engine.paths_of(made, "auto"))
+
+
+# Stop and go on
+
+
+LONG = flags(use_mixed_precision="no", diffusion_steps=T, trajectories=R, noise_sets=2, sft_weight=0.1, learning_rate=0.003,
+             warmup_ratio=0.3, num_train_epochs=2, gradient_accumulation_steps=2, states_per_forward=3, eval_fraction=0.3,
+             eval_steps=3, save_steps=1, save_total_limit=0, beta=0.05)  # 7 pairs: step 4 crosses into the second epoch
+
+
+@pytest.fixture(scope="module", params=["zero0", "zero3_offload_4080"])
+def whole(request, home):
+    """An uninterrupted run of the real command line with a checkpoint a step; ds_configs as they are shipped."""
+    folder = home.folder / f"whole-{request.param}"
+    data = home.folder / "long"
+    if not data.exists():
+        pack(data, make_pairs(LENGTHS[:10], seed=3), home.model)
+        call(score.main, "--data", data, *LONG)
+    argv = ["--data", data, *LONG, "--deepspeed", ROOT / "ds_configs" / f"{request.param}.json"]
+    said = run([ROOT / "train_dpo.py", *argv, "--output_dir", folder])
+    return SimpleNamespace(folder=folder, argv=argv, said=said, name=request.param)
+
+
+VARIES = ("pairs_per_second", "tokens_per_second", "seconds_left", "host_peak_gib", "gpu_peak_gib")
+
+
+def numbers(output_dir):
+    return [{key: value for key, value in line.items() if key not in VARIES} for line in log(output_dir)]
+
+
+def weights(output_dir):
+    return (output_dir / "final" / "model.safetensors").read_bytes()
+
+
+def cut(whole, target, step):
+    """A copy of the run as if stopped after `step`, with the lines that were logged since and a torn one."""
+    shutil.copytree(whole.folder, target, ignore=shutil.ignore_patterns("final"))
+    for path in (target / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    with open(target / "log.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+
+
+def test_resume_from_every_checkpoint(whole, tmp_path):
+    """The same losses and the same weights, bit for bit, after a stop at any step; even after the last one."""
+    assert len(log(whole.folder)) == 7 and [line["step"] for line in log(whole.folder)] == list(range(1, 8))
+    assert len({line["learning_rate"] for line in log(whole.folder)}) == 7
+    assert [path.name for path in sorted((whole.folder / "checkpoints").iterdir())] == [f"step-{i}" for i in range(1, 8)]
+    jobs = []
+    for step in range(1, 8):
+        cut(whole, tmp_path / str(step), step)
+        jobs.append((str(step), "train_dpo", [*whole.argv, "--output_dir", tmp_path / str(step)]))
+    cut(whole, tmp_path / "chosen", 6)
+    chosen = ["--output_dir", tmp_path / "chosen", "--resume_from_checkpoint", tmp_path / "chosen" / "checkpoints" / "step-2"]
+    jobs.append(("chosen", "train_dpo", [*whole.argv, *chosen]))
+    did = run_jobs(tmp_path / "out", None, jobs)
+    assert [rank[0]["error"] for rank in did.values()] == [""] * 8
+    assert [len(rank[0]["items"]) for rank in did.values()] == [6, 5, 4, 3, 2, 1, 0, 5]  # it did go on from there
+    for name in did:
+        assert numbers(tmp_path / name) == numbers(whole.folder), name
+        assert weights(tmp_path / name) == weights(whole.folder), name
+
+
+def test_killed_run(whole, tmp_path):
+    """SIGKILL in the middle, and the same command again."""
+    command = [ROOT / "train_dpo.py", *whole.argv, "--output_dir", tmp_path / "run"]
+    process = start(command)
+    while not (tmp_path / "run" / "checkpoints" / "step-2").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "run" / "final").exists()
+    assert "going on after step" in run(command)
+    assert numbers(tmp_path / "run") == numbers(whole.folder) and weights(tmp_path / "run") == weights(whole.folder)
+
+
+def test_finished_run(whole, capsys):
+    """Says so and exits 0, touching nothing; another beta is refused by name, other inputs too."""
+    before = {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*") if path.is_file()}
+    argv = [*whole.argv, "--output_dir", whole.folder]
+    assert call(train_dpo.main, *argv) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    said = refusal(train_dpo.main, capsys, *argv, "--beta", 0.3)
+    assert "beta = 0.05" in said and "0.3" in said
+    assert call(train_dpo.main, *argv, "--logging_steps", 5, "--save_steps", 0) == 0  # these may differ
+    assert {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*") if path.is_file()} == before
+
+
+def test_unfinished_run_refuses_other_arguments(whole, tmp_path, capsys):
+    cut(whole, tmp_path / "run", 3)
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    for more, word in ((["--beta", 0.3], "beta = 0.05"), (["--seed", 1], "seed = 42"), (["--sft_weight", 0], "sft_weight = 0.1")):
+        assert word in refusal(train_dpo.main, capsys, *whole.argv, "--output_dir", tmp_path / "run", *more)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+
+
+def test_two_ranks_go_on(home, tmp_path):
+    """ZeRO-3 on 2 ranks, stopped after step 2 of 3; a checkpoint of 2 ranks is refused by 1."""
+    data = pack(tmp_path / "packed", make_pairs(LENGTHS), home.model)
+    argv = ["--data", data, *FP32, *RUN, "--save_steps", 1, "--deepspeed", ds_config(tmp_path / "zero3.json", "zero3")]
+    first = tmp_path / "first"
+    did = run_jobs(tmp_path / "out-1", 2, [("score", "score", argv), ("first", "train_dpo", [*argv, "--output_dir", first])])
+    assert [rank["error"] for ranks in did.values() for rank in ranks] == [""] * 4
+    assert sorted(path.name for path in (first / "checkpoints").iterdir()) == ["step-2", "step-3"]  # save_total_limit 2
+    whole, second, alone = SimpleNamespace(folder=first), tmp_path / "second", tmp_path / "alone"
+    cut(whole, second, 2)
+    cut(whole, alone, 2)
+    [did] = run_jobs(tmp_path / "out-2", 2, [("second", "train_dpo", [*argv, "--output_dir", second])]).values()
+    assert [rank["error"] for rank in did] == [""] * 2 and [list(rank["items"]) for rank in did] == [["2"]] * 2
+    assert numbers(second) == numbers(first) and weights(second) == weights(first)
+    [[did]] = run_jobs(tmp_path / "out-3", None, [("alone", "train_dpo", [*argv, "--output_dir", alone])]).values()
+    assert did["code"] == 2 and "2 ranks" in did["error"] and "has 1" in did["error"]
