@@ -78,13 +78,20 @@ class TrainArguments:
     resume_from_checkpoint: Optional[str] = arg(None, "a checkpoint folder, or latest")
 
 
+class Parser(HfArgumentParser):
+    """argparse, whose complaints become one sentence like every other."""
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the arguments")
+
+
 GROUPS = (DataArguments, ModelArguments, NoiseArguments, TrainArguments)
 
 
 def parse(argv, description, *used):
     """Parse argv (None: the command line) into one instance per dataclass of `used`, in that order."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(GROUPS, description=description, allow_abbrev=False)
+    parser = Parser(GROUPS, description=description, allow_abbrev=False)
     parser.add_argument("--config_file", help="YAML file of these arguments; the command line wins over it")
     hidden = {item.name for group in GROUPS if group not in used for item in fields(group)} | {"local_rank"}
     for action in parser._actions:
@@ -106,10 +113,10 @@ def nearest(word, known):
 
 
 def yaml_as_flags(path):
-    """The YAML file's entries as flags, so that argparse checks their types (YAML reads 5e-6 as a string)."""
+    """The YAML file's entries as flags, word for word: argparse knows their types (YAML would read 5e-6 as a string, no as false)."""
     try:
         with open(path, encoding="utf-8") as file:
-            entries = yaml.safe_load(file) or {}
+            entries = yaml.load(file, yaml.BaseLoader) or {}
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(entries, dict):
@@ -119,10 +126,10 @@ def yaml_as_flags(path):
     for name, value in entries.items():
         if name not in known:
             raise InputError(f"{path}: unknown argument {name}{nearest(str(name), known)}")
-        if value is not None:
-            if isinstance(value, bool):
-                value = "yes" if value else "no"  # YAML's bare `no` is False, and use_mixed_precision knows "no"
-            flags += [f"--{name}={value}"]
+        if not isinstance(value, str):
+            raise InputError(f"{path}: {name} holds {value}, expected one value")
+        if value not in ("", "null", "~"):
+            flags.append(f"--{name}={value}")
     return flags
 
 

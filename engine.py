@@ -18,6 +18,7 @@ from packed import InputError
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # before deepspeed's import
 import deepspeed  # noqa: E402
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 
@@ -61,9 +62,9 @@ def start():
 
 
 def read_ds_config(path):
-    """The ds_config at `path`, with its ZeRO stage checked; {} stage 0 when no path is given."""
+    """The ds_config at `path`, with its ZeRO stage checked; stage 0 and torch's AdamW when no path is given."""
     if not path:
-        return {"zero_optimization": {"stage": 0}}
+        return {"optimizer": {"params": {"torch_adam": True}}, "zero_optimization": {"stage": 0}}
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
@@ -133,13 +134,19 @@ def build(model, config):
     """The DeepSpeed engine of `model`; trains what requires a gradient if `config` names an optimizer."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        return deepspeed.initialize(model=model, model_parameters=trainable if "optimizer" in config else None,
-                                    config=config)[0]
+        engine = deepspeed.initialize(model=model, model_parameters=trainable if "optimizer" in config else None,
+                                      config=config)[0]
     except AttributeError as error:
         if "ds_opt_adam" not in str(error):
             raise
         raise InputError("DeepSpeed's CPU Adam did not compile; see its message above (a C++ compiler, and on a GPU "
                          "the CUDA toolkit of torch's version, are needed), then run: bash launch.sh --setup") from None
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):  # ZeRO-0 in bf16 makes its state by a step with gradient 0:
+        engine.optimizer.optimizer.state.clear()  # Adam would count from 2, and the weights have decayed once
+        for masters, weights in zip(engine.optimizer.fp32_groups, engine.optimizer.fp16_groups):
+            for master, weight in zip(masters, weights):
+                master.data.copy_(weight)
+    return engine
 
 
 def step(engine):
@@ -148,6 +155,19 @@ def step(engine):
     norm = torch.nn.utils.get_total_norm(whole) if whole else None  # ZeRO-0 in float32 keeps them, and names no norm
     engine.step()
     return float(norm if engine.get_global_grad_norm() is None else engine.get_global_grad_norm())
+
+
+def recount(engine, steps):
+    """Bring DeepSpeed's CPU Adam, once loaded, to the last digit of an uninterrupted run.
+
+    It multiplies beta ** t up in float32, step by step, and does not save it; after a load it would take pow(beta, t).
+    """
+    adam = getattr(engine.optimizer, "optimizer", None)
+    if hasattr(adam, "ds_opt_adam"):
+        group, nothing = adam.param_groups[0], [torch.zeros(1) for _ in range(4)]
+        for step in range(1, steps + 1):
+            adam.ds_opt_adam.adam_update(adam.opt_id, step, group["lr"], *group["betas"], group["eps"],
+                                         group["weight_decay"], group["bias_correction"], *nothing)
 
 
 def gather_weights(engine, ranks):

@@ -169,7 +169,7 @@ class Reference:
             raise InputError(missing_reference(packed.folder, wanted, mend))
         self.meta = read_json(self.folder / "meta.json", mend)
         self.S = self.meta["states"]
-        self.packed = packed
+        self.packed, self.mend = packed, mend
         if self.meta["noise_sets"] < noise_sets:
             raise InputError(f"{self.folder}: holds {self.meta['noise_sets']} noise sets, --noise_sets {noise_sets} "
                              f"were asked for; run: {mend}")

@@ -58,8 +58,8 @@ class Run:
 
     def check_same(self, arguments, inputs):
         """Refuse to go on with a run that other arguments or other inputs started."""
-        if not (self.folder / "run.json").exists():
-            return
+        if not (self.finished or self.saved()):
+            return  # nothing there that could be mixed up
         before = read_json(self.folder / "run.json", "another --output_dir")
         pairs = [(name, before["arguments"].get(name), value) for name, value in arguments.items() if name not in FREE]
         pairs += [(name, before["inputs"].get(name), value) for name, value in inputs.items()]

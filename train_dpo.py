@@ -120,9 +120,9 @@ def check_reference(job, dtype):
             worst = max(worst, abs(float(got) - float(want)) / n)
     gaps = job.ranks.gather(worst)
     if not all(gap <= GUARD[dtype] for gap in gaps):
-        folder, data = job.objective.reference.folder, job.objective.packed.folder
+        folder, mend = job.objective.reference.folder, job.objective.reference.mend
         raise InputError(f"{folder}: its scores differ from the policy's by {max(gaps):.2g} per token before the first step "
-                         f"(at most {GUARD[dtype]:.0e} expected); remove that folder and run: python score.py --data {data}")
+                         f"(at most {GUARD[dtype]:.0e} expected); remove that folder and run: {mend}")
     return max(gaps)
 
 
@@ -142,7 +142,9 @@ def prepare(argv):
     else:
         mend = (f"python score.py --data {data_args.data} --model_name_or_path {model_args.model_name_or_path} "
                 f"--diffusion_steps {noise_args.diffusion_steps} --trajectories {noise_args.trajectories} "
-                f"--noise_sets {noise_args.noise_sets} --use_mixed_precision {model_args.use_mixed_precision}")
+                f"--noise_sets {noise_args.noise_sets} --noise_seed {noise_args.noise_seed} "
+                f"--use_mixed_precision {model_args.use_mixed_precision}"
+                + (f" --deepspeed {model_args.deepspeed}" if model_args.deepspeed else ""))
         objective = Preference(args, noise_args, packed, disk.Reference(packed, wanted, noise_args.noise_sets, mend), mask_id)
     arguments = {name: value for group in (data_args, model_args, noise_args, args)
                  for name, value in dataclasses.asdict(group).items()}
@@ -167,6 +169,7 @@ def load_checkpoint(job, path):
     loaded, _ = job.policy.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise InputError(f"{path}: DeepSpeed cannot load it; choose another checkpoint with --resume_from_checkpoint")
+    engine.recount(job.policy, state["step"])
     return state["step"], state["num_tokens"]
 
 

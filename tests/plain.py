@@ -127,16 +127,17 @@ def pair_loss(model, reference, pair, reveal, T, beta, smoothing=0.0):
     return preference_loss((win - lose) - (ref_w - ref_l), beta, smoothing)
 
 
-def train(model, reference, batches, T, *, lr, betas, eps, weight_decay, clip, beta):
-    """AdamW with clipping by global norm over `batches` of (pair, reveal). Yields (mean loss, norm, weights) a step."""
-    optimizer = torch.optim.AdamW(list(model.values()), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    for batch in batches:
+def train(model, reference, batches, T, *, rates, betas, eps, weight_decay, clip, beta):
+    """AdamW with clipping by global norm over `batches` of (pair, reveal), a rate each. Yields (mean loss, norm, weights)."""
+    optimizer = torch.optim.AdamW(list(model.values()), lr=rates[0], betas=betas, eps=eps, weight_decay=weight_decay)
+    for batch, rate in zip(batches, rates):
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         losses = []
         for pair, reveal in batch:
             loss = pair_loss(model, reference, pair, reveal, T, beta) / len(batch)
             loss.backward()
-            losses.append(float(loss))
+            losses.append(loss.item())
         norm = math.sqrt(sum(float((value.grad ** 2).sum()) for value in model.values()))
         for value in model.values():
             value.grad *= min(1.0, clip / norm)

@@ -2,7 +2,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -124,8 +123,8 @@ def run(command, world=None, code=0, timeout=240):
     try:
         said, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"{command} hangs:\n{process.communicate()[0][-3000:]}") from None
+        process.terminate()  # torchrun ends its ranks, which a SIGKILL of it would leave behind
+        raise AssertionError(f"{command} hangs:\n{process.communicate(timeout=60)[0][-3000:]}") from None
     assert process.returncode == code, said[-5000:]
     return said
 

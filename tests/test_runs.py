@@ -61,6 +61,8 @@ def test_new_folder_is_free(tmp_path):
     ({"new_flag": 1}, {}, ["new_flag = None, this one 1"]),
     ({}, {"data": "e"}, ["data = d, this one e"]), ({}, {"model": "n"}, ["model = m, this one n"])])
 def test_other_run_is_refused(run, change, inputs, words):
+    run.check_same(ARGUMENTS | change, INPUTS | inputs)  # nothing saved yet: nothing to mix up
+    write_checkpoint(run, 3)
     refused(lambda: run.check_same(ARGUMENTS | change, INPUTS | inputs), str(run.folder), "--output_dir", *words)
 
 
@@ -69,12 +71,14 @@ def test_free_arguments(run):
     import config
     from dataclasses import fields
     assert runs.FREE <= {item.name for group in config.GROUPS for item in fields(group)}
+    write_checkpoint(run, 3)
     run.check_same(ARGUMENTS | {name: "other" for name in runs.FREE}, INPUTS)
     assert not runs.FREE & {"beta", "learning_rate", "seed", "noise_seed", "diffusion_steps", "trajectories", "loss_type",
                             "use_mixed_precision", "per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 def test_torn_run_json(run):
+    write_checkpoint(run, 3)
     os.truncate(run.folder / "run.json", 10)
     refused(lambda: run.check_same(ARGUMENTS, INPUTS), "run.json")
 

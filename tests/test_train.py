@@ -21,8 +21,11 @@ import torch
 from safetensors.torch import load_file
 from small import LENGTHS, ROOT, call, ds_config, flags, log, make_model, make_pairs, pack, refusal, run, run_jobs, start
 
+import checkpoint
 import config
 import engine
+import objective
+import packed
 import score
 import train_dpo
 
@@ -30,10 +33,12 @@ T, R = 3, 2  # S = 5
 STATES = flags(diffusion_steps=T, trajectories=R)
 FP32, BF16 = (STATES + flags(use_mixed_precision=name) for name in ("no", "bf16"))
 ADAM = {"eps": 1e-3}  # smooth: with 1e-8 a first step is the gradient's sign, and rounding decides it
-RUN = flags(beta=0.05, learning_rate=0.01, lr_scheduler_type="constant", warmup_ratio=0, weight_decay=0.1, adam_beta1=0.8,
+RUN = flags(beta=0.05, learning_rate=0.01, lr_scheduler_type="cosine", warmup_ratio=0, weight_decay=0.1, adam_beta1=0.8,
             adam_beta2=0.95, max_grad_norm=0.5, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3,
-            eval_fraction=0.3, eval_steps=2)
-STAGES = ("zero0", "zero2", "zero2_offload_4080", "zero3", "zero3_offload_4080")
+            eval_fraction=0.25, eval_steps=2)
+PLAIN = ("zero0", "zero2", "zero3")
+STAGES = (*PLAIN, "zero2_offload_4080", "zero3_offload_4080")
+KINDS = [(stage, kind) for stage in PLAIN for kind in ("joint", "cut", "bf16")] + [(stage, "cut") for stage in STAGES[3:]]
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +53,19 @@ def runs(request, home):
     world = request.param
     folder = home.folder / f"ranks-{world}"
     folder.mkdir()
-    data = pack(folder / "packed", make_pairs(LENGTHS), home.model)
+    data = pack(folder / "packed", make_pairs(LENGTHS, seed=7), home.model)
     base, jobs = ["--data", data], []
     for name, dtype in (("score-no", FP32), ("score-bf16", BF16)):
         jobs.append((name, "score", base + dtype + ["--states_per_forward", 3]))
     for stage in STAGES:
         path = ["--deepspeed", ds_config(folder / f"{stage}.json", stage, **ADAM)]
-        for cut, size in (("joint", 5), ("cut", 2)):
+        for cut, size in (("joint", 5), ("cut", 2)) if stage in PLAIN else (("cut", 2),):
             jobs.append((f"{stage}-{cut}", "train_dpo", base + FP32 + RUN + path + flags(
-                states_per_forward=size, output_dir=folder / f"{stage}-{cut}", gradient_checkpointing=cut == "cut")))
-        jobs.append((f"{stage}-bf16", "train_dpo", base + BF16 + RUN + path + flags(
-            states_per_forward=3, output_dir=folder / f"{stage}-bf16", max_steps=2)))
+                states_per_forward=size, output_dir=folder / f"{stage}-{cut}", gradient_checkpointing=cut == "cut",
+                save_steps=int((stage, cut) == ("zero3", "joint")))))
+        if stage in PLAIN:
+            jobs.append((f"{stage}-bf16", "train_dpo", base + BF16 + RUN + path + flags(
+                states_per_forward=3, output_dir=folder / f"{stage}-bf16")))
     did = run_jobs(folder / "out", world, jobs)
     for name, ranks in did.items():
         assert [rank["error"] for rank in ranks] == [""] * world, name
@@ -74,29 +81,24 @@ def truth(runs, home):
     for ranks in runs.did.values():  # the order of the data depends on nothing else
         assert all(rank["items"].get(str(s)) in (None, mine["items"][str(s)]) for rank, mine in zip(ranks, taken) for s in range(3))
     assert [len(batch) for batch in batches] == [4 * runs.world] * 3
-    every = [index for batch in batches for index, _ in batch]
-    trained = {index for index in range(19) if index not in held_out(runs)}
-    assert set(every[:len(trained)]) == trained if len(every) >= len(trained) else len(set(every)) == len(every)
-    assert {min(len(side) for side in pairs[index][1:]) for index in every} >= {1}
-    assert {max(len(side) for side in pairs[index][1:]) for index in every} >= {200}
+    every = [item for batch in batches for item in batch]
+    assert len(set(every)) == len(every), "a pair is taken twice in an epoch"
+    assert runs.world == 1 or {index for index, epoch in every if epoch == 0} == set(range(19)) - held_out(runs)
+    assert any(sorted(map(len, pairs[index][1:])) == [1, 200] for index, _ in every)
     return list(plain.train(
         plain.load(home.model), plain.load(home.model),
-        [[(pairs[index], reveal[index]) for index, _ in batch] for batch in batches], T, lr=0.01, betas=(0.8, 0.95),
+        [[(pairs[index], reveal[index]) for index, _ in batch] for batch in batches], T, rates=(0.01, 0.0075, 0.0025), betas=(0.8, 0.95),
         eps=ADAM["eps"], weight_decay=0.1, clip=0.5, beta=0.05))
 
 
 def held_out(runs):
-    """What no run trained on, by the runs that went through an epoch on 2 ranks."""
-    import objective
-    import packed
-    return set(objective.split(packed.Packed(runs.data), 0.3, 42)[1].tolist())
+    return set(objective.split(packed.Packed(runs.data), 0.25, 42)[1].tolist())
 
 
 # The optimizer's steps
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("cut", ["joint", "cut"])
+@pytest.mark.parametrize("stage, cut", [kind for kind in KINDS if kind[1] != "bf16"])
 def test_steps_are_plain_adamw(runs, truth, stage, cut):
     """Loss, gradient norm (clipped after) and weights of three steps: engine, accumulation, ranks and segments add nothing."""
     name = f"{stage}-{cut}"
@@ -128,11 +130,10 @@ def test_same_forwards_on_every_rank(runs):
                                  pairs if segments == 1 else pairs * 2 * segments], name
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_first_step(runs, stage):
+def test_first_step(runs):
     """Policy = reference: margin 0, loss ln 2, at every stage, in float32 and bfloat16."""
-    for kind, loose in (("joint", 1e-4), ("cut", 1e-4), ("bf16", 1e-2)):
-        line = log(runs.folder / f"{stage}-{kind}")[0]
+    for stage, kind in KINDS:
+        loose, line = 1e-2 if kind == "bf16" else 1e-4, log(runs.folder / f"{stage}-{kind}")[0]
         assert line["loss"] == pytest.approx(math.log(2), abs=loose)
         assert line["rewards/margins"] == pytest.approx(0, abs=loose)
         assert line["rewards/chosen"] == pytest.approx(0, abs=loose) and line["logps/chosen"] < -1
@@ -140,9 +141,10 @@ def test_first_step(runs, stage):
 
 def test_stages_agree(runs):
     """Step by step, in bf16 within its precision; and the runs learn."""
-    for kind, loose in (("joint", 1e-5), ("cut", 1e-5), ("bf16", 2e-2)):
-        losses = np.array([[line["loss"] for line in log(runs.folder / f"{stage}-{kind}")] for stage in STAGES])
-        np.testing.assert_allclose(losses, losses[:1].repeat(len(STAGES), 0), rtol=loose)
+    for kind, loose in (("joint", 1e-5), ("cut", 1e-5), ("bf16", 5e-3)):
+        losses = np.array([[line["loss"] for line in log(runs.folder / f"{stage}-{kind}")]
+                           for stage, other in KINDS if other == kind])
+        np.testing.assert_allclose(losses, losses[:1].repeat(len(losses), 0), rtol=loose)
         assert (losses[:, -1] != losses[:, 0]).all()
 
 
@@ -173,13 +175,12 @@ def test_evaluation_is_the_formula(runs, truth, home):
 
 def test_final_loads(runs, home):
     """final/ is a Hugging Face folder with the trained weights, in each kind of number."""
-    import checkpoint
-    for stage in STAGES:
-        for kind, dtype in (("cut", torch.float32), ("bf16", torch.bfloat16)):
-            model = checkpoint.load_model(str(runs.folder / f"{stage}-{kind}" / "final"), dtype)
-            start = load_file(home.model / "model.safetensors")
-            assert all((value != start[key].to(dtype)).any() for key, value in model.state_dict().items())
-            checkpoint.load_tokenizer(str(runs.folder / f"{stage}-{kind}" / "final"))
+    start = load_file(home.model / "model.safetensors")
+    for stage, kind in KINDS:
+        final, dtype = str(runs.folder / f"{stage}-{kind}" / "final"), torch.bfloat16 if kind == "bf16" else torch.float32
+        for key, value in checkpoint.load_model(final, dtype).state_dict().items():
+            assert (value != start[key].to(dtype)).any(), key
+        checkpoint.load_tokenizer(final)
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
@@ -284,22 +285,22 @@ def test_shipped_ds_configs(path):
 # Stop and go on
 
 
-LONG = flags(use_mixed_precision="no", diffusion_steps=T, trajectories=R, noise_sets=2, sft_weight=0.1, learning_rate=0.003,
-             warmup_ratio=0.3, num_train_epochs=2, gradient_accumulation_steps=2, states_per_forward=3, eval_fraction=0.3,
-             eval_steps=3, save_steps=1, save_total_limit=0, beta=0.05)  # 7 pairs: step 4 crosses into the second epoch
+LONG = flags(diffusion_steps=T, trajectories=R, noise_sets=2, sft_weight=0.1, learning_rate=0.003, warmup_ratio=0.3,
+             num_train_epochs=2, gradient_accumulation_steps=2, states_per_forward=3, eval_fraction=0.3, eval_steps=3,
+             save_steps=1, save_total_limit=0, beta=0.05)  # 5 pairs, 5 steps: the third crosses into the second epoch
 
 
-@pytest.fixture(scope="module", params=["zero0", "zero3_offload_4080"])
+@pytest.fixture(scope="module", params=["zero0-no", "zero0-bf16", "zero3_offload_4080-bf16"])
 def whole(request, home):
     """An uninterrupted run of the real command line with a checkpoint a step; ds_configs as they are shipped."""
-    folder = home.folder / f"whole-{request.param}"
-    data = home.folder / "long"
+    folder, data = home.folder / f"whole-{request.param}", home.folder / "long"
+    stage, dtype = request.param.split("-")
     if not data.exists():
-        pack(data, make_pairs(LENGTHS[:10], seed=3), home.model)
-        call(score.main, "--data", data, *LONG)
-    argv = ["--data", data, *LONG, "--deepspeed", ROOT / "ds_configs" / f"{request.param}.json"]
+        pack(data, make_pairs(LENGTHS[:8], seed=3), home.model)
+    argv = ["--data", data, *LONG, *flags(use_mixed_precision=dtype, deepspeed=ROOT / "ds_configs" / f"{stage}.json")]
+    call(score.main, "--data", data, *LONG, "--use_mixed_precision", dtype)
     said = run([ROOT / "train_dpo.py", *argv, "--output_dir", folder])
-    return SimpleNamespace(folder=folder, argv=argv, said=said, name=request.param)
+    return SimpleNamespace(folder=folder, argv=argv, said=said)
 
 
 VARIES = ("pairs_per_second", "tokens_per_second", "seconds_left", "host_peak_gib", "gpu_peak_gib")
@@ -316,28 +317,28 @@ def weights(output_dir):
 def cut(whole, target, step):
     """A copy of the run as if stopped after `step`, with the lines that were logged since and a torn one."""
     shutil.copytree(whole.folder, target, ignore=shutil.ignore_patterns("final"))
-    for path in (target / "checkpoints").iterdir():
+    for path in (target / "checkpoints").glob("step-*"):
         if int(path.name.removeprefix("step-")) > step:
             shutil.rmtree(path)
     with open(target / "log.jsonl", "a") as file:
-        file.write('{"step": 8, "lo')
+        file.write('{"step": 6, "lo')
 
 
 def test_resume_from_every_checkpoint(whole, tmp_path):
     """The same losses and the same weights, bit for bit, after a stop at any step; even after the last one."""
-    assert len(log(whole.folder)) == 7 and [line["step"] for line in log(whole.folder)] == list(range(1, 8))
-    assert len({line["learning_rate"] for line in log(whole.folder)}) == 7
-    assert [path.name for path in sorted((whole.folder / "checkpoints").iterdir())] == [f"step-{i}" for i in range(1, 8)]
+    assert [line["step"] for line in log(whole.folder)] == [1, 2, 3, 4, 5]
+    assert len({line["learning_rate"] for line in log(whole.folder)}) > 3
+    assert [path.name for path in sorted((whole.folder / "checkpoints").glob("*step*"))] == [f"step-{i}" for i in range(1, 6)]
     jobs = []
-    for step in range(1, 8):
+    for step in range(1, 6):
         cut(whole, tmp_path / str(step), step)
         jobs.append((str(step), "train_dpo", [*whole.argv, "--output_dir", tmp_path / str(step)]))
-    cut(whole, tmp_path / "chosen", 6)
+    cut(whole, tmp_path / "chosen", 4)
     chosen = ["--output_dir", tmp_path / "chosen", "--resume_from_checkpoint", tmp_path / "chosen" / "checkpoints" / "step-2"]
     jobs.append(("chosen", "train_dpo", [*whole.argv, *chosen]))
     did = run_jobs(tmp_path / "out", None, jobs)
-    assert [rank[0]["error"] for rank in did.values()] == [""] * 8
-    assert [len(rank[0]["items"]) for rank in did.values()] == [6, 5, 4, 3, 2, 1, 0, 5]  # it did go on from there
+    assert [rank[0]["error"] for rank in did.values()] == [""] * 6
+    assert [len(rank[0]["items"]) for rank in did.values()] == [4, 3, 2, 1, 0, 3]  # it did go on from there
     for name in did:
         assert numbers(tmp_path / name) == numbers(whole.folder), name
         assert weights(tmp_path / name) == weights(whole.folder), name
@@ -345,6 +346,8 @@ def test_resume_from_every_checkpoint(whole, tmp_path):
 
 def test_killed_run(whole, tmp_path):
     """SIGKILL in the middle, and the same command again."""
+    if whole.folder.name == "whole-zero0-bf16":
+        pytest.skip("the other two are enough")
     command = [ROOT / "train_dpo.py", *whole.argv, "--output_dir", tmp_path / "run"]
     process = start(command)
     while not (tmp_path / "run" / "checkpoints" / "step-2").exists():
@@ -377,19 +380,16 @@ def test_unfinished_run_refuses_other_arguments(whole, tmp_path, capsys):
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
 
 
-def test_two_ranks_go_on(home, tmp_path):
+@pytest.mark.parametrize("runs", [2], indirect=True)
+def test_two_ranks_go_on(runs, tmp_path, capsys):
     """ZeRO-3 on 2 ranks, stopped after step 2 of 3; a checkpoint of 2 ranks is refused by 1."""
-    data = pack(tmp_path / "packed", make_pairs(LENGTHS), home.model)
-    argv = ["--data", data, *FP32, *RUN, "--save_steps", 1, "--deepspeed", ds_config(tmp_path / "zero3.json", "zero3")]
-    first = tmp_path / "first"
-    did = run_jobs(tmp_path / "out-1", 2, [("score", "score", argv), ("first", "train_dpo", [*argv, "--output_dir", first])])
-    assert [rank["error"] for ranks in did.values() for rank in ranks] == [""] * 4
-    assert sorted(path.name for path in (first / "checkpoints").iterdir()) == ["step-2", "step-3"]  # save_total_limit 2
-    whole, second, alone = SimpleNamespace(folder=first), tmp_path / "second", tmp_path / "alone"
-    cut(whole, second, 2)
-    cut(whole, alone, 2)
-    [did] = run_jobs(tmp_path / "out-2", 2, [("second", "train_dpo", [*argv, "--output_dir", second])]).values()
+    first, second, alone = runs.folder / "zero3-joint", tmp_path / "second", tmp_path / "alone"
+    assert sorted(path.name for path in (first / "checkpoints").glob("*step*")) == ["step-2", "step-3"]  # save_total_limit 2
+    argv = ["--data", runs.data, *FP32, *RUN, "--deepspeed", runs.folder / "zero3.json"]
+    argv += flags(states_per_forward=5, gradient_checkpointing=False, save_steps=1)
+    cut(SimpleNamespace(folder=first), second, 2)
+    cut(SimpleNamespace(folder=first), alone, 2)
+    [did] = run_jobs(tmp_path / "out", 2, [("second", "train_dpo", [*argv, "--output_dir", second])]).values()
     assert [rank["error"] for rank in did] == [""] * 2 and [list(rank["items"]) for rank in did] == [["2"]] * 2
     assert numbers(second) == numbers(first) and weights(second) == weights(first)
-    [[did]] = run_jobs(tmp_path / "out-3", None, [("alone", "train_dpo", [*argv, "--output_dir", alone])]).values()
-    assert did["code"] == 2 and "2 ranks" in did["error"] and "has 1" in did["error"]
+    assert "saved by 2 ranks, this run has 1" in refusal(train_dpo.main, capsys, *argv, "--output_dir", alone)

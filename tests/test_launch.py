@@ -1,0 +1,95 @@
+"""Tests of launch.sh and of the README: its commands run, in order, in a copy of the repository as a newcomer has it.
+
+    bash tests/run.sh tests/test_launch.py
+"""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DS = "ds_configs/zero3_offload_4080.json"
+ELSEWHERE = ("bash tests/run.sh", "bash examples/make_tiny.sh")  # this suite itself, and half an hour of training
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The tracked files as they stand, in an empty folder."""
+    folder = tmp_path_factory.mktemp("clone")
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in filter(None, names):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def shell(command, folder, **environment):
+    """Run a line as its reader would, with this environment active."""
+    active = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", **environment}
+    return subprocess.run(["bash", "-c", command], cwd=folder, env={**os.environ, **active}, capture_output=True, text=True)
+
+
+def readme_commands():
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.strip() and not line.startswith("#") and line not in ELSEWHERE]
+
+
+def test_readme(clone):
+    """Every command of the README exits 0; the main job's held-out accuracy is above chance; a second run reuses it all."""
+    commands = readme_commands()
+    assert commands[0] == f"bash launch.sh {DS}"
+    for command in commands:
+        done = shell(command, clone)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert (clone / "runs/tiny/final/model.safetensors").exists()
+    log = [json.loads(line) for line in (clone / "runs/tiny/log.jsonl").read_text().splitlines()]
+    assert abs(log[0]["rewards/margins"]) < 1e-3 and abs(log[0]["loss"] - 0.693147) < 1e-4
+    assert log[-1]["eval_rewards/accuracies_ci95"][0] > 0.5
+    before = {path: path.stat().st_mtime_ns for path in (clone / "runs/tiny").rglob("*") if path.is_file()}
+    again = shell(commands[0], clone)
+    assert again.returncode == 0 and again.stdout.count("up to date") == 2 and "is finished" in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (clone / "runs/tiny").rglob("*") if path.is_file()}
+
+
+def test_two_ranks_and_stale_data(clone, tmp_path):
+    """--num_gpus 2 on a CPU; then other preferences under the same names are packed and scored again."""
+    rows = (clone / "examples/prefs.jsonl").read_text().splitlines(keepends=True)
+    source, out = tmp_path / "prefs.jsonl", tmp_path / "packed"
+    run = (f"bash launch.sh {DS} --num_gpus 2 --in {source} --data {out} --model_name_or_path examples/tiny "
+           f"--diffusion_steps 2 --trajectories 1 --eval_fraction 0.2 --max_steps 2 --gradient_accumulation_steps 2 ")
+    source.write_text("".join(rows[:16]))
+    first = shell(f"{run} --output_dir {tmp_path}/one", clone)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert "2 CPU rank(s)" in first.stdout and "2 steps of 4 pairs" in first.stdout
+    source.write_text("".join(rows[:20]))
+    second = shell(f"{run} --output_dir {tmp_path}/two", clone)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert "20 kept" in second.stdout and "up to date" not in second.stdout
+    assert json.loads((out / "meta.json").read_text())["pairs"] == 20
+
+
+@pytest.mark.parametrize("words, code, said", [
+    ("", 1, "bash launch.sh DS_CONFIG"), ("--help", 0, "bash launch.sh DS_CONFIG"), ("--setup", 0, "setup: ready"),
+    ("nowhere.json", 2, "error: nowhere.json: no such ds_config; expected one of ds_configs/"),
+    (f"{DS} --num_gpus none", 2, "error: --num_gpus is 'none'"),
+    (f"{DS} --in nowhere.jsonl", 2, "error: nowhere.jsonl: no such file"),
+    (f"{DS} --max_len 3", 2, "error: unknown argument --max_len; did you mean --max_length?")])
+def test_refusals(clone, words, code, said):
+    done = shell(f"bash launch.sh {words}", clone)
+    assert done.returncode == code and said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 1
+
+
+def test_a_refusal_in_training_ends_with_its_code(clone, tmp_path):
+    """The launcher passes a script's exit code on, and adds no traceback to its one sentence."""
+    done = shell(f"bash launch.sh {DS} --in examples/prefs.jsonl --model_name_or_path examples/tiny --data {tmp_path}/packed "
+                 f"--output_dir {tmp_path}/run --beta -1 --loss_type sft", clone)
+    assert done.returncode == 2 and "error: --beta is -1.0, expected more than 0" in done.stderr
+    assert "Traceback" not in done.stderr
