@@ -3,16 +3,21 @@
 ds_configs/*.json say where memory lives; what the run decides stands there as "auto" and is filled in here. A literal
 that contradicts the run is refused, so that a value has one home.
 """
+import contextlib
 import datetime
+import fcntl
+import glob
 import json
 import logging
 import os
 import resource
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.utils.cpp_extension import get_default_build_root
 
 from packed import InputError
 
@@ -44,9 +49,27 @@ class Ranks(NamedTuple):
         return box
 
 
+def clear_stale_locks():
+    """Remove the locks of compiled extensions that no process holds open: their owner was killed, and torch, which takes
+    one at every start, would wait for it for ever, silently."""
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if not folder.is_dir():
+        return
+    with open(folder / ".cleaner", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # one at a time: a lock taken meanwhile by another is not removed
+        locks, held = list(folder.rglob("lock")), set()
+        for link in glob.glob("/proc/[0-9]*/fd/*") if locks else []:
+            with contextlib.suppress(OSError):
+                held.add(os.readlink(link))
+        for lock in locks:
+            if str(lock.resolve()) not in held:
+                lock.unlink(missing_ok=True)
+
+
 def start():
     """Join the ranks that a launcher made (RANK, WORLD_SIZE, ...), or be the only one."""
     deepspeed_logger.setLevel(logging.WARNING)
+    clear_stale_locks()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
     cuda = torch.cuda.is_available()
     if cuda:

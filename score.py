@@ -9,6 +9,7 @@ B rows of a forward, L length, n response tokens, V vocabulary, T denoising step
 """
 import math
 import shutil
+import sys
 import time
 import zipfile
 from typing import NamedTuple
@@ -177,7 +178,8 @@ def reference_set(model, packed, folder, noise_args, noise_set, mask_id, states_
     lengths = np.diff(packed.bounds, axis=1)  # (pairs, 3)
     cost = S * (2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2])  # tokens through the model, per pair
     bar = tqdm(total=sum(int(cost[first:first + CHUNK].sum()) for first in todo), unit="tok", unit_scale=True,
-               desc=f"reference scores, noise set {noise_set}", disable=not ranks.first, mininterval=1)
+               desc=f"reference scores, noise set {noise_set}", disable=not ranks.first,
+               mininterval=1 if sys.stderr.isatty() else 30)  # a log file gets a line now and then
     for turn in range(0, len(todo), ranks.world):
         mine = todo[turn + ranks.rank:turn + ranks.rank + 1]
         pairs = list(range(mine[0], min(mine[0] + CHUNK, len(packed)))) if mine else []

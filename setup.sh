@@ -41,16 +41,12 @@ if [ "$(cat "$built" 2>/dev/null)" != "$versions" ]; then
     command -v "${CXX:-c++}" >/dev/null || die "no C++ compiler, which DeepSpeed's CPU Adam needs; on Debian and Ubuntu: apt install g++"
     mkdir -p "$TORCH_EXTENSIONS_DIR"
     echo "setup: compiling DeepSpeed's extensions (one to six minutes, once)"
-    # One builder at a time: whoever holds this lock may remove the lock files that a killed build left behind,
-    # at which the next process would otherwise wait for ever, silently.
-    (
+    ( # one builder at a time
         flock 9
-        find "$TORCH_EXTENSIONS_DIR" -name lock -delete
-        "$python" - > "$TORCH_EXTENSIONS_DIR/build.log" 2>&1 <<'PY' || exit 1
-import os
-import torch
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        cd "$here" && "$python" - > "$TORCH_EXTENSIONS_DIR/build.log" 2>&1 <<'PY' || exit 1
+import engine
 from deepspeed.accelerator import get_accelerator
+engine.clear_stale_locks()
 names = ["CPUAdamBuilder"] + (["ShareMemCommBuilder"] if get_accelerator().device_name() == "cpu" else [])
 for name in names:
     get_accelerator().create_op_builder(name).load(verbose=True)

@@ -117,7 +117,7 @@ def start(command, world=None, **options):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 
-def run(command, world=None, code=0, timeout=240):
+def run(command, world=None, code=0, timeout=600):
     """Run it to its end, which must be `code`; returns what it printed."""
     process = start(command, world)
     try:
@@ -129,7 +129,7 @@ def run(command, world=None, code=0, timeout=240):
     return said
 
 
-def run_jobs(folder, world, jobs, timeout=400):
+def run_jobs(folder, world, jobs, timeout=600):
     """Run `jobs` (name, script, arguments) one after the other in one worker.py per rank; {name: [what each rank did]}.
 
     One start instead of many: most of a tiny run's time is the start.
