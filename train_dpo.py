@@ -193,7 +193,7 @@ def train(job, run, held, start, steps, backwards, num_tokens):
             line |= evaluation
         if ranks.first:
             run.log(line)
-            if scored or step + 1 == steps or (step + 1) % args.logging_steps == 0:
+            if scored or step in (start, steps - 1) or (step + 1) % args.logging_steps == 0:
                 print(progress(line, steps), flush=True)
         if args.save_steps and (step + 1) % args.save_steps == 0:
             save_checkpoint(job, run, step + 1, num_tokens)
