@@ -22,7 +22,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import checkpoint
 import generate
-import new_tiny
 import tasks
 from llada import LLaDAConfig, LLaDAModelLM
 from packed import InputError
@@ -31,16 +30,6 @@ GOLDEN = ROOT.parent / "shared" / "data" / "llada_golden"
 MASK = 3
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other where the machine is busy
 SHORT = ["--gen_length", "8", "--steps", "4", "--use_mixed_precision", "no", "--device", "cpu"]
-
-
-@pytest.fixture(scope="session")
-def tiny_dir(tmp_path_factory):
-    """A model folder made by examples/new_tiny.py: random weights, a tokenizer without a chat template."""
-    folder = tmp_path_factory.mktemp("tiny")
-    with jsonlines.open(folder / "prefs.jsonl", "w") as writer:
-        writer.write_all(tasks.preference_rows(100, "train", 0))
-    new_tiny.main(["--in", str(folder / "prefs.jsonl"), "--out", str(folder / "model")])
-    return folder / "model"
 
 
 @pytest.fixture(scope="module")
