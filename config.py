@@ -1,7 +1,8 @@
 """The arguments that the scripts share: one dataclass a group, a YAML file for defaults, the command line over it.
 
-Every script accepts every argument below, so that one configs/*.yaml and one list of flags serve the whole run; its
---help shows the groups it uses.
+data_prep.py, score.py and train_dpo.py accept every argument of GROUPS, so that one configs/*.yaml and one list of flags
+serve the whole run; --help shows the groups that a script uses. The sampling scripts (generate.py, make_prefs.py,
+evaluate.py) accept SampleArguments and their own.
 """
 import difflib
 import os
@@ -46,6 +47,8 @@ class ModelArguments:
 class NoiseArguments:
     diffusion_steps: int = arg(4, "T, denoising steps of a trajectory")
     trajectories: int = arg(5, "R, rotated trajectories per response; 1 + R(T-1) states each cost a forward pass")
+    order: Literal["random", "blocks"] = arg("random", "order of revealing: random, or blocks from left to right and random inside (the sampler's --block_length)")
+    block_length: int = arg(32, "order blocks: tokens of a block")
     noise_sets: int = arg(1, "K, draws of noise per pair; epoch e uses draw e mod K")
     noise_seed: int = arg(0, "seed of the noise (not the run's seed)")
 
@@ -53,7 +56,7 @@ class NoiseArguments:
 @dataclass
 class TrainArguments:
     output_dir: str = arg("runs/default", "folder of the run")
-    loss_type: Literal["sigmoid", "sft"] = arg("sigmoid", "sigmoid: DPO; sft: masked-diffusion NLL of chosen alone")
+    loss_type: Literal["sigmoid", "ipo", "hinge", "sft"] = arg("sigmoid", "sigmoid: DPO; ipo; hinge; sft: masked-diffusion NLL of chosen alone")
     beta: float = arg(0.1, "DPO temperature")
     label_smoothing: float = arg(0.0, "probability that a preference is wrong (conservative DPO), 0 to 0.5")
     sft_weight: float = arg(0.0, "weight of the chosen response's masked-diffusion NLL per token, added to DPO")
@@ -78,6 +81,26 @@ class TrainArguments:
     resume_from_checkpoint: Optional[str] = arg(None, "a checkpoint folder, or latest")
 
 
+@dataclass
+class SampleArguments:
+    model_name_or_path: Optional[str] = arg(None, "model folder or hub name", "--model")
+    trust_remote_code: bool = arg(False, "run code that comes with the model (never needed for LLaDA)")
+    use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights; no: float32")
+    device: str = arg("auto", "auto, cpu, cuda or cuda:N")
+    template: Literal["auto", "chat", "none"] = arg("auto", "auto: the tokenizer's chat template if it has one")
+    gen_length: int = arg(64, "tokens of a response, at most")
+    steps: Optional[int] = arg(None, "forward passes per response; default: gen_length")
+    block_length: Optional[int] = arg(None, "tokens filled before the next block; default: gen_length")
+    temperature: float = arg(0.0, "of the Gumbel noise; 0: the most likely token")
+    cfg_scale: float = arg(0.0, "classifier-free guidance against the response without its prompt; 0: none, twice the cost otherwise")
+    remasking: Literal["low_confidence", "random"] = arg("low_confidence", "which predictions stay masked")
+    logits_eos_inf: bool = arg(False, "never predict eos")
+    confidence_eos_eot_inf: bool = arg(False, "commit eos and end-of-turn last")
+    threshold: Optional[float] = arg(None, "confidence-parallel decoding (an approximation): commit every prediction at least this sure; 0 to 1")
+    batch_size: int = arg(8, "most prompts of one length per forward pass")
+    seed: int = arg(0, "of the sampler's noise")
+
+
 class Parser(HfArgumentParser):
     """argparse, whose complaints become one sentence like every other."""
 
@@ -89,17 +112,21 @@ GROUPS = (DataArguments, ModelArguments, NoiseArguments, TrainArguments)
 
 
 def parse(argv, description, *used):
-    """Parse argv (None: the command line) into one instance per dataclass of `used`, in that order."""
+    """Parse argv (None: the command line) into one instance per dataclass of `used`, in that order.
+
+    Where all of `used` are of GROUPS, the others' arguments are accepted too.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(GROUPS, description=description, allow_abbrev=False)
+    accepted = GROUPS if set(used) <= set(GROUPS) else used
+    parser = Parser(accepted, description=description, allow_abbrev=False)
     parser.add_argument("--config_file", help="YAML file of these arguments; the command line wins over it")
-    hidden = {item.name for group in GROUPS if group not in used for item in fields(group)} | {"local_rank"}
+    hidden = {item.name for group in accepted if group not in used for item in fields(group)} | {"local_rank"}
     for action in parser._actions:
         if action.dest in hidden or action.dest.removeprefix("no_") in hidden:
             action.help = SUPPRESS
     path = next((argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config_file"), None)
     path = path or next((word.split("=", 1)[1] for word in argv if word.startswith("--config_file=")), None)
-    flags = (yaml_as_flags(path) if path else []) + argv
+    flags = (yaml_as_flags(path, accepted) if path else []) + argv
     *groups, _, unknown = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
@@ -112,7 +139,7 @@ def nearest(word, known):
     return f"; did you mean {found[0]}?" if found else "; --help lists them"
 
 
-def yaml_as_flags(path):
+def yaml_as_flags(path, accepted):
     """The YAML file's entries as flags, word for word: argparse knows their types (YAML would read 5e-6 as a string, no as false)."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -121,7 +148,7 @@ def yaml_as_flags(path):
         raise InputError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(entries, dict):
         raise InputError(f"{path}: expected lines of 'name: value'")
-    known = [item.name for group in GROUPS for item in fields(group)]
+    known = [item.name for group in accepted for item in fields(group)]
     flags = []
     for name, value in entries.items():
         if name not in known:

@@ -27,18 +27,25 @@ def state_count(T, R):
     return 1 + R * (T - 1)
 
 
-def trajectories(n, T, R, rng):
-    """Draw R rotated trajectories of T steps over n tokens in random order.
+def trajectories(n, T, R, rng, block_length=None):
+    """Draw R rotated trajectories of T steps over n tokens, in random order or, given a block_length, block by block.
 
     Returns reveal_step (R, n) int64 in 0..T-1. A token of rank k is revealed at the step s with n*s//T <= k < n*(s+1)//T;
-    trajectory r shifts every rank by r*n//R, so a token revealed early in one is revealed late in another.
+    trajectory r shifts every rank by r*n//R, so a token revealed early in one is revealed late in another. Blocks stand
+    from left to right, as the semi-autoregressive sampler fills them, and ranks are random and shift inside each.
 
     >>> trajectories(4, 2, 2, generator(0, [1], "chosen")).sum(0).tolist()   # early once, late once
     [1, 1, 1, 1]
+    >>> trajectories(4, 2, 1, generator(0, [1], "chosen"), block_length=2).tolist()
+    [[0, 0, 1, 1]]
     """
-    rank = rng.permutation(n)  # (n,)
+    b = block_length or n
+    start = np.arange(n) // b * b  # (n,) where the token's block starts
+    size = np.minimum(b, n - start)  # (n,) tokens of that block
+    order = np.lexsort((rng.permutation(n), start))  # tokens by rank
+    inside = np.argsort(order) - start  # (n,) rank within the block
+    shifted = start + (inside + np.arange(R)[:, None] * size // R) % size  # (R, n)
     cuts = n * np.arange(1, T) // T  # (T-1,) first rank of steps 1..T-1
-    shifted = (rank + (np.arange(R) * n // R)[:, None]) % n  # (R, n)
     return np.searchsorted(cuts, shifted, side="right")
 
 

@@ -1,6 +1,6 @@
 """What one training step scores, and the loss it makes of the scores: DPO on a pair, SFT on a batch of rows.
 
-margin = (S(w) - S(l)) - (S_ref(w) - S_ref(l)),  L = -log sigmoid(beta * margin)     (Rafailov et al., arXiv 2305.18290,
+margin = (S(w) - S_ref(w)) - (S(l) - S_ref(l)),  L = -log sigmoid(beta * margin)     (Rafailov et al., arXiv 2305.18290,
 with S the stepwise denoising score of score.py). Noise and S_ref are replayed from disk. Another loss: preference_loss.
 
 n response tokens, S states.
@@ -8,6 +8,7 @@ n response tokens, S states.
 import math
 
 import numpy as np
+import torch
 from torch.nn.functional import logsigmoid
 
 import diffusion
@@ -18,11 +19,18 @@ from packed import InputError, fingerprint
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
 
 
-def preference_loss(margin, beta, label_smoothing=0.0):
-    """-log sigmoid(beta * margin); with label smoothing e, (1 - e) of it and e of its mirror (conservative DPO).
+def preference_loss(margin, beta, loss_type="sigmoid", label_smoothing=0.0):
+    """The loss of one pair; margin: () float32, (S(w) - S_ref(w)) - (S(l) - S_ref(l)).
 
-    margin: () float32, (S(w) - S(l)) - (S_ref(w) - S_ref(l)). Source: arXiv 2305.18290, equation 7.
+    sigmoid: -log sigmoid(beta * margin), arXiv 2305.18290 equation 7; with label smoothing e, (1 - e) of it and e of its
+        mirror (conservative DPO).
+    hinge: max(0, 1 - beta * margin), as SLiC (arXiv 2305.10425) and RSO (2309.06657) use it on the same margin.
+    ipo: (margin - 1 / (2 beta))^2, arXiv 2310.12036 equation 17; `margin` is then of scores per token, as in TRL.
     """
+    if loss_type == "hinge":
+        return torch.relu(1 - beta * margin)
+    if loss_type == "ipo":
+        return (margin - 1 / (2 * beta)) ** 2
     return -(1 - label_smoothing) * logsigmoid(beta * margin) - label_smoothing * logsigmoid(-beta * margin)
 
 
@@ -94,11 +102,13 @@ class Preference:
 
     def loss(self, item):
         """The function from the pair's scores [S(w), S(l)(, -NLL)] to its loss."""
-        ref_chosen, ref_rejected = (float(value) for value in self.ref_scores(item))
+        ref_scores = [float(score) for score in self.ref_scores(item)]
+        # sums over the response, but for ipo, whose target 1 / (2 beta) is meant for means over its tokens
+        tokens = [len(side) for side in self.packed[item[0]][1:]] if self.args.loss_type == "ipo" else [1, 1]
 
         def of(scores):
-            margin = (scores[0] - scores[1]) - (ref_chosen - ref_rejected)
-            loss = preference_loss(margin, self.args.beta, self.args.label_smoothing)
+            chosen, rejected = ((score - ref) / n for score, ref, n in zip(scores, ref_scores, tokens))
+            loss = preference_loss(chosen - rejected, self.args.beta, self.args.loss_type, self.args.label_smoothing)
             return loss - self.args.sft_weight * scores[2] if self.args.sft_weight else loss
         return of
 

@@ -124,16 +124,23 @@ def score_and_backward(model, responses, objective, states_per_forward, device, 
 def depends_on(packed, model_args, noise_args):
     """What reference scores depend on: they are replayed only in a run that says the same."""
     return {"data": packed.meta["fingerprint"], "model": checkpoint.model_fingerprint(model_args.model_name_or_path),
-            "tokenizer": packed.meta["tokenizer"], "estimator": "stepwise", "order": "random",
-            "diffusion_steps": noise_args.diffusion_steps, "trajectories": noise_args.trajectories,
-            "noise_seed": noise_args.noise_seed, "dtype": model_args.use_mixed_precision}
+            "tokenizer": packed.meta["tokenizer"], "estimator": "stepwise", "order": noise_args.order,
+            "block_length": block_length(noise_args), "diffusion_steps": noise_args.diffusion_steps,
+            "trajectories": noise_args.trajectories, "noise_seed": noise_args.noise_seed,
+            "dtype": model_args.use_mixed_precision}
+
+
+def block_length(noise_args):
+    """None for random order, whose noise no block length changes."""
+    return noise_args.block_length if noise_args.order == "blocks" else None
 
 
 def check(packed, model_args, noise_args):
     """Refuse arguments that make no score, and arrays that another tokenizer made. Returns the model's mask id."""
     model_args.model_name_or_path = model_args.model_name_or_path or packed.meta["model_name_or_path"]
     for name, value in (("diffusion_steps", noise_args.diffusion_steps), ("trajectories", noise_args.trajectories),
-                        ("noise_sets", noise_args.noise_sets), ("states_per_forward", model_args.states_per_forward)):
+                        ("noise_sets", noise_args.noise_sets), ("block_length", noise_args.block_length),
+                        ("states_per_forward", model_args.states_per_forward)):
         if value < 1:
             raise InputError(f"--{name} is {value}, expected at least 1")
     tokenizer = checkpoint.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
@@ -149,7 +156,8 @@ def draw(packed, index, side, noise_args, noise_set):
     """masked (S, n) of one response of a pair; side 0 is chosen, 1 rejected."""
     rng = diffusion.generator(noise_args.noise_seed, packed.content(index), ("chosen", "rejected")[side], noise_set)
     n, T = len(packed[index][1 + side]), noise_args.diffusion_steps
-    return diffusion.trajectory_masks(diffusion.trajectories(n, T, noise_args.trajectories, rng), T)
+    reveal_step = diffusion.trajectories(n, T, noise_args.trajectories, rng, block_length(noise_args))
+    return diffusion.trajectory_masks(reveal_step, T)
 
 
 def score_chunk(model, packed, pairs, noise_args, noise_set, mask_id, states_per_forward, device):

@@ -134,6 +134,8 @@ def prepare(argv):
             raise InputError(f"--{name} is {getattr(args, name)}, expected more than 0")
     if not 0 <= args.eval_fraction < 1 or not 0 <= args.label_smoothing < 0.5:
         raise InputError("--eval_fraction must be in [0, 1), --label_smoothing in [0, 0.5)")
+    if args.label_smoothing and args.loss_type != "sigmoid":
+        raise InputError(f"--label_smoothing {args.label_smoothing} belongs to --loss_type sigmoid, not {args.loss_type}")
     packed = disk.Packed(data_args.data)
     mask_id = score.check(packed, model_args, noise_args)
     wanted = score.depends_on(packed, model_args, noise_args)
@@ -142,6 +144,7 @@ def prepare(argv):
     else:
         mend = (f"python score.py --data {data_args.data} --model_name_or_path {model_args.model_name_or_path} "
                 f"--diffusion_steps {noise_args.diffusion_steps} --trajectories {noise_args.trajectories} "
+                f"--order {noise_args.order} --block_length {noise_args.block_length} "
                 f"--noise_sets {noise_args.noise_sets} --noise_seed {noise_args.noise_seed} "
                 f"--use_mixed_precision {model_args.use_mixed_precision}"
                 + (f" --deepspeed {model_args.deepspeed}" if model_args.deepspeed else ""))

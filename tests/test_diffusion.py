@@ -87,6 +87,29 @@ def test_against_loops(T, R):
         assert not weight[~masked].any()
 
 
+@pytest.mark.parametrize("b", [1, 3, 8, 50])
+@pytest.mark.parametrize("T, R", GRID)
+def test_blocks(T, R, b):
+    """Blocks from left to right, each by the rule of a whole response: its ranks are drawn alone and shift inside it."""
+    for n in (1, 2, 7, 16, 23):
+        rank = np.random.default_rng(n).permutation(n).tolist()
+        place = [[None] * n for _ in range(R)]  # what is revealed as the how-many-eth
+        for r in range(R):
+            for first in range(0, n, b):
+                tokens = list(range(first, min(first + b, n)))
+                for k, i in enumerate(sorted(tokens, key=lambda i: rank[i])):
+                    place[r][i] = first + (k + r * len(tokens) // R) % len(tokens)
+        naive = [[max(s for s in range(T) if n * s // T <= k) for k in row] for row in place]
+        reveal_step = trajectories(n, T, R, Ranks(rank), b)
+        assert reveal_step.tolist() == naive
+        blocks = [reveal_step[:, first:first + b] for first in range(0, n, b)]
+        assert all(left.max() <= right.min() for left, right in zip(blocks, blocks[1:]))
+        weight = trajectory_weights(trajectory_masks(reveal_step, T), T, R)
+        np.testing.assert_allclose(weight.sum(0), 1, atol=1e-6)
+    for n in (1, 5, 8):  # one block is random order
+        assert (trajectories(n, T, R, generator(0, [n], "chosen"), 8) == trajectories(n, T, R, generator(0, [n], "chosen"))).all()
+
+
 @pytest.mark.parametrize("R", [1, 4])
 def test_one_step(R):
     """T = 1: the all-masked state alone, every token from there."""

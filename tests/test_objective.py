@@ -47,10 +47,36 @@ def preference(home, *argv):
 def test_preference_loss(smoothing):
     for margin in (-30.0, -1.5, 0.0, 0.7, 30.0):
         for beta in (0.05, 0.5):
-            got = objective.preference_loss(torch.tensor(margin), beta, smoothing)
+            got = objective.preference_loss(torch.tensor(margin), beta, "sigmoid", smoothing)
             assert float(got) == pytest.approx(float(plain.preference_loss(margin, beta, smoothing)), rel=1e-5, abs=1e-7)
     assert float(objective.preference_loss(torch.tensor(-4000.0), 1.0)) == 4000  # finite where sigmoid is 0
-    assert float(objective.preference_loss(torch.tensor(0.0), 0.1, smoothing)) == pytest.approx(math.log(2), abs=1e-7)
+    assert float(objective.preference_loss(torch.tensor(0.0), 0.1, "sigmoid", smoothing)) == pytest.approx(math.log(2), abs=1e-7)
+
+
+@pytest.mark.parametrize("loss_type, margin, want", [
+    ("hinge", 0.0, 1.0), ("hinge", 4.0, 0.0), ("hinge", -2.0, 2.0), ("hinge", 1.0, 0.5),
+    ("ipo", 1.0, 0.0), ("ipo", 0.0, 1.0), ("ipo", 3.0, 4.0), ("ipo", -1.0, 4.0)])
+def test_other_losses(loss_type, margin, want):
+    """By hand at beta 0.5: hinge max(0, 1 - margin / 2), ipo (margin - 1)^2."""
+    assert float(objective.preference_loss(torch.tensor(margin), 0.5, loss_type)) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("loss_type", ["hinge", "ipo"])
+def test_other_losses_of_a_pair(home, loss_type):
+    """hinge takes sums over the response, ipo means over its tokens; chosen and rejected differ in length."""
+    made, item, beta = preference(home, "--beta", 0.05, "--loss_type", loss_type), (4, 1), 0.05
+    _, chosen, rejected = home.pairs[4]
+    n = (len(chosen), len(rejected)) if loss_type == "ipo" else (1, 1)
+    assert len(chosen) != len(rejected)
+    reference = made.ref_scores(item)
+    for moved in (3.0, -2.0):
+        scores = [torch.tensor(float(reference[0]) + moved, requires_grad=True), torch.tensor(float(reference[1]) + 1.0)]
+        margin = moved / n[0] - 1 / n[1]
+        want = max(0.0, 1 - beta * margin) if loss_type == "hinge" else (margin - 1 / (2 * beta)) ** 2
+        loss = made.loss(item)(scores)
+        assert float(loss) == pytest.approx(want, rel=1e-4)
+        slope = -beta if loss_type == "hinge" else 2 * (margin - 1 / (2 * beta)) / n[0]
+        assert float(torch.autograd.grad(loss, scores[0])[0]) == pytest.approx(slope, rel=1e-4)
 
 
 @pytest.mark.parametrize("smoothing, sft_weight", [(0.0, 0.0), (0.2, 0.0), (0.1, 0.3)])

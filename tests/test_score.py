@@ -209,7 +209,8 @@ def test_meta(jobs, model_dir):
     data = json.loads((folder / "plain-2" / "meta.json").read_text())
     assert metas["no"]["depends_on"] == {
         "data": data["fingerprint"], "tokenizer": data["tokenizer"], "model": checkpoint.model_fingerprint(str(model_dir)),
-        "estimator": "stepwise", "order": "random", "diffusion_steps": 4, "trajectories": 2, "noise_seed": 0, "dtype": "no"}
+        "estimator": "stepwise", "order": "random", "block_length": None, "diffusion_steps": 4, "trajectories": 2, "noise_seed": 0,
+        "dtype": "no"}
     assert metas["bf16"]["noise_sets"] == 1 and metas["bf16"]["states"] == 7 and metas["bf16"]["ranks"] == 2
     assert not list((folder / "plain-2").glob("ref-*/chunks*"))
 
@@ -237,6 +238,23 @@ def test_noise_differs(model_dir, tmp_path):
     draws = [json.dumps(response) for k in (*sets, *seeded) for pair in k for response in pair]
     assert len(set(draws)) == len(draws) == 12
     assert plain.read_reference(tmp_path, dtype="bf16")[0] == sets[:1]
+
+
+def test_blocks(model_dir, tmp_path):
+    """Order blocks: the reference job's masks fill block after block; random-order scores are refused for it."""
+    packed = pack(tmp_path, make_pairs(LENGTHS[:7]), model_dir)
+    call(score.main, "--data", packed, *NOISE, *FP32)
+    blocks = ["--order", "blocks", "--block_length", 5]
+    with pytest.raises(InputError, match="order is random there and blocks in this run.*--order blocks --block_length 5"):
+        train_dpo.prepare(list(map(str, ["--data", packed, *NOISE, *FP32, *blocks])))
+    call(score.main, "--data", packed, *NOISE, *FP32, *blocks)
+    sets, scores = plain.read_reference(packed, order="blocks")
+    assert np.isfinite(scores[0]).all()
+    for response in (side for pair in sets[0] for side in pair):
+        for steps in response:  # of one trajectory
+            cut = [steps[first:first + 5] for first in range(0, len(steps), 5)]
+            assert all(max(left) <= min(right) for left, right in zip(cut, cut[1:]))
+    train_dpo.prepare(list(map(str, ["--data", packed, *NOISE, *FP32, *blocks])))
 
 
 def files(packed):
@@ -308,7 +326,7 @@ def test_broken_model(model_dir, tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, words", [
     (["--diffusion_steps", 0], "--diffusion_steps is 0"), (["--trajectories", 0], "--trajectories is 0"),
-    (["--noise_sets", 0], "--noise_sets is 0"), (["--states_per_forward", 0], "--states_per_forward is 0"),
+    (["--noise_sets", 0], "--noise_sets is 0"), (["--block_length", 0], "--block_length is 0"), (["--states_per_forward", 0], "--states_per_forward is 0"),
     (["--model_name_or_path", "nowhere/at/all"], "nowhere/at/all"), (["--data", "nowhere"], "data_prep.py"),
     (["--deepspeed", "nowhere.json"], "nowhere.json")])
 def test_refusals(model_dir, tmp_path, capsys, argv, words):

@@ -254,7 +254,8 @@ def test_edited_scores(home, scored, tmp_path):
 
 @pytest.mark.parametrize("argv, words", [
     (["--beta", 0], "--beta is 0"), (["--learning_rate", -1], "--learning_rate is -1"), (["--eval_fraction", 1], "--eval_fraction"),
-    (["--label_smoothing", 0.5], "--label_smoothing"), (["--gradient_accumulation_steps", 0], "--gradient_accumulation_steps is 0"),
+    (["--label_smoothing", 0.5], "--label_smoothing"), (["--label_smoothing", 0.1, "--loss_type", "ipo"], "not ipo"),
+    (["--gradient_accumulation_steps", 0], "--gradient_accumulation_steps is 0"),
     (["--eval_fraction", 0.99], "leaves no pair to train on"), (["--resume_from_checkpoint", "latest"], "holds no checkpoint"),
     (["--resume_from_checkpoint", "nowhere"], "not a checkpoint"), (["--deepspeed", "nowhere.json"], "nowhere.json")])
 def test_refusals(scored, tmp_path, capsys, argv, words):
