@@ -23,7 +23,8 @@ def arg(default, help, *aliases):
 
 @dataclass
 class DataArguments:
-    preference_data_path: Optional[str] = arg(None, "preferences: a .jsonl or .json file", "--in")
+    preference_data_path: Optional[str] = arg(None, "preferences: a .jsonl, .json or .parquet file, or a data set of the hub, org/name", "--in")
+    split: str = arg("train", "split of a hub data set")
     data: str = arg("packed", "folder of the packed arrays", "--out")
     columns: Optional[str] = arg(None, "other column names, e.g. prompt=question,chosen=response_j,rejected=response_k")
     max_length: int = arg(1024, "longest prompt + response, in tokens; longer pairs are left out and listed")

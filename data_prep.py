@@ -24,7 +24,7 @@ import checkpoint
 import config
 import packed
 from packed import InputError
-from rows import Malformed, find_columns, parse_columns, preference, read_rows, shorten
+from rows import Malformed, find_columns, parse_columns, preference, read_rows, shorten, source_sha256
 
 DESCRIPTION = ("Preference rows to token ids on disk: prefs.jsonl -> packed/. With --reuse, nothing is done when the "
                "folder is complete and was made of the same file, tokenizer, template, columns and max_length.")
@@ -132,16 +132,16 @@ def encode_rows(encoder, rows, num_proc):
 # --- the job ---
 
 def prepare(path, args, encoder):
-    """All rows of the file, each with ids or with a reason; raises InputError before anything is written."""
+    """(rows, form): all rows of the source, each with ids or with a reason; raises InputError before anything is written."""
     where = f"{path}:" if path.endswith(".jsonl") else f"{path}: row "
-    rows = read_rows(path)
-    columns = find_columns(rows, parse_columns(args.columns), path)
+    rows = read_rows(path, args.split)
+    columns, form = find_columns(rows, parse_columns(args.columns), path)
     for row in rows:
         if not row.reason:
             try:
                 row.parts = preference(row.value, columns, encoder.template == "chat")
             except Malformed as error:
-                row.reason, row.detail = "malformed", str(error)
+                row.reason, row.detail = error.reason, str(error)
         stop_at_malformed(row, args, where)
         if row.parts and encoder.template == "none" and isinstance(row.parts[0], list):
             raise InputError(f"{where}{row.number}: conversational rows need a chat template, and "
@@ -155,7 +155,7 @@ def prepare(path, args, encoder):
             first = seen.setdefault(packed.fingerprint(*row.ids), row.number)
             if first != row.number:
                 row.reason, row.detail = "duplicate", f"of {first}"
-    return rows
+    return rows, form
 
 
 def stop_at_malformed(row, args, where):
@@ -186,8 +186,6 @@ def default_model(folder, reuse):
 def up_to_date(args, tokenizer, mend):
     """Whether args.data is complete and is what these arguments would make; with no source given, just complete."""
     source = args.preference_data_path
-    if source and not os.path.isfile(source):
-        raise InputError(f"{source}: no such file; expected preferences as .jsonl or .json")
     if not (Path(args.data) / "meta.json").exists():
         if source:
             return False
@@ -207,7 +205,7 @@ def up_to_date(args, tokenizer, mend):
         return True
     wanted = {"tokenizer": tokens, "columns": parse_columns(args.columns), "max_length": args.max_length,
               "template": "chat" if checkpoint.uses_chat(tokenizer, args.template) else "none"}
-    wanted["source_sha256"] = packed.file_sha256(source)
+    wanted["source_sha256"] = source_sha256(source, args.split)
     return all(meta.get(key) == value for key, value in wanted.items())
 
 
@@ -264,7 +262,7 @@ def main(argv=None):
         print(f"{folder}: {packed.read_json(folder / 'meta.json', '')['pairs']} pairs, up to date")
         return
     encoder = make_encoder(args, model_args, tokenizer)
-    rows = prepare(source, args, encoder)
+    rows, form = prepare(source, args, encoder)
     kept, left_out = [row for row in rows if not row.reason], [row for row in rows if row.reason]
     assert len(rows) == len(kept) + len(left_out)
     dropped = dict(Counter(row.reason for row in left_out).most_common())
@@ -278,10 +276,11 @@ def main(argv=None):
                          "its tokenizer and config.json do not belong together")
     write(folder, kept, left_out, {
         "tokenizer": checkpoint.tokenizer_fingerprint(tokenizer), "model_name_or_path": name, "source": source,
-        "source_sha256": packed.file_sha256(source), "columns": parse_columns(args.columns),
+        "source_sha256": source_sha256(source, args.split), "form": form, "columns": parse_columns(args.columns),
         "template": encoder.template, "max_length": args.max_length,
         "rows": len(rows), "kept": len(kept), "dropped": dropped,
         "end_token_id": encoder.end, "pad_token_id": tokenizer.eos_token_id, "mask_token_id": encoder.mask})
+    print(f"form: {form}")
     print("\n".join(summary(args, kept, left_out, tokenizer)))
     print(f"next: python score.py --data {folder} --model_name_or_path {name}")
 

@@ -1,11 +1,15 @@
-"""Preference rows as people have them: a .jsonl or .json file, in TRL's forms and their kin, to (prompt, chosen, rejected).
+"""Preference rows as people have them, to (prompt, chosen, rejected).
 
-Forms:
-    1. strings          {"prompt": "Q", "chosen": "A", "rejected": "B"}
-    2. conversational   prompt: a list of {role, content}; chosen, rejected: one assistant message, or a string
-    3. implicit prompt  no prompt column; chosen and rejected are whole dialogues that share all but the last turn:
+Sources: a .jsonl, .json or .parquet file, or a data set of the hub ("org/name"), through `datasets`.
+Forms, each recognised by its columns (FORMS) and named in what data_prep prints:
+    strings             {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    conversational      prompt: a list of {role, content}; chosen, rejected: one assistant message, or a string
+    implicit prompt     no prompt column; chosen and rejected are whole dialogues that share all but the last turn:
                         message lists, "\\n\\nHuman: ...\\n\\nAssistant: ..." strings, or texts with a common beginning
-ShareGPT's {from, value} messages and its `conversations` column are read too.
+    LLaMA-Factory       conversations of {from, value}; or instruction and input, joined by a newline
+    OpenAI              input {"messages"}, preferred_output, non_preferred_output
+    A/B                 two responses, and a column that says which is preferred; a row without a preference is left out
+Messages may be {from, value}, and their content a list of text parts.
 """
 import json
 import os
@@ -16,16 +20,48 @@ from pathlib import Path
 
 import jsonlines
 
-from packed import InputError
+from packed import InputError, file_sha256
 
+ENDINGS = (".jsonl", ".json", ".parquet")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # turns of hh-rlhf's string dialogues
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list",
          dict: "an object"}
 
 
+# form -> the columns that tell it, as (prompt, chosen, rejected); the first whose columns are all there is it
+FORMS = {
+    "OpenAI preference": ("input", "preferred_output", "non_preferred_output"),
+    "prompt, chosen, rejected": ("prompt", "chosen", "rejected"),
+    "LLaMA-Factory conversations": ("conversations", "chosen", "rejected"),
+    "LLaMA-Factory instruction": ("instruction", "chosen", "rejected"),
+    "question, chosen, rejected": ("question", "chosen", "rejected"),
+    "question, response_j over response_k": ("question", "response_j", "response_k"),
+    "implicit prompt": (None, "chosen", "rejected"),
+}
+ASKED = ("prompt", "question", "instruction", "input", "history", "context")  # names of an A/B form's prompt
+PREFERENCE = ("preference", "preferred", "winner", "choice", "better_response_id", "label", "labels")
+# two responses, and what a preference column says of the first and of the second (beside the columns' own names)
+SIDES = {
+    **{(f"{name}_{a}", f"{name}_{b}"): ((a, "a"), (b, "b")) for name in ("response", "answer", "completion", "output")
+       for a, b in (("a", "b"), ("A", "B"))},
+    **{(f"{name}_0", f"{name}_1"): (("0",), ("1",)) for name in ("response", "answer", "completion", "output")},
+    **{(f"{name}_1", f"{name}_2"): (("1",), ("2",)) for name in ("response", "answer", "completion", "output")},
+    ("human_ref_A", "human_ref_B"): (("1",), ("0",)),  # SHP: labels is 1 where A is preferred
+}
+TIES = {"", "none", "null", "tie", "both", "neither", "equal", "same", "0.5", "tie (bothbad)"}
+
+
 class Malformed(Exception):
     """A row that is not of any known form: "expected ..., found ..."."""
+
+    reason = "malformed"
+
+
+class Tie(Malformed):
+    """A row that prefers neither response."""
+
+    reason = "no preference"
 
 
 @dataclass
@@ -42,20 +78,28 @@ def shorten(text, most):
     return text if len(text) <= most else text[:most] + "..."
 
 
-def read_rows(path):
-    """Every row of the file as a Row, those that are not JSON marked malformed; blank lines are no rows."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; expected preferences as .jsonl or .json")
+def read_rows(path, split="train"):
+    """Every row of the source as a Row, those that are not JSON marked malformed; blank lines are no rows."""
+    if not is_file(path):
+        return [Row(number, value) for number, value in enumerate(hub_rows(path, split), 1)]
+    if path.endswith(".parquet"):
+        import pyarrow.parquet  # here, not above: data_prep --reuse has no need of it
+        try:
+            return [Row(number, value) for number, value in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)]
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{path}: not a parquet file ({shorten(str(error), 120)})") from None
     if path.endswith(".json"):
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not valid JSON ({error}); call a file of one object a line .jsonl") from None
+        if isinstance(values, dict) and len(lists := [each for each in values.values() if isinstance(each, list)]) == 1:
+            [values] = lists  # {"data": [...]}
         if not isinstance(values, list):
             raise InputError(f"{path}: expected a list of rows, found {KINDS[type(values)]}")
         return [Row(number, value) for number, value in enumerate(values, 1)]
     if not path.endswith(".jsonl"):
-        raise InputError(f"{path}: expected a file that ends in .jsonl (one object a line) or .json (a list)")
+        raise InputError(f"{path}: expected a file that ends in .jsonl (one object a line), .json (a list) or .parquet")
     rows = []
     with open(path, "rb") as file, jsonlines.Reader(file, loads=json.loads) as reader:
         for number in range(1, sys.maxsize):
@@ -72,6 +116,31 @@ def read_rows(path):
                     rows.append(Row(number, text, "malformed", f"expected a JSON object, found invalid JSON ({found})"))
 
 
+def is_file(path):
+    """False for what can be the name of a data set; refuses what is neither."""
+    if os.path.isfile(path):
+        return True
+    if os.path.exists(path) or path.endswith(ENDINGS) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise InputError(f"{path}: no such file; expected preferences as .jsonl, .json or .parquet, or a data set of the "
+                         "hub, org/name")
+    return False
+
+
+def hub_rows(name, split):
+    """The rows of a data set of the hub."""
+    import datasets
+    try:
+        return datasets.load_dataset(name, split=split)
+    except (OSError, ValueError) as error:  # datasets' own errors are of these kinds
+        raise InputError(f"{name}: neither a file nor a data set of the hub with a split '{split}' that can be read "
+                         f"({shorten(' '.join(str(error).split()), 200)})") from None
+
+
+def source_sha256(path, split="train"):
+    """What tells whether a source has changed: a file's hash, or a data set's fingerprint."""
+    return file_sha256(path) if is_file(path) else hub_rows(path, split)._fingerprint
+
+
 def parse_columns(text):
     """'prompt=question,chosen=a' -> {"prompt": "question", "chosen": "a"}"""
     columns = {}
@@ -84,15 +153,43 @@ def parse_columns(text):
 
 
 def find_columns(rows, given, path):
-    """{"prompt", "chosen", "rejected": the file's name for it}; no "prompt" where it is implicit."""
+    """(columns, form): {"prompt", "chosen", "rejected": the file's name for it}, no "prompt" where it is implicit.
+
+    An A/B form has {"prompt", "first", "second", "preference"} instead. Refuses columns of no known form.
+    """
     there = list(dict.fromkeys(name for row in rows if isinstance(row.value, dict) for name in row.value))
-    prompt = [name for name in ("prompt", "conversations") if name in there][:1]
-    columns = {**{"prompt": name for name in prompt}, "chosen": "chosen", "rejected": "rejected", **given}
-    for name in columns.values():
+    for name in given.values():
         if there and name not in there:
-            raise InputError(f"{path}: no column '{name}'; the columns are {shorten(', '.join(there), 300)}; "
-                             "name yours with --columns prompt=...,chosen=...,rejected=...")
-    return columns
+            raise InputError(f"{path}: no column '{name}'; the columns are {shorten(', '.join(there), 300)}")
+    for form, names in FORMS.items():
+        columns = {**{ours: name for ours, name in zip(("prompt", "chosen", "rejected"), names) if name}, **given}
+        if set(columns.values()) <= set(there) or not there:
+            return columns, "--columns" if given else form
+    sides = next((pair for pair in SIDES if set(pair) <= set(there)), None)
+    asked, said = (next((name for name in names if name in there), None) for names in (ASKED, PREFERENCE))
+    if sides and asked and said and not given:
+        return {"prompt": asked, "first": sides[0], "second": sides[1], "preference": said}, \
+            f"A/B ({sides[0]}, {sides[1]}, preferred by {said})"
+    why = "no known form has these columns"
+    if {"completion", "label"} <= set(there):
+        why = "these are single judged responses, and DPO needs pairs (make_prefs.py --strategy label makes them)"
+    elif sides and asked:
+        why = f"two responses, and no column that says which is preferred ({', '.join(PREFERENCE)})"
+    raise InputError(f"{path}: {why}; the columns are {shorten(', '.join(there), 300)}; name yours with "
+                     "--columns prompt=...,chosen=...,rejected=...")
+
+
+def resolve(row, columns):
+    """An A/B row as {"prompt", "chosen", "rejected"}; raises Tie where neither response is preferred."""
+    first, second, said = columns["first"], columns["second"], row[columns["preference"]]
+    words = str(int(said) if isinstance(said, (bool, float)) and said == int(said) else said).strip().lower()
+    if words in TIES:
+        raise Tie(f"'{columns['preference']}' is {json.dumps(said)}")
+    names = [{name.lower(), *words_of} for name, words_of in zip((first, second), SIDES[first, second])]
+    if (words in {each.lower() for each in names[0]}) == (words in {each.lower() for each in names[1]}):
+        raise Malformed(f"expected '{columns['preference']}' to name {first} or {second}, found {json.dumps(said)}")
+    chosen, rejected = (first, second) if words in {each.lower() for each in names[0]} else (second, first)
+    return {"prompt": row[columns["prompt"]], "chosen": row[chosen], "rejected": row[rejected]}
 
 
 def preference(row, columns, chat):
@@ -102,6 +199,12 @@ def preference(row, columns, chat):
     for name in columns.values():
         if name not in row:
             raise Malformed(f"expected a column '{name}', found {shorten(', '.join(row), 200) or 'an empty object'}")
+    if "first" in columns:
+        row, columns = resolve(row, columns), {name: name for name in ("prompt", "chosen", "rejected")}
+    elif columns.get("prompt") == "instruction" and isinstance(row["instruction"], str) and row.get("input"):
+        row = {**row, "instruction": f"{row['instruction']}\n{row['input']}"}
+    elif columns.get("prompt") == "question" and isinstance(row["question"], str) and row.get("system"):
+        row = {**row, "question": [{"role": "system", "content": row["system"]}, {"role": "user", "content": row["question"]}]}
     prompt = conversation(row[columns["prompt"]], columns["prompt"]) if "prompt" in columns else None
     chosen, rejected = (conversation(row[columns[side]], columns[side]) for side in ("chosen", "rejected"))
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
@@ -128,9 +231,10 @@ def conversation(value, column):
         found = f"an empty {KINDS[type(value)].split()[-1]}" if value in ([], {}) else KINDS[type(value)]
         raise Malformed(f"expected '{column}' to be a string or a list of messages, found {found}")
     messages = []
+    value = value.get("messages", value) if isinstance(value, dict) else value  # OpenAI's input
     for message in value if isinstance(value, list) else [value]:
         names = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
-        said = [message.get(name) for name in names] if isinstance(message, dict) else []
+        said = [parts_text(message.get(name)) for name in names] if isinstance(message, dict) else []
         if not said or not all(isinstance(text, str) for text in said):
             raise Malformed(f"expected messages with a string '{names[0]}' and '{names[1]}' in '{column}', "
                             f"found {shorten(json.dumps(message), 80)}")
@@ -138,6 +242,14 @@ def conversation(value, column):
             raise Malformed(f"expected a role of system, user or assistant in '{column}', found {json.dumps(said[0])}")
         messages.append({"role": ROLES[said[0]], "content": said[1]})
     return messages
+
+
+def parts_text(content):
+    """The text of a content given as a list of text parts; anything else as it is."""
+    if isinstance(content, list) and content and all(isinstance(part, dict) and part.get("type") == "text"
+                                                     and isinstance(part.get("text"), str) for part in content):
+        return "".join(part["text"] for part in content)
+    return content
 
 
 def split_messages(prompt, chosen, rejected):

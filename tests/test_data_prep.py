@@ -118,8 +118,8 @@ def test_cli_packs_what_sentencepiece_says(tiny, tmp_path):
     meta = got.meta
     assert (meta["end_token_id"], meta["pad_token_id"], meta["mask_token_id"], meta["template"]) == (EOS, EOS, MASK, "none")
     assert meta["source_sha256"] == packed.file_sha256(tiny.parent / "prefs.jsonl") and meta["dropped"] == {}
-    lines = done.stdout.splitlines()
-    assert "200 rows, 200 kept, 0 dropped" in lines[0] and lines[1].split() == ["tokens", "min", "50%", "90%", "99%", "max"]
+    form, *lines = done.stdout.splitlines()
+    assert form == "form: prompt, chosen, rejected" and "200 rows, 200 kept, 0 dropped" in lines[0] and lines[1].split() == ["tokens", "min", "50%", "90%", "99%", "max"]
     assert [line.split()[0] for line in lines[2:5]] == ["prompt", "chosen", "rejected"]
     assert "|Question|:|" in lines[6] and lines[7].endswith("|</s>|") and "\\n|####|" in lines[7]
     assert lines[-1] == f"next: python score.py --data {out} --model_name_or_path {tiny}"
@@ -157,13 +157,13 @@ def test_cli_two_processes_make_the_same(tiny, tmp_path):
 # --- forms of a row ---------------------------------------------------------------------------------------
 
 def test_columns(prep, tiny):
-    row = {"question": GOOD["prompt"], "response_j": GOOD["chosen"], "response_k": GOOD["rejected"], "other": 1}
-    names = "prompt=question,chosen=response_j,rejected=response_k"
+    row = {"asked": GOOD["prompt"], "better": GOOD["chosen"], "worse": GOOD["rejected"], "other": 1}
+    names = "prompt=asked,chosen=better,rejected=worse"
     got, _ = prep([row], "--columns", names, name="prefs.json")
     assert texts(tiny, got) == [GOOD["prompt"], GOOD["chosen"] + "</s>", GOOD["rejected"] + "</s>"]
-    assert got.meta["columns"] == {"prompt": "question", "chosen": "response_j", "rejected": "response_k"}
-    refuses(prep, "no column 'chosen'; the columns are question, response_j, response_k, other", [row])
-    refuses(prep, "no column 'answer'; the columns are question", [row], "--columns", names.replace("response_j", "answer"))
+    assert got.meta["columns"] == {"prompt": "asked", "chosen": "better", "rejected": "worse"}
+    refuses(prep, "no known form has these columns; the columns are asked, better, worse, other; name yours", [row])
+    refuses(prep, "no column 'answer'; the columns are asked", [row], "--columns", names.replace("better", "answer"))
     refuses(prep, "found 'answer=b'", [row], "--columns", "prompt=a,answer=b")
 
 
