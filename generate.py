@@ -1,22 +1,33 @@
 """LLaDA's sampler: a response starts as masks, and the most confident predictions are committed, block by block.
 
-    python generate.py --model_name_or_path DIR --prompt "Question: ..."             -> the response on stdout
-    python generate.py --model_name_or_path DIR --in prompts.jsonl --out out.jsonl   -> its rows with a "response"
-    python generate.py --model_name_or_path DIR --task arithmetic --num 200          -> solved 93 of 200 (46.5%, ...)
+    python generate.py --model DIR --prompt "Question: ..."             -> the response on stdout
+    python generate.py --model DIR --in prompts.jsonl --out out.jsonl   -> its rows with a "response"
+    python generate.py --model DIR --task arithmetic --num 200          -> solved 93 of 200 (46.5%, ...)
 
 Each forward pass predicts c_i = argmax_v exp(z_iv) / (-log u_iv)^temperature, u ~ U(0, 1), at the block's masked
 positions i and commits those where softmax(z_i)[c_i] is highest; the others stay masked (low-confidence remasking).
-Source: Nie et al., arXiv 2502.09992, and ML-GSAI/LLaDA's generate.py, token for token at temperature 0.
+With guidance z = u + (cfg_scale + 1)(c - u), c the logits and u those without the prompt.
+Source: Nie et al., arXiv 2502.09992, and ML-GSAI/LLaDA's generate.py, token for token, but for these, which that leaves
+to chance or to an accident of its code:
+  * Noise and random confidence come from a CPU generator per response, not from the device's one.
+  * Equal confidences are committed from left to right. (Under confidence_eos_eot_inf every eos has confidence 0.)
+  * confidence_eos_eot_inf holds for eos at any temperature; there, at temperature 0 only.
+  * A mask id in the prompt or predicted (a trained model predicts none) stays; there, later passes may fill it.
+  * A response takes no further passes after a block with an end; its text, which is cut there, is the same.
+--threshold is an approximation, in return for fewer passes: a pass commits every prediction at least that confident,
+and always the surest, as if they did not depend on each other. Source: Fast-dLLM, arXiv 2505.22618.
 B batch, P prompt tokens, L = P + gen_length, V vocabulary, N masked positions of the current block, over the batch.
 """
-import argparse
+import contextlib
 import hashlib
 import json
 import math
 import sys
 import time
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple, Optional
 
 import jsonlines
 import torch
@@ -25,101 +36,215 @@ import config
 import tasks
 from checkpoint import (DTYPES, encode, end_token_id, load_model, load_tokenizer, mask_token_id, prompt_text,
                         response_tokenizer)
+from config import SampleArguments, arg
 from packed import InputError, replacing
 
 
+class Response(NamedTuple):
+    text: str
+    tokens: int  # before the end
+    ended: bool  # by an eos or end-of-turn; if not, gen_length was too short
+
+
+# --- arguments --------------------------------------------------------------------------------------------
+
+def check(sample):
+    """Fill in steps, block_length and device in place; InputError for a value or a combination without a meaning."""
+    if sample.block_length is None:
+        sample.block_length = sample.gen_length
+    if sample.threshold is None:
+        sample.steps = sample.gen_length if sample.steps is None else sample.steps
+    else:
+        check_threshold(sample)
+    for name in ("gen_length", "block_length", "batch_size", "steps"):
+        if getattr(sample, name) is not None and getattr(sample, name) < 1:
+            raise InputError(f"--{name} is {getattr(sample, name)}; expected at least 1")
+    check_lengths(sample.steps, sample.gen_length, sample.block_length)
+    for name, example in (("temperature", 0.7), ("cfg_scale", 0.5)):
+        if not 0 <= getattr(sample, name) < math.inf:
+            raise InputError(f"--{name} is {getattr(sample, name)}; expected 0 or more, for example --{name} {example}")
+    if sample.confidence_eos_eot_inf and sample.remasking == "random":
+        raise InputError("--confidence_eos_eot_inf has no meaning with --remasking random, which ignores confidence; "
+                         "leave one out")
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if sample.device not in ["auto"] + devices:
+        raise InputError(f"--device is {sample.device!r}; this machine has {', '.join(devices)}")
+    sample.device = ("cuda" if "cuda" in devices else "cpu") if sample.device == "auto" else sample.device
+
+
+def check_threshold(sample):
+    if not 0 < sample.threshold <= 1:
+        raise InputError(f"--threshold is {sample.threshold}; expected more than 0 and at most 1, for example "
+                         "--threshold 0.9")
+    if sample.steps is not None:
+        raise InputError(f"--steps {sample.steps} contradicts --threshold {sample.threshold}, which takes as many passes "
+                         "as the confidence asks for; leave one out")
+    if sample.remasking == "random":
+        raise InputError(f"--threshold {sample.threshold} has no meaning with --remasking random, which ignores "
+                         "confidence; leave one out")
+
+
 def check_lengths(steps, gen_length, block_length):
-    if min(steps, gen_length, block_length) < 1:
-        raise InputError(f"--steps {steps} --gen_length {gen_length} --block_length {block_length}: all must be >= 1")
+    """steps: None where a threshold decides."""
     if gen_length % block_length:
         raise InputError(f"--gen_length {gen_length} is not a multiple of --block_length {block_length}; "
                          f"try --block_length {math.gcd(gen_length, block_length)}")
     blocks = gen_length // block_length
-    if steps % blocks:
+    if steps is not None and steps % blocks:
         raise InputError(f"--steps {steps} is not a multiple of the {blocks} blocks that --gen_length {gen_length} and "
                          f"--block_length {block_length} make; try --steps {-(-steps // blocks) * blocks}")
 
 
-def row_generator(seed, row):
-    """CPU randomness of one response; hashed, so that row 1 of seed 0 is not row 0 of seed 1."""
-    digest = hashlib.sha256(f"generate|{seed}|{row}".encode()).digest()
+# --- the sampler ------------------------------------------------------------------------------------------
+
+def row_generator(seed, key):
+    """CPU randomness of one response; hashed, so that key 1 of seed 0 is not key 0 of seed 1."""
+    digest = hashlib.sha256(f"generate|{seed}|{key}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))  # the CPU generator reads 32 bits
 
 
-def choose(logits, owner, draws, temperature):
+def predict(model, x, positions, P, mask_id, cfg_scale):
+    """Logits (N, V) of x (B, L) at `positions` (N,), flat indices; guided away from those without the prompt."""
+    if cfg_scale == 0:
+        return model(input_ids=x, positions=positions).logits
+    blind = x.clone()
+    blind[:, :P] = mask_id
+    both = model(input_ids=torch.cat((x, blind)), positions=torch.cat((positions, positions + x.numel()))).logits
+    c, u = both.chunk(2)  # (N, V) each
+    return u + (cfg_scale + 1) * (c - u)
+
+
+def choose(logits, counts, draws, temperature):
     """The predicted id (N,) of each row of logits (N, V): the argmax, at a temperature that of exp(z) / (-log u)^T.
 
-    owner (N,), ascending: the batch row of each position; draws: B generators, one per batch row.
+    counts, draws: for each batch row, how many of the N are its own, and its generator.
     """
     if temperature == 0:
         return logits.argmax(-1)
     chosen = []
-    for row, draw in enumerate(draws):  # row by row: float64 over V is large, and no row's noise hangs on another's
-        z = logits[owner == row].double()
+    for z, draw in zip(logits.split(counts), draws):  # row by row: float64 over V is large, and each has its own noise
         u = torch.rand(z.shape, dtype=torch.float64, generator=draw).to(z.device)  # on the CPU: the same on any device
-        chosen.append((z.exp() / (-u.log()) ** temperature).argmax(-1))
+        noise = u.log_().neg_().log_().mul_(-temperature)  # the quotient's logarithm: two logs for an exp and a power,
+        chosen.append(noise.add_(z).argmax(-1))            # and a z above 709 is not infinite
     return torch.cat(chosen)
 
 
+def confidences(logits, chosen, counts, draws, sample, ends):
+    """How sure each of `chosen` (N,) is, (N,): its probability without noise, or U(0, 1) where remasking is random.
+
+    counts, draws: as in choose(). ends: ids that confidence_eos_eot_inf makes least sure. The probability is taken in the
+    logits' dtype as in the original, but in float32 where a threshold is compared with it.
+    """
+    if sample.remasking == "random":
+        drawn = [torch.rand(n, dtype=torch.float64, generator=draw) for n, draw in zip(counts, draws)]
+        return torch.cat(drawn).to(logits.device)
+    if sample.confidence_eos_eot_inf:
+        logits = logits.index_fill(-1, ends, -torch.inf)  # they get 0, and the others share their probability
+    if sample.threshold is not None:
+        logits = logits.float()
+    return logits.softmax(-1).gather(-1, chosen[:, None])[:, 0]
+
+
 @torch.no_grad()
-def generate(model, prompts, mask_id, *, steps, gen_length, block_length, temperature=0.0, seed=0, rows=None):
+def generate(model, prompts, sample, mask_id, eos=None, eot=None, keys=None):
     """Sample a response to each of prompts (B, P) int64, all of one length; returns ids (B, gen_length) int64.
 
-    steps: forward passes over the whole response, shared equally by its gen_length / block_length blocks.
-    rows: B numbers that key the noise with `seed` (default 0..B-1), so that a response does not depend on its batch.
-    A predicted mask_id stays a mask, as in the original; a trained model does not predict it.
+    sample: SampleArguments after check(). eos, eot: ids that end a text; after the first, some ids may still be masks.
+    keys: B numbers that key the noise with sample.seed (default 0..B-1), so that no response depends on its batch.
     """
-    check_lengths(steps, gen_length, block_length)
     (B, P), device = prompts.shape, next(model.parameters()).device
-    draws = [row_generator(seed, row) for row in (range(B) if rows is None else rows)]
-    x = torch.full((B, P + gen_length), mask_id, dtype=torch.long, device=device)  # (B, L)
+    draws = [row_generator(sample.seed, key) for key in (range(B) if keys is None else keys)]
+    ends = torch.tensor(sorted({eos, eot} - {None}), dtype=torch.long, device=device)
+    x = torch.full((B, P + sample.gen_length), mask_id, dtype=torch.long, device=device)  # (B, L)
     x[:, :P] = prompts
-    block_steps = steps * block_length // gen_length
-    for start in range(P, P + gen_length, block_length):
-        block = x[:, start:start + block_length]  # (B, block_length), a view: commits are written into x
-        for step in range(block_steps):
-            commits = block_length // block_steps + (step < block_length % block_steps)
-            if commits == 0:
-                break  # more steps than tokens: the remaining passes would change nothing
+    settled = torch.zeros(B, dtype=torch.bool, device=device)  # (B,)
+    for start in range(P, x.shape[1], sample.block_length):
+        window = slice(start, start + sample.block_length)
+        for commits in commits_per_pass(sample):
+            rows = ((x[:, window] == mask_id).any(1) & ~settled).nonzero()[:, 0]  # those that this pass is for
+            if not len(rows):
+                break
             # 1. Predict the block's masked positions, and only those.
-            masked = block == mask_id  # (B, block_length)
+            part = x[rows]  # (R, L)
+            block = part[:, window]  # (R, block_length)
+            masked = block == mask_id
             owner, offset = masked.nonzero(as_tuple=True)  # (N,), (N,) in row order
-            logits = model(input_ids=x, positions=owner * x.shape[1] + start + offset).logits  # (N, V)
-            chosen = choose(logits, owner, draws, temperature)  # (N,)
-            # 2. Confidence is the noiseless probability, in the logits' dtype as the original takes it.
-            confidence = torch.full(masked.shape, -torch.inf, dtype=logits.dtype, device=device)  # (B, block_length)
-            confidence[masked] = logits.softmax(-1).gather(-1, chosen[:, None])[:, 0]
+            logits = predict(model, part, owner * part.shape[1] + start + offset, P, mask_id, sample.cfg_scale)  # (N, V)
+            if sample.logits_eos_inf:
+                logits[:, eos] = -torch.inf
+            counts, row_draws = masked.sum(1).tolist(), [draws[row] for row in rows.tolist()]
+            chosen = choose(logits, counts, row_draws, sample.temperature)  # (N,)
+            # 2. Confidence, -inf where nothing is to be committed.
+            sure = confidences(logits, chosen, counts, row_draws, sample, ends)  # (N,)
+            confidence = torch.full(masked.shape, -torch.inf, dtype=sure.dtype, device=device)  # (R, block_length)
+            confidence[masked] = sure
             # 3. Commit the most confident; a stable sort, so that ties fall the same way on any device.
-            best = confidence.argsort(dim=-1, descending=True, stable=True)[:, :commits]  # (B, commits)
-            block.scatter_(1, best, block.masked_scatter(masked, chosen).gather(1, best))
+            best = confidence.argsort(dim=-1, descending=True, stable=True)[:, :commits]  # (R, commits)
+            commit = torch.zeros_like(masked).scatter_(1, best, True)
+            if sample.threshold is not None:
+                commit |= confidence >= sample.threshold
+            x[rows, window] = torch.where(commit, block.masked_scatter(masked, chosen), block)
+        # 4. A block that holds an end has settled the text: later blocks come after it.
+        settled |= torch.isin(x[:, window], ends).any(1)
     return x[:, P:].to(prompts.device)
 
 
-def respond(model, tokenizer, prompts, *, steps, gen_length, block_length, temperature=0.0, seed=0, batch_size=8,
-            progress=lambda done: None):
-    """Response texts, in order, to `prompts`, lists of ids; batches hold prompts of one length, so nothing is padded.
+def commits_per_pass(sample):
+    """Positions that each pass over a block commits (with a threshold: at least); their sum is block_length."""
+    if sample.threshold is not None:
+        return [1] * sample.block_length
+    passes = sample.steps * sample.block_length // sample.gen_length
+    share, extra = divmod(sample.block_length, passes)
+    return [share + (step < extra) for step in range(min(passes, sample.block_length))]  # more would change nothing
 
-    tokenizer: checkpoint.response_tokenizer's. A text ends before the first eos or end-of-turn; special tokens are left
-    out. progress: called with the number of finished prompts after each batch.
+
+@contextlib.contextmanager
+def memory_of(device):
+    """Lack of memory on `device` is a user's error."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise InputError(f"{device} ran out of memory; lower --batch_size or add --device cpu") from None
+
+
+def load(sample):
+    """(model, tokenizer) of sample, after check(): the model in eval mode, its dtype and device as sample says."""
+    tokenizer = load_tokenizer(sample.model_name_or_path, sample.trust_remote_code)
+    with memory_of(sample.device):
+        model = load_model(sample.model_name_or_path, DTYPES[sample.use_mixed_precision],
+                           trust_remote_code=sample.trust_remote_code)
+        return model.eval().to(sample.device), tokenizer
+
+
+def respond(model, tokenizer, prompts, sample, *, keys=None, progress=lambda done: None):
+    """A Response to each of `prompts`, lists of ids; in batches of prompts of one length, so that nothing is padded.
+
+    model, tokenizer: load()'s. sample: after check(). keys: ints that key each response's noise with sample.seed
+    (default: its index). A text ends before the first eos or end-of-turn; special tokens are left out.
+    progress: called with the number of finished prompts after each batch.
     """
     mask_id = mask_token_id(model.config, tokenizer)
-    ends = {tokenizer.eos_token_id, end_token_id(tokenizer, "auto")}
-    texts, done = [None] * len(prompts), 0
+    eos, eot = tokenizer.eos_token_id, end_token_id(tokenizer, "auto")
+    decoder = response_tokenizer(sample.model_name_or_path, tokenizer, sample.trust_remote_code)
+    keys = range(len(prompts)) if keys is None else keys
+    responses, done = [None] * len(prompts), 0
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: lack of memory shows at once
     for _, group in groupby(order, key=lambda i: len(prompts[i])):
         group = list(group)
-        for rows in (group[first:first + batch_size] for first in range(0, len(group), batch_size)):
+        for rows in (group[first:first + sample.batch_size] for first in range(0, len(group), sample.batch_size)):
             ids = torch.tensor([prompts[i] for i in rows], dtype=torch.long)  # (B, P)
-            sampled = generate(model, ids, mask_id, steps=steps, gen_length=gen_length, block_length=block_length,
-                               temperature=temperature, seed=seed, rows=rows)
-            for i, response in zip(rows, sampled.tolist()):
-                end = next((k for k, token in enumerate(response) if token in ends), len(response))
-                texts[i] = tokenizer.decode(response[:end], skip_special_tokens=True,
-                                            clean_up_tokenization_spaces=False)
+            with memory_of(sample.device):
+                sampled = generate(model, ids, sample, mask_id, eos, eot, [keys[i] for i in rows]).tolist()
+            for i, response in zip(rows, sampled):
+                end = next((k for k, token in enumerate(response) if token in (eos, eot)), len(response))
+                text = decoder.decode(response[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                responses[i] = Response(text, end, end < len(response))
             done += len(rows)
             progress(done)
-    return texts
+    return responses
 
+
+# --- command line -----------------------------------------------------------------------------------------
 
 def read_rows(path):
     """{"FILE:LINE": row} of a .jsonl file."""
@@ -161,87 +286,72 @@ def solved_line(correct, z=1.959964):
     return f"solved {k} of {n} ({100 * k / n:.1f}%, 95% interval {abs(low):.1f}-{high:.1f})"
 
 
-def refuse(message):
-    raise InputError(f"{message}; see python generate.py --help")
+@dataclass
+class GenerateArguments:
+    prompt: Optional[str] = arg(None, "one prompt; its response is printed")
+    source: Optional[str] = arg(None, '.jsonl file; its "prompt" is a string or a list of messages', "--in")
+    task: Optional[str] = arg(None, f"solve test problems of tasks.py, verified: {', '.join(tasks.FAMILIES)} or all")
+    out: Optional[str] = arg(None, '.jsonl file: the rows with a "response" added or replaced')
+    num: int = arg(200, "problems of --task; --seed draws them, too")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = refuse  # one line, not the usage
-    parser.add_argument("--model_name_or_path", required=True, help="model folder or hub name")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="one prompt; its response is printed")
-    source.add_argument("--in", dest="source", help='.jsonl file; its "prompt" is a string or a list of messages')
-    source.add_argument("--task", choices=("arithmetic",), help="solve test problems of tasks.py, verified")
-    parser.add_argument("--out", type=Path, help='.jsonl file: the rows with a "response" added or replaced')
-    parser.add_argument("--num", type=int, default=200, help="problems of --task")
-    parser.add_argument("--steps", type=int, help="forward passes per response; default: gen_length")
-    parser.add_argument("--gen_length", type=int, default=64, help="tokens of a response")
-    parser.add_argument("--block_length", type=int, help="tokens filled before the next block; default: gen_length")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise, and of the problems of --task")
-    parser.add_argument("--batch_size", type=int, default=8, help="most prompts of one length per forward pass")
-    parser.add_argument("--template", choices=("auto", "chat", "none"), default="auto", help="auto: chat if it has one")
-    parser.add_argument("--use_mixed_precision", choices=tuple(DTYPES), default="bf16", help="no: float32")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    args = parser.parse_args(argv)
-    args.steps = args.gen_length if args.steps is None else args.steps
-    args.block_length = args.gen_length if args.block_length is None else args.block_length
-    check_lengths(args.steps, args.gen_length, args.block_length)
-    if min(args.num, args.batch_size) < 1:
-        raise InputError(f"--num is {args.num} and --batch_size {args.batch_size}; expected at least 1")
-    if not 0 <= args.temperature < math.inf:
-        raise InputError(f"--temperature is {args.temperature}; expected 0 or more, for example --temperature 0.7")
-    if args.source and not args.out:
+    sample, args = config.parse(argv, __doc__.splitlines()[0], SampleArguments, GenerateArguments)
+    check(sample)
+    given = [flag for flag, value in (("--prompt", args.prompt), ("--in", args.source), ("--task", args.task))
+             if value is not None]
+    if len(given) != 1:
+        raise InputError(f"{' and '.join(given) or 'nothing'} given; expected one of --prompt, --in and --task")
+    if args.task is not None and args.task not in (*tasks.FAMILIES, "all"):
+        raise InputError(f"--task is {args.task!r}; expected {', '.join(tasks.FAMILIES)} or all")
+    if args.num < 1:
+        raise InputError(f"--num is {args.num}; expected at least 1")
+    if args.source is not None and not args.out:
         raise InputError("--in needs a file for the responses: add --out out.jsonl")
-    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
         raise InputError(f"--out is {args.out}; expected a file in an existing folder")
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if args.device not in ["auto"] + devices:
-        raise InputError(f"--device is {args.device!r}; this machine has {', '.join(devices)}")
-    args.device = ("cuda" if "cuda" in devices else "cpu") if args.device == "auto" else args.device
-    return args
+    return sample, args
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    if args.source:
+    sample, args = parse_args(argv)
+    problems = []
+    if args.source is not None:
         rows = read_rows(args.source)
-    elif args.task:
-        rows = {f"problem {number}": {"prompt": problem.prompt, "answer": problem.answer, "steps": len(problem.steps)}
-                for number, problem in enumerate(tasks.generate(args.num, "test", args.seed), 1)}
+    elif args.task is not None:
+        families = tuple(tasks.FAMILIES) if args.task == "all" else (args.task,)
+        problems = tasks.generate(args.num, "test", sample.seed, families)
+        rows = {f"problem {number}": {"prompt": problem.prompt, "answer": problem.answer, "family": problem.family,
+                                      "steps": len(problem.steps)} for number, problem in enumerate(problems, 1)}
     else:
         rows = {"--prompt": {"prompt": args.prompt}}
-    prompts = [prompt_ids(tokenizer, row, place, args.template) for place, row in rows.items()]
+    tokenizer = load_tokenizer(sample.model_name_or_path, sample.trust_remote_code)
+    prompts = [prompt_ids(tokenizer, row, place, sample.template) for place, row in rows.items()]
     rows = list(rows.values())
-
-    def progress(done):
-        rate = done * args.gen_length / (time.monotonic() - started)
-        print(f"\r{done}/{len(rows)} responses, {rate:.0f} tokens/s", end="\n" if done == len(rows) else "",
-              file=sys.stderr, flush=True)
-
-    try:
-        model = load_model(args.model_name_or_path, DTYPES[args.use_mixed_precision]).eval().to(args.device)
-        started = time.monotonic()
-        texts = respond(model, response_tokenizer(args.model_name_or_path, tokenizer), prompts, steps=args.steps,
-                        gen_length=args.gen_length, block_length=args.block_length, temperature=args.temperature,
-                        seed=args.seed, batch_size=args.batch_size, progress=progress)
-    except torch.OutOfMemoryError:
-        raise InputError(f"{args.device} ran out of memory; lower --batch_size or add --device cpu") from None
-    for row, text in zip(rows, texts):
-        row["response"] = text
-        if args.task:
-            row["correct"] = tasks.verify(row["answer"], text)
+    model, _ = load(sample)
+    started = time.monotonic()
+    responses = respond(model, tokenizer, prompts, sample, progress=lambda done: print(
+        f"\r{done}/{len(rows)} responses", end="", file=sys.stderr, flush=True))
+    rate = sum(response.tokens for response in responses) / (time.monotonic() - started)
+    print(f", {rate:.0f} tokens/s", file=sys.stderr)
+    for row, response in zip(rows, responses):
+        row["response"] = response.text
+    for row, problem in zip(rows, problems):
+        row["correct"] = tasks.verify(problem, row["response"])
     if args.out:
         with replacing(args.out) as file:
             jsonlines.Writer(file).write_all(rows)
     if args.prompt is not None:
         print(rows[0]["response"])
-    if args.task:
-        print(solved_line([row["correct"] for row in rows]))
-        for count in sorted({row["steps"] for row in rows}):
-            print(f"  {count}-step problems: {solved_line([row['correct'] for row in rows if row['steps'] == count])}")
+    if problems:
+        print_solved(rows, "family" if args.task == "all" else "steps")
+
+
+def print_solved(rows, by):
+    print(solved_line([row["correct"] for row in rows]))
+    for value in sorted({row[by] for row in rows}):
+        name = f"{value}-step problems" if by == "steps" else value
+        print(f"  {name}: {solved_line([row['correct'] for row in rows if row[by] == value])}")
 
 
 if __name__ == "__main__":
