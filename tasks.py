@@ -1,167 +1,23 @@
-"""Small arithmetic word problems with worked solutions, and the same solutions with one planted error.
+"""Small reasoning problems with worked solutions, the one verifier, and solutions with one planted error.
 
-Input: nothing but a seed. Output: a preference file, one JSON row a line: prompt, chosen (the worked
-solution), rejected (the same solution with one reasoning error and its consequences), meta.
+    tasks.generate(200, "test", seed=0)                          200 arithmetic problems, the same on every machine
+    tasks.generate(200, "test", 0, ("ordering", "times"))        of other families: the keys of FAMILIES
+    tasks.verify(problem, " 7 + 5 = 12\\n12 - 4 = 8\\n#### 8")     whether a response ends in the right answer
+    tasks.corrupt(problem, rng)                                  (a wrong solution, the name of its error)
 
-    python tasks.py --out prefs.jsonl --num 300 --split train --seed 0
-
-    Question: Ben has 7 pens. Later he buys 5 more. Then he gives away 4 pens. How many pens does Ben have now?
-    Answer: 7 + 5 = 12
-    12 - 4 = 8
-    #### 8
-
-The language is small on purpose (a closed vocabulary, every number between 1 and 99): a 1.5M-parameter
-model must learn it from scratch on a CPU. The one verifier of the project, `verify`, lives here.
+The language is small on purpose (a closed vocabulary): a model of a million parameters must learn it from scratch on a
+CPU. Arithmetic is in arithmetic.py; logic, look-ups and common sense in puzzles.py; preference files in make_prefs.py.
 """
-import argparse
 import hashlib
-import os
 import random
 import re
-import sys
-from dataclasses import dataclass
-from functools import lru_cache
 
-import jsonlines
+import arithmetic
+from arithmetic import Problem, pick
+from puzzles import PUZZLES
 
-# --- the closed vocabulary --------------------------------------------------------------------------------
-
-NAMES = {  # name -> pronouns; a name is never a word of a template, so a prompt tells its skeleton
-    **{name: ("he", "him") for name in
-       ("Adam", "Ben", "Carl", "Dan", "Eric", "Fred", "Hugo", "Ivan", "Jack", "Leo", "Max", "Sam", "Tom")},
-    **{name: ("she", "her") for name in
-       ("Amy", "Bella", "Cora", "Dora", "Emma", "Fay", "Gina", "Iris", "Julia", "Kate", "Lily", "Mia")},
-}
-THINGS = ("apples", "balls", "beads", "books", "bricks", "buttons", "cakes", "cards", "coins", "cups", "dolls", "eggs",
-          "flowers", "hats", "keys", "lamps", "nuts", "pears", "pens", "plates", "rings", "rocks", "shells", "stamps", "toys")
-
-# Every number in a question is at least 2, so a plural is always right.
-OPENINGS = ("{n0} has {a} {things}.", "{n0} starts with {a} {things}.", "{n0} collects {a} {things}.")
-PACKS = ("{n0} has {a} boxes with {b} {things} in each box.", "{n0} buys {a} bags of {things} with {b} in each bag.")
-BEFORE = ("Later", "Then", "Next")  # by place of the step in the story
-CHANGES = {
-    "+": ("{he} buys {b} more.", "{he} finds {b} more {things}.", "a friend gives {him} {b} more."),
-    "-": ("{he} gives away {b} {things}.", "{he} loses {b} of them.", "{he} sells {b} {things}."),
-    "*": ("{he} works until {he} has {b} times as many.", "{he} saves until {he} has {b} times as many."),
-    "/": ("{he} makes {b} equal piles and keeps one.", "{he} splits them {b} ways and keeps one part."),
-}
-CHANGE_QUESTIONS = ("How many {things} does {n0} have now?", "How many {things} does {he} have?")
-COMPARISONS = {  # a chain of people: each has more or fewer than the one before
-    "+": "{%d} has {b} more {things} than {%d}.",
-    "-": "{%d} has {b} fewer {things} than {%d}.",
-    "*": "{%d} has {b} times as many {things} as {%d}.",
-}
-
-# --- numbers ----------------------------------------------------------------------------------------------
-
-LARGEST = 99
-# op -> (range of a story's first number, range of the second operand)
-OPERANDS = {"+": (range(2, 21), range(2, 21)), "-": (range(2, 21), range(2, 21)),
-            "*": (range(2, 10), range(2, 10)), "/": (range(4, 41), range(2, 10))}
-LARGEST_MULTIPLICAND = 12  # a running result above it is not multiplied: two-digit products are no aim here
-STEP_COUNTS = (1,) * 8 + (2,) * 7 + (3,) * 5  # 40%, 35%, 25%
-KINDS = ("wrong_operation", "dropped_step", "arithmetic_slip", "wrong_number_copied")
-
-
-@dataclass(frozen=True)
-class Problem:
-    prompt: str    # "Question: ...?\nAnswer:"
-    solution: str  # " 7 + 5 = 12\n12 - 4 = 8\n#### 8"
-    answer: str    # "8"
-    family: str    # a key of FAMILIES
-    steps: tuple   # ((7, "+", 5, 12), (12, "-", 4, 8))
-
-
-def pick(rng, options):
-    """One of `options`, from one rng.random(): the only draw whose sequence Python promises to keep across versions."""
-    return options[int(rng.random() * len(options))]
-
-
-def compute(a, op, b):
-    """a op b if it is a whole number between 1 and 99, else None: (7, "+", 5) -> 12, (7, "/", 2) -> None."""
-    if op == "/":
-        c = a // b if a % b == 0 else 0
-    else:
-        c = {"+": a + b, "-": a - b, "*": a * b}[op]
-    return c if 1 <= c <= LARGEST else None
-
-
-@lru_cache(maxsize=None)
-def legal_steps(running, op, least):
-    """Every step (a, op, b, c) with c >= `least` that a story may take from `running` (None: its first step)."""
-    first, second = OPERANDS[op]
-    if running is not None:
-        first = () if op == "*" and running > LARGEST_MULTIPLICAND else (running,)
-    steps = ((a, op, b, compute(a, op, b)) for a in first for b in second)
-    return [step for step in steps if step[3] is not None and step[3] >= least]
-
-
-def draw_steps(rng, count, ops):
-    """`count` chained steps: each but the first starts from the result before it."""
-    steps, running = [], None
-    for place in range(count):
-        least = 1 if place == count - 1 else 2  # a running 1 would need a singular and leaves little to do
-        options = [legal for op in ops if (legal := legal_steps(running, op, least))]
-        steps.append(pick(rng, pick(rng, options)))  # the operation first: + has the most operands
-        running = steps[-1][3]
-    return tuple(steps)
-
-
-# --- stories ----------------------------------------------------------------------------------------------
-
-def fill_numbers(template, step):
-    return template.replace("{a}", str(step[0])).replace("{b}", str(step[2]))
-
-
-def change_skeleton(rng, steps):
-    """One person's things grow and shrink: "{n0} has 7 {things}. Later {he} buys 5 more. How many ...?"."""
-    packed = steps[0][1] == "*" and rng.random() < 0.7
-    sentences = [fill_numbers(pick(rng, PACKS if packed else OPENINGS), steps[0])]
-    for place, step in enumerate(steps):
-        if packed and place == 0:
-            continue  # the opening has told this step: boxes times things in each
-        sentences.append(BEFORE[place] + " " + fill_numbers(pick(rng, CHANGES[step[1]]), step))
-    return " ".join(sentences + [pick(rng, CHANGE_QUESTIONS)])
-
-
-def compare_skeleton(steps):
-    """A chain of people: "{n0} has 7 {things}. {n1} has 5 more {things} than {n0}. How many {things} does {n1} have?"."""
-    sentences = [fill_numbers(OPENINGS[0], steps[0])]
-    for place, step in enumerate(steps):
-        sentence = COMPARISONS[step[1]].replace("%d", "n%d") % (place + 1, place)
-        sentences.append(fill_numbers(sentence, step))
-    return " ".join(sentences + ["How many {things} does {n%d} have?" % len(steps)])
-
-
-def draw_people(rng, count):
-    """`count` different names (not rng.sample: see `pick`)."""
-    people = []
-    while len(people) < count:
-        people.append(pick(rng, [name for name in NAMES if name not in people]))
-    return people
-
-
-def draw_arithmetic(rng):
-    """(skeleton, Problem): the skeleton is the story with its numbers, names and things left blank."""
-    count = pick(rng, STEP_COUNTS)
-    compares = rng.random() < 0.25
-    steps = draw_steps(rng, count, "+-*" if compares else "+-*/")
-    skeleton = compare_skeleton(steps) if compares else change_skeleton(rng, steps)
-    people = draw_people(rng, count + 1 if compares else 1)
-    he, him = NAMES[people[0]]
-    story = skeleton.format(things=pick(rng, THINGS), he=he, him=him, **{f"n{i}": name for i, name in enumerate(people)})
-    problem = Problem(prompt=f"Question: {story}\nAnswer:", solution=write_solution(steps), answer=str(steps[-1][3]),
-                      family="arithmetic", steps=steps)
-    return skeleton, problem
-
-
-def write_solution(steps):
-    """((7, "+", 5, 12), (12, "-", 4, 8)) -> " 7 + 5 = 12\\n12 - 4 = 8\\n#### 8"; the space follows "Answer:"."""
-    return " " + "".join("%d %s %d = %d\n" % step for step in steps) + f"#### {steps[-1][3]}"
-
-
-# family -> a function of rng that draws (skeleton, Problem); another family is one more line and its function.
-FAMILIES = {"arithmetic": draw_arithmetic}
+# family -> (draw, errors); draw(rng) -> (skeleton, Problem), errors(problem) yields (kind, place, text)
+FAMILIES = {"arithmetic": (arithmetic.draw, arithmetic.errors), **PUZZLES}
 
 
 def split_of(skeleton):
@@ -171,14 +27,15 @@ def split_of(skeleton):
     return "test" if int(digest, 16) % 10 == 0 else "train"
 
 
-def generate(n, split, seed=0):
-    """`n` problems of `split` with different prompts, the same ones for the same seed on every machine."""
+def generate(n, split, seed=0, families=("arithmetic",)):
+    """`n` problems of `split` with different prompts, the same ones for the same seed and families on every machine."""
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; expected 'train' or 'test'")
     rng = random.Random(seed)
     problems = {}  # by prompt
     while len(problems) < n:
-        skeleton, problem = pick(rng, list(FAMILIES.values()))(rng)
+        draw, _ = FAMILIES[pick(rng, families)]
+        skeleton, problem = draw(rng)
         if split_of(skeleton) == split:
             problems.setdefault(problem.prompt, problem)
     return list(problems.values())
@@ -187,16 +44,25 @@ def generate(n, split, seed=0):
 # --- verifier ---------------------------------------------------------------------------------------------
 
 NUMBER = re.compile(r"[ \t]*(-?)[ \t]*\$?[ \t]*(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+)|[0-9]+)(?:\.([0-9]+))?([^\n]*)")
+TIME = re.compile(r"[ \t]*([0-9]{1,2}):([0-9]{2})[ \t]*\.?[ \t]*(?:\n|$)")
+WORDS = re.compile(r"[ \t]*(?:the[ \t]+)?([^\W\d_][^\W\d_'-]*(?:[ \t'-]+[^\W\d_]+){0,3})[ \t]*\.?[ \t]*(?:\n|$)", re.IGNORECASE)
 
 
 def extract_answer(text):
-    """The number after the last ####, in one spelling, or None.
+    """The number, the time of day or the one to four words after the last ####, in one spelling, or None.
 
     "...\\n#### $1,200.0." -> "1200"    "#### -3" -> "-3"    "#### 8 pens" -> "8"
+    "#### 09:35" -> "9:35"              "#### Mia." -> "mia"    "#### the red box" -> "red box"
     "the answer is 8" -> None           "#### 7 + 1" -> None: two numbers are no answer
     """
     _, mark, tail = text.rpartition("####")
-    match = NUMBER.match(tail) if mark else None
+    if not mark:
+        return None
+    if match := TIME.match(tail):
+        return f"{int(match[1])}:{match[2]}"
+    if match := WORDS.match(tail):
+        return " ".join(match[1].lower().split())
+    match = NUMBER.match(tail)
     if not match or re.search("[0-9]", match[5]):
         return None
     whole, fraction = match[3].replace(",", "").lstrip("0") or "0", (match[4] or "").rstrip("0")
@@ -209,123 +75,36 @@ def verify(problem_or_answer, response):
     answer = problem_or_answer.answer if isinstance(problem_or_answer, Problem) else problem_or_answer
     expected = extract_answer(f"#### {answer}")
     if expected is None:
-        raise ValueError(f"the answer to verify against is {answer!r}; expected one number, such as '8'")
+        raise ValueError(f"the answer to verify against is {answer!r}; expected a number, a time or a few words, such as '8'")
     return extract_answer(response) == expected
 
 
 # --- planted errors ---------------------------------------------------------------------------------------
 
-def misread(number, asked):
-    """What `number` may be copied as: another number of the question (`asked`), or a near one."""
-    return sorted((asked | {number - 2, number - 1, number + 1, number + 2}) - {number, 0, 1})
+def corruptions(problem):
+    """{kind: {place: [text]}}: every solution with one error that leads to a wrong answer."""
+    possible = {}
+    for kind, place, text in FAMILIES[problem.family][1](problem):
+        if not verify(problem, text):
+            possible.setdefault(kind, {}).setdefault(place, []).append(text)
+    return possible
 
 
-def wrong_steps(steps, place, kind):
-    """Every wrong version of steps[place] of `kind` (not dropped_step, which leaves no step behind).
-
-    (7, "+", 5, 12)   wrong_operation: (7, "-", 5, 2)   arithmetic_slip: (7, "+", 5, 13)   wrong_number_copied: (7, "+", 4, 11)
-    """
-    a, op, b, c = steps[place]
-    if kind == "wrong_operation":
-        candidates = [(a, other, b, compute(a, other, b)) for other in "+-*/" if other != op]
-    elif kind == "arithmetic_slip":
-        candidates = [(a, op, b, c + slip) for slip in (-10, -2, -1, 1, 2, 10) if 1 <= c + slip <= LARGEST]
-    else:
-        asked = {steps[0][0]} | {step[2] for step in steps}  # the numbers in the question
-        candidates = [(a, op, wrong, compute(a, op, wrong)) for wrong in misread(b, asked)]
-        if place == 0:  # later first operands are running results: not copied from the question
-            candidates += [(wrong, op, b, compute(wrong, op, b)) for wrong in misread(a, asked)]
-    return [step for step in candidates if step[3] is not None]
-
-
-def follow(running, steps):
-    """`steps` worked again from another running result, or None where that leaves the whole numbers from 1 to 99."""
-    worked = []
-    for _, op, b, _ in steps:
-        result = compute(running, op, b)
-        if result is None:
-            return None
-        worked.append((running, op, b, result))
-        running = result
-    return tuple(worked)
-
-
-def corruptions(steps, kind):
-    """One list for each place where an error of `kind` leads to a wrong answer: the corrupted step tuples there."""
-    by_place = []
-    for place in range(len(steps)):
-        if kind == "dropped_step":
-            heads = [(steps[:place], steps[place][0])] if len(steps) > 1 else []
-        else:
-            heads = [(steps[:place] + (wrong,), wrong[3]) for wrong in wrong_steps(steps, place, kind)]
-        tails = [(head, follow(running, steps[place + 1:])) for head, running in heads]
-        found = [head + tail for head, tail in tails if tail is not None and (head + tail)[-1][3] != steps[-1][3]]
-        if found:
-            by_place.append(found)
-    return by_place
-
-
-def corrupt(problem, rng, kind=None):
+def corrupt(problem, rng):
     """(text, kind): the solution with one error at one place, everything after it worked consistently from it.
 
     " 7 + 5 = 12\\n12 - 4 = 8\\n#### 8" -> (" 7 + 5 = 13\\n13 - 4 = 9\\n#### 9", "arithmetic_slip")
-    The answer is always wrong, and a whole number from 1 to 99 like a right one. Where `kind` cannot do
-    that (dropped_step in a one-step problem), another kind is planted: the returned kind says which.
+    The answer is always wrong; the kinds that this problem allows are equally likely.
     """
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
-    possible = {each: places for each in KINDS if (places := corruptions(problem.steps, each))}
-    kind = kind if kind in possible else pick(rng, list(possible))  # a slip in the last step is always possible
-    steps = pick(rng, pick(rng, possible[kind]))
-    return write_solution(steps), kind
+    possible = corruptions(problem)
+    kind = pick(rng, list(possible))
+    return pick(rng, pick(rng, list(possible[kind].values()))), kind
 
 
-def preference_rows(n, split, seed):
+def preference_rows(n, split, seed, families=("arithmetic",)):
     """Yields `n` rows {"prompt", "chosen", "rejected", "meta": {"family", "steps", "error", "answer"}}."""
-    rng = random.Random(f"corrupt {seed}")  # its own stream: the problems are those of generate(n, split, seed)
-    for problem in generate(n, split, seed):
+    rng = random.Random(f"corrupt {seed}")  # its own stream: the problems are those of generate(n, split, seed, families)
+    for problem in generate(n, split, seed, families):
         rejected, kind = corrupt(problem, rng)
         yield {"prompt": problem.prompt, "chosen": problem.solution, "rejected": rejected,
                "meta": {"family": problem.family, "steps": len(problem.steps), "error": kind, "answer": problem.answer}}
-
-
-# --- command line -----------------------------------------------------------------------------------------
-
-def fail(message):
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Write preference rows: right solutions against planted errors.",
-                                     allow_abbrev=False)
-    parser.error = lambda message: fail(f"tasks.py: {message}; see python tasks.py --help")  # one line, not the usage
-    parser.add_argument("--out", required=True, help="the .jsonl file to write")
-    parser.add_argument("--num", type=int, default=300, help="number of rows")
-    parser.add_argument("--split", choices=("train", "test"), default="train")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    folder = os.path.dirname(args.out) or "."
-    if args.num < 1:
-        fail(f"--num is {args.num}; expected at least 1, for example --num 300")
-    if not os.path.isdir(folder):
-        fail(f"--out is {args.out!r} but there is no folder {folder!r}; make it with: mkdir -p {folder}")
-    if os.path.isdir(args.out):
-        fail(f"--out is {args.out!r}, a folder; expected a file, for example --out {os.path.join(args.out, 'prefs.jsonl')}")
-    return args
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    rows = list(preference_rows(args.num, args.split, args.seed))
-    temporary = args.out + ".tmp"
-    with jsonlines.open(temporary, "w") as writer:
-        writer.write_all(rows)
-    os.replace(temporary, args.out)  # a reader never sees half a file
-    mean = {field: sum(len(row[field]) for row in rows) / len(rows) for field in ("prompt", "chosen", "rejected")}
-    print(f"wrote {len(rows)} {args.split} rows to {args.out}: mean characters "
-          + ", ".join(f"{field} {value:.1f}" for field, value in mean.items()))
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$here"
 work=${WORK:-runs/make-tiny}
 mkdir -p "$work"
-"$python" tasks.py --out "$work/sft.jsonl" --num 60000 --split train --seed 1
+"$python" make_prefs.py --strategy corrupt --task arithmetic --num 60000 --seed 1 --out "$work/sft.jsonl"
 [ -d "$work/init" ] || "$python" examples/new_tiny.py --in "$work/sft.jsonl" --out "$work/init"
 "$python" data_prep.py --reuse --in "$work/sft.jsonl" --out "$work/packed" --model_name_or_path "$work/init"
 # Responses are padded to 40 tokens with end tokens that count in the loss, so that the model ends by itself.
@@ -21,5 +21,5 @@ sft "$work/init" "$work/first" 8000 2e-3 42
 sft "$work/first/final" "$work/second" 2500 8e-4 43
 mkdir -p examples/tiny
 cp "$work"/second/final/{config.json,model.safetensors} "$work"/init/{tokenizer.model,tokenizer_config.json} examples/tiny/
-"$python" tasks.py --out examples/prefs.jsonl --num 400 --split train --seed 7
+"$python" make_prefs.py --strategy corrupt --task arithmetic --num 400 --seed 7 --out examples/prefs.jsonl
 "$python" generate.py --model_name_or_path examples/tiny --task arithmetic --num 300 --gen_length 40 --use_mixed_precision no

@@ -3,10 +3,8 @@
     .venv/bin/python -m pytest -q tests/test_tasks.py
 """
 import hashlib
-import json
 import random
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,10 +14,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import arithmetic
 import tasks
 
 STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
-# The digest of generate(50, "train", 0): a change of it is a change of everybody's data.
+# Digests of generate(50, "train", 0) and of its planted errors: a change of them is a change of everybody's data.
+REJECTED_SHA256 = "2f2ab9f4b21c80eacd7a8b162b0c92e84ff484896b17f4f4de2a143ac58c4b14"
 PROMPTS_SHA256 = "4947fab07d374a2f674fe8ae43e60d81d578c1e5e20a8c056c6c5a104459e7fe"
 
 
@@ -47,12 +47,12 @@ def is_true(step):
 def blank(prompt):
     """The prompt without its names, pronouns and things: what the split must keep apart."""
     words = {"he": "@he", "she": "@he", "him": "@him", "her": "@him"}
-    words.update({thing: "@things" for thing in tasks.THINGS})
+    words.update({thing: "@things" for thing in arithmetic.THINGS})
     people = {}
 
     def replace(match):
         word = match[0]
-        if word in tasks.NAMES:
+        if word in arithmetic.NAMES:
             return people.setdefault(word, f"@name{len(people)}")
         return words.get(word, word)
 
@@ -104,11 +104,11 @@ def test_language_is_clean_and_closed(problems):
                             problem.prompt), problem.prompt
         assert "  " not in problem.prompt
         words.update(re.findall(r"[A-Za-z]+", problem.prompt))
-        people = {word for word in re.findall(r"[A-Z][a-z]+", problem.prompt) if word in tasks.NAMES}
+        people = {word for word in re.findall(r"[A-Z][a-z]+", problem.prompt) if word in arithmetic.NAMES}
         pronouns = set(re.findall(r"\b(?:he|she|him|her)\b", problem.prompt))
-        assert not pronouns or len(people) == 1 and pronouns <= set(tasks.NAMES[people.pop()]), problem.prompt
+        assert not pronouns or len(people) == 1 and pronouns <= set(arithmetic.NAMES[people.pop()]), problem.prompt
     assert len(words) < 130
-    assert set(tasks.NAMES) | set(tasks.THINGS) <= words
+    assert set(arithmetic.NAMES) | set(arithmetic.THINGS) <= words
 
 
 def test_prompts_are_unique(problems):
@@ -118,8 +118,8 @@ def test_prompts_are_unique(problems):
 
 def test_a_family_that_repeats_itself_still_gives_unique_prompts(monkeypatch):
     rng = random.Random(2)
-    pool = [tasks.draw_arithmetic(rng) for _ in range(40)]
-    monkeypatch.setitem(tasks.FAMILIES, "arithmetic", lambda rng: tasks.pick(rng, pool))
+    pool = [arithmetic.draw(rng) for _ in range(40)]
+    monkeypatch.setitem(tasks.FAMILIES, "arithmetic", (lambda rng: tasks.pick(rng, pool), arithmetic.errors))
     assert len({problem.prompt for problem in tasks.generate(30, "train", 0)}) == 30
 
 
@@ -136,7 +136,7 @@ def test_splits_are_disjoint_whatever_the_seeds():
 
 def test_about_one_story_in_ten_is_a_test_story():
     rng = random.Random(5)
-    skeletons = {tasks.draw_arithmetic(rng)[0] for _ in range(4000)}
+    skeletons = {arithmetic.draw(rng)[0] for _ in range(4000)}
     share = sum(tasks.split_of(skeleton) == "test" for skeleton in skeletons) / len(skeletons)
     assert 0.08 < share < 0.12
 
@@ -176,7 +176,8 @@ def test_same_seed_same_problems():
     ("#### 8 pens", "8"),
     ("#### 3\n#### 4", "4"),
     ("#### 3\n5 + 5 = 10", "3"),
-    ("#### 3 #### x", None),
+    ("#### 3 #### x", "x"),
+    ("#### 3 #### +", None),
     ("#### 8 5", None),
     ("#### 7 + 1 = 8", None),
     ("####\n8", None),
@@ -184,6 +185,17 @@ def test_same_seed_same_problems():
     ("### 8", None),
     ("the answer is 8", None),
     ("", None),
+    ("#### Mia.\nQuestion:", "mia"),
+    ("#### the  red Box", "red box"),
+    ("#### O'Neil", "o'neil"),
+    ("#### Léa", "léa"),
+    ("#### yes", "yes"),
+    ("#### one two three four five", None),
+    ("#### stop 5", None),
+    ("#### 09:35.", "9:35"),
+    ("#### 21:05", "21:05"),
+    ("#### 9:3", None),
+    ("#### 9:35 or 10:35", None),
 ])
 def test_extract_answer(text, answer):
     assert tasks.extract_answer(text) == answer
@@ -193,8 +205,9 @@ def test_verify_normalises_both_sides():
     assert tasks.verify("1,200", "#### 1200.0")
     assert not tasks.verify("8", "#### 18")
     assert not tasks.verify("8", "7 + 1 = 8")
-    with pytest.raises(ValueError, match="'yes'"):
-        tasks.verify("yes", "#### 8")
+    assert tasks.verify("9:05", "#### 09:05") and tasks.verify("Mia", "#### mia.") and not tasks.verify("Mia", "#### Max")
+    with pytest.raises(ValueError, match="'7 \\+ 1'"):
+        tasks.verify("7 + 1", "#### 8")
 
 
 # --- planted errors ---------------------------------------------------------------------------------------
@@ -237,50 +250,43 @@ def test_the_tests_own_parser_tells_the_kinds_apart():
     assert planted_error(right, [(7, "+", 5, 12), (13, "-", 4, 9)]) is None
 
 
-@pytest.mark.parametrize("kind", tasks.KINDS)
-def test_each_kind_plants_exactly_its_error(problems, kind):
-    rng, planted, places = random.Random(1), 0, Counter()
-    for problem in problems:
-        text, returned = tasks.corrupt(problem, rng, kind)
+def test_every_possible_error_is_exactly_its_kind(problems):
+    counts, places = Counter(), Counter()
+    for problem in problems[:600]:
         right, _ = parse(problem.solution)
-        wrong, answer = parse(text)
-        assert planted_error(right, wrong) == returned, (problem.solution, text, returned)
-        assert text != problem.solution and not tasks.verify(problem, text)
-        assert answer == wrong[-1][3] != int(problem.answer)
-        assert all(1 <= step[3] <= 99 for step in wrong)
-        if returned == kind:
-            planted += 1
-            places[len(right), next((i for i, (r, w) in enumerate(zip(right, wrong)) if r != w), len(wrong))] += 1
-    possible = sum(len(problem.steps) > 1 or kind != "dropped_step" for problem in problems)
-    assert planted > 0.85 * possible  # another kind only where this one cannot be
-    assert {(3, 0), (3, 1), (3, 2), (2, 0), (2, 1)} <= set(places)  # at every line, its consequences worked out
+        possible = tasks.corruptions(problem)
+        assert "arithmetic_slip" in possible
+        for kind, by_place in possible.items():
+            counts[kind] += 1
+            for place, found in by_place.items():
+                for text in found:
+                    wrong, answer = parse(text)
+                    assert planted_error(right, wrong) == kind, (problem.solution, text, kind)
+                    assert answer == wrong[-1][3] != int(problem.answer) and not tasks.verify(problem, text)
+                    assert all(1 <= step[3] <= 99 for step in wrong)
+                    differs = next((i for i, (r, w) in enumerate(zip(right, wrong)) if r != w), len(wrong))
+                    assert place == differs or kind == "dropped_step" and place < differs  # two steps may look the same
+                    places[len(right), place, kind] += 1
+    several = sum(len(problem.steps) > 1 for problem in problems[:600])
+    assert set(counts) == set(arithmetic.KINDS) and counts["dropped_step"] > 0.85 * several
+    assert min(counts[kind] for kind in arithmetic.KINDS if kind != "dropped_step") > 0.95 * 600
+    assert all(places[3, place, kind] for place in range(3) for kind in arithmetic.KINDS)
+    assert not places[1, 0, "dropped_step"]
 
 
 def test_corrupt_chooses_among_all_kinds_and_repeats_with_its_rng(problems):
     first = [tasks.corrupt(problem, random.Random(i)) for i, problem in enumerate(problems)]
     assert first == [tasks.corrupt(problem, random.Random(i)) for i, problem in enumerate(problems)]
     counts = Counter(kind for _, kind in first)
-    assert set(counts) == set(tasks.KINDS) and min(counts.values()) > 0.1 * len(problems)
+    assert set(counts) == set(arithmetic.KINDS) and min(counts.values()) > 0.1 * len(problems)
+    for problem, (text, kind) in zip(problems, first):
+        assert any(text in found for found in tasks.corruptions(problem)[kind].values())
 
 
-def test_one_step_problem_never_drops_its_step_and_unknown_kind_is_refused(problems):
-    single = next(problem for problem in problems if len(problem.steps) == 1)
-    assert all(tasks.corrupt(single, random.Random(i), "dropped_step")[1] != "dropped_step" for i in range(20))
-    with pytest.raises(ValueError, match="'typo'"):
-        tasks.corrupt(single, random.Random(0), "typo")
+# --- rows -------------------------------------------------------------------------------------------------
 
-
-# --- rows and the command line ----------------------------------------------------------------------------
-
-def run_cli(*args, cwd):
-    return subprocess.run([sys.executable, str(ROOT / "tasks.py"), *args], cwd=cwd, capture_output=True, text=True)
-
-
-def test_command_line_writes_the_rows(tmp_path):
-    done = run_cli("--out", "prefs.jsonl", "--num", "40", "--split", "test", "--seed", "3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "prefs.jsonl").read_text().splitlines()]
-    assert rows == list(tasks.preference_rows(40, "test", 3))  # another process, the same rows
+def test_preference_rows():
+    rows = list(tasks.preference_rows(40, "test", 3))
     assert [row["prompt"] for row in rows] == [problem.prompt for problem in tasks.generate(40, "test", 3)]
     for row in rows:
         assert list(row) == ["prompt", "chosen", "rejected", "meta"]
@@ -289,22 +295,4 @@ def test_command_line_writes_the_rows(tmp_path):
         right, wrong = parse(row["chosen"])[0], parse(row["rejected"])[0]
         assert len(right) == meta["steps"] and planted_error(right, wrong) == meta["error"]
         assert tasks.verify(meta["answer"], row["chosen"]) and not tasks.verify(meta["answer"], row["rejected"])
-    mean = sum(len(row["prompt"]) for row in rows) / len(rows)
-    assert done.stdout.startswith("wrote 40 test rows to prefs.jsonl") and f"prompt {mean:.1f}" in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["prefs.jsonl"]  # no temporary file is left
-
-
-@pytest.mark.parametrize("args, named", [
-    (("--out", "x.jsonl", "--num", "0"), "--num is 0"),
-    (("--out", "x.jsonl", "--num", "many"), "'many'"),
-    (("--out", "x.jsonl", "--split", "valid"), "'valid'"),
-    (("--out", "missing/x.jsonl"), "mkdir -p missing"),
-    (("--out", "."), "a folder"),
-    (("--out", "x.jsonl", "--sed", "1"), "--sed"),
-    ((), "--out"),
-])
-def test_bad_arguments_are_one_sentence(tmp_path, args, named):
-    done = run_cli(*args, cwd=tmp_path)
-    assert done.returncode == 2
-    assert named in done.stderr and len(done.stderr.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
+    assert digest([row["rejected"] for row in tasks.preference_rows(50, "train", 0)]) == REJECTED_SHA256

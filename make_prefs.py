@@ -1,0 +1,252 @@
+"""Preferences where there are none: sampled and verified, corrupted, or paired from judged responses.
+
+    model or solutions or judgements -> prefs.jsonl (prompt, chosen, rejected, meta: where each row comes from)
+    python make_prefs.py --strategy sample --model DIR --task arithmetic --num 400 --k 8 --temperature 1 --out prefs.jsonl
+    python make_prefs.py --strategy corrupt --task arithmetic --num 400 --out prefs.jsonl
+    python make_prefs.py --strategy label --in judged.jsonl --out prefs.jsonl
+
+sample: k responses a prompt, a verified one against a wrong one; on-policy, so DPO teaches what this model gets wrong.
+corrupt: a correct solution against the same with one named reasoning error. label: the better scored against the worse.
+"""
+import json
+import os
+import random
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Literal, Optional
+
+import jsonlines
+from tqdm import tqdm
+
+import config
+import generate
+import tasks
+from checkpoint import model_fingerprint
+from packed import InputError, fingerprint, replacing
+
+CHUNK = 64  # prompts whose responses are written together: what a kill can lose
+
+
+@dataclass
+class PreferenceArguments:
+    strategy: Literal["sample", "corrupt", "label"] = config.arg("sample", "where the preferences come from")
+    task: Optional[str] = config.arg(None, "families of tasks.py: names with commas, or all (sample, corrupt)")
+    source: Optional[str] = config.arg(None, "a .jsonl file: sample: prompt and answer; label: prompt and scored responses", "--in")
+    out: str = config.arg("prefs.jsonl", "the file of preferences")
+    num: int = config.arg(400, "problems of --task, from the training split")
+    k: int = config.arg(8, "sample: responses a prompt")
+    pairs_per_prompt: int = config.arg(2, "at most so many pairs a prompt (sample, label)")
+    length_balanced: bool = config.arg(False, "sample, label: choose pairs so that chosen and rejected are equally long on average")
+    min_gap: float = config.arg(0.0, "label: a pair's scores differ by more than this")
+
+
+# --- problems and responses -------------------------------------------------------------------------------
+
+def families(text):
+    """"arithmetic,ordering" or "all" -> ("arithmetic", "ordering")"""
+    names = tuple(tasks.FAMILIES) if text == "all" else tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in tasks.FAMILIES:
+            raise InputError(f"--task {text}: no family '{name}'; there are {', '.join(tasks.FAMILIES)}, or all")
+    return names
+
+
+def problems(args, seed):
+    """[{"prompt", "answer", "place"}], generated or read; the place names a row in messages and in meta."""
+    if args.source:
+        rows = generate.read_rows(args.source)
+        for place, row in rows.items():
+            if not isinstance(row, dict) or not isinstance(row.get("answer"), (str, int)):
+                raise InputError(f'{place}: expected a "prompt" and an "answer", a string such as "8" or a text that ends in "#### 8"')
+            answer = str(row["answer"])
+            if tasks.extract_answer(f"#### {answer.rpartition('####')[2]}") is None:
+                raise InputError(f"{place}: the answer {answer[-40:]!r} is nothing that can be verified; expected one "
+                                 'number or word, such as "8" or a text that ends in "#### 8"')
+        return [{"prompt": row.get("prompt"), "answer": str(row["answer"]).rpartition("####")[2].strip(), "place": place}
+                for place, row in rows.items()]
+    found = tasks.generate(args.num, "train", seed, families(args.task))
+    return [{"prompt": problem.prompt, "answer": problem.answer, "place": f"{problem.family} {number}"}
+            for number, problem in enumerate(found, 1)]
+
+
+def stored(path, header):
+    """{prompt number: its responses} of a file of samples, which must have been made by the same command."""
+    done = {}
+    if path.exists():
+        whole = path.read_bytes().rpartition(b"\n")[0]  # a torn last line is made again
+        lines = [json.loads(line) for line in whole.decode().split("\n") if line]
+        differs = [name for name in header if not lines or lines[0].get(name) != header[name]]
+        if differs and lines:
+            raise InputError(f"{path}: was sampled with {differs[0]} = {lines[0].get(differs[0])}, this command has "
+                             f"{header[differs[0]]}; give another --out, or remove that file to sample anew")
+        done = {line["number"]: line["responses"] for line in lines[1:]}
+    return done
+
+
+def sample(args, sampling, rows, path):
+    """Responses to each of `rows`: appended to `path` chunk by chunk, those that are there already kept.
+
+    Every response has its own noise, keyed by seed, prompt and its number, so a job that was stopped goes on alike.
+    Returns [[{"text", "ended", "correct"}]] in the order of rows.
+    """
+    header = {"model": model_fingerprint(sampling.model_name_or_path), "prompts": fingerprint(*(json.dumps(row) for row in rows)),
+              "k": args.k, **{name: value for name, value in asdict(sampling).items()
+                              if name not in ("model_name_or_path", "batch_size", "device", "trust_remote_code")}}
+    done = stored(path, header)
+    todo = [number for number in range(len(rows)) if number not in done]
+    if todo:
+        model, tokenizer = generate.load(sampling)
+        ids = {number: generate.prompt_ids(tokenizer, rows[number], rows[number]["place"], sampling.template) for number in todo}
+        todo.sort(key=lambda number: -len(ids[number]))  # prompts of one length share a forward; the longest first
+        if not done:
+            path.write_text(json.dumps(header) + "\n")
+        else:
+            path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n")
+    with tqdm(total=len(rows) * args.k, initial=(len(rows) - len(todo)) * args.k, unit="response", desc="sampling",
+              disable=not todo, mininterval=1 if sys.stderr.isatty() else 30) as bar:
+        for first in range(0, len(todo), CHUNK):
+            chunk = todo[first:first + CHUNK]
+            replies = generate.respond(model, tokenizer, [ids[number] for number in chunk for _ in range(args.k)], sampling,
+                                       keys=[number * args.k + j for number in chunk for j in range(args.k)])
+            with open(path, "a", encoding="utf-8") as file:
+                for place, number in enumerate(chunk):
+                    done[number] = [{"text": reply.text, "ended": reply.ended, "correct": tasks.verify(rows[number]["answer"], reply.text)}
+                                    for reply in replies[place * args.k:(place + 1) * args.k]]
+                    file.write(json.dumps({"number": number, "place": rows[number]["place"], "responses": done[number]}) + "\n")
+            bar.update(len(chunk) * args.k)
+    return [done[number] for number in range(len(rows))]
+
+
+# --- pairs ------------------------------------------------------------------------------------------------
+
+class Pairing:
+    """Chooses pairs of a better and a worse response; with `balanced`, so that the lengths cancel over the whole file."""
+
+    def __init__(self, most, balanced, seed):
+        self.most, self.balanced, self.rng, self.surplus = most, balanced, random.Random(f"pairs {seed}"), 0
+
+    def choose(self, candidates):
+        """At most `most` of candidates [(chosen, rejected)], texts, no text twice unless there is no other."""
+        chosen = []
+        self.rng.shuffle(candidates)
+        candidates = list(dict.fromkeys(candidates))  # what the model says often comes early
+        while candidates and len(chosen) < self.most:
+            used = Counter(text for pair in chosen for text in pair)
+            cost = lambda pair: (abs(self.surplus + len(pair[0]) - len(pair[1])) if self.balanced else 0)  # noqa: E731
+            pair = min(candidates, key=lambda pair: (used[pair[0]] + used[pair[1]], cost(pair)))
+            candidates.remove(pair)
+            chosen.append(pair)
+            self.surplus += len(pair[0]) - len(pair[1])  # characters that the chosen have more so far
+        return chosen
+
+
+def sampled_rows(args, sampling, rows, responses):
+    """Preference rows: verified against wrong. A response that did not end is neither: its end is not the model's own."""
+    pairing = Pairing(args.pairs_per_prompt, args.length_balanced, sampling.seed)
+    for row, group in zip(rows, responses):
+        fit = [(reply["text"], reply["correct"]) for reply in group if reply["ended"] and reply["text"].strip()]
+        right, wrong = ([text for text, correct in fit if correct is side] for side in (True, False))
+        for chosen, rejected in pairing.choose([(a, b) for a in right for b in wrong]):
+            yield {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, "meta": {
+                "strategy": "sample", "model": sampling.model_name_or_path, "seed": sampling.seed, "place": row["place"],
+                "answer": row["answer"], "correct": sum(reply["correct"] for reply in group), "k": len(group),
+                "temperature": sampling.temperature, "block_length": sampling.block_length, "steps": sampling.steps}}
+
+
+def judged(path):
+    """{prompt as JSON: [(score, response)]} of {prompt, responses, scores} or one {prompt, response, score} a line."""
+    groups = {}
+    for place, row in generate.read_rows(path).items():
+        row = row if isinstance(row, dict) else {}
+        score = next((row[name] for name in ("score", "rating", "correct") if name in row), None)
+        texts, scores = row.get("responses", [row.get("response")]), row.get("scores", [score])
+        if not (isinstance(texts, list) and isinstance(scores, list) and len(texts) == len(scores) and row.get("prompt")
+                and all(isinstance(text, str) for text in texts) and all(isinstance(score, (int, float)) for score in scores)):
+            raise InputError(f'{place}: expected "prompt" with "response" and a number or truth value "score" (or "rating", '
+                             '"correct"), or with lists "responses" and "scores" of one length')
+        groups.setdefault(json.dumps(row["prompt"]), []).extend((float(score), text) for score, text in zip(scores, texts))
+    return groups
+
+
+def labelled_rows(args, seed):
+    pairing = Pairing(args.pairs_per_prompt, args.length_balanced, seed)
+    for prompt, group in judged(args.source).items():
+        score = {}
+        for value, text in group:  # a text judged twice: its mean
+            score.setdefault(text, []).append(value)
+        score = {text: sum(values) / len(values) for text, values in score.items() if text.strip()}
+        pairs = [(a, b) for a in score for b in score if score[a] - score[b] > args.min_gap]
+        for chosen, rejected in pairing.choose(pairs):
+            yield {"prompt": json.loads(prompt), "chosen": chosen, "rejected": rejected, "meta": {
+                "strategy": "label", "source": args.source, "seed": seed, "scores": [score[chosen], score[rejected]]}}
+
+
+def corrupted_rows(args, seed):
+    for row in tasks.preference_rows(args.num, "train", seed, families(args.task)):
+        yield {**row, "meta": {"strategy": "corrupt", "seed": seed, **row["meta"]}}
+
+
+# --- command line -----------------------------------------------------------------------------------------
+
+def check(args, sampling):
+    """Refuse what makes no file before any work is done."""
+    for name in ("num", "k", "pairs_per_prompt"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} is {getattr(args, name)}, expected at least 1")
+    if args.strategy == "label" and (args.task or not args.source):
+        raise InputError("--strategy label pairs the responses of a file: give --in judged.jsonl and no --task")
+    if args.strategy == "corrupt" and (args.source or not args.task):
+        raise InputError(f"--strategy corrupt plants errors in the solutions of --task ({', '.join(tasks.FAMILIES)}, or all); "
+                         "it takes no --in")
+    if args.strategy == "sample" and bool(args.task) == bool(args.source):
+        raise InputError("--strategy sample needs problems: --task arithmetic, or --in problems.jsonl with prompt and answer")
+    if args.task:
+        families(args.task)
+    if os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(args.out) or "."):
+        raise InputError(f"--out is {args.out}; expected a file in an existing folder")
+    if args.strategy == "sample":
+        if not sampling.model_name_or_path:
+            raise InputError("--strategy sample needs the model to sample from: add --model DIR")
+        generate.check(sampling)
+        if sampling.temperature == 0 and args.k > 1:
+            raise InputError(f"--temperature 0 gives {args.k} times the same response; add --temperature 1")
+
+
+def summary(args, rows):
+    lengths = [median(len(row[side]) for row in rows) for side in ("chosen", "rejected")]
+    longer = sum(len(row["chosen"]) > len(row["rejected"]) for row in rows) / len(rows)
+    lines = [f"{args.out}: {len(rows)} pairs of {len({json.dumps(row['prompt']) for row in rows})} prompts; median characters "
+             f"{lengths[0]:.0f} chosen, {lengths[1]:.0f} rejected; chosen is the longer in {100 * longer:.0f}%"]
+    kinds = Counter(row["meta"]["error"] for row in rows if "error" in row["meta"])
+    return lines + [f"  {count:6d}  {kind}" for kind, count in kinds.most_common()]
+
+
+def main(argv=None):
+    sampling, args = config.parse(argv, __doc__.splitlines()[0], config.SampleArguments, PreferenceArguments)
+    check(args, sampling)
+    if args.strategy == "sample":
+        problem_rows, path = problems(args, sampling.seed), Path(f"{args.out}.samples.jsonl")
+        responses = sample(args, sampling, problem_rows, path)
+        flat = [reply["correct"] for group in responses for reply in group]
+        mixed = sum(len({reply["correct"] for reply in group}) == 2 for group in responses)
+        ended = sum(reply["ended"] for group in responses for reply in group)
+        print(f"{path}: {generate.solved_line(flat)}; {ended} ended; {mixed} of {len(responses)} prompts have both")
+        rows = list(sampled_rows(args, sampling, problem_rows, responses))
+    else:
+        rows = list(labelled_rows(args, sampling.seed) if args.strategy == "label" else corrupted_rows(args, sampling.seed))
+    if not rows:
+        raise InputError(f"{args.out}: no prompt has both a better and a worse response; "
+                         + {"sample": "raise --k or --temperature, or take problems nearer to what the model can do",
+                            "label": "lower --min_gap, or judge more responses a prompt", "corrupt": "raise --num"}[args.strategy])
+    with replacing(args.out) as file:
+        jsonlines.Writer(file).write_all(rows)
+    print("\n".join(summary(args, rows)))
+    print(f"next: python data_prep.py --in {args.out}" + (f" --model_name_or_path {sampling.model_name_or_path}"
+                                                          if args.strategy == "sample" else ""))
+
+
+if __name__ == "__main__":
+    config.run(main)
