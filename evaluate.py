@@ -1,0 +1,262 @@
+"""Accuracy on reasoning tasks, of one model or of several on the same items; what a run trained on is left out.
+
+    model(s) -> OUTPUT_DIR/MODEL-TASK.jsonl (every item: prompt, response, gold answer, verdict), OUTPUT_DIR/results.json
+    python evaluate.py --model runs/dpo/final --compare runs/sft/final examples/tiny --tasks arithmetic
+    python evaluate.py --model DIR --tasks gsm8k,math500,logiqa,hotpotqa --data_dir data --gen_length 256 --block_length 32
+
+The embedded tasks are tasks.py's families, on held-out problems; the benchmarks are benchmarks.py's, from the hub or from
+files in --data_dir. Models are compared by McNemar's exact test (1947) on the items that only one of two answers rightly.
+The tasks of lm-evaluation-harness run with this sampler, too: see harness.py.
+A line of MODEL-TASK.jsonl has all that a judge needs, and `make_prefs.py --strategy label --in` reads it.
+"""
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import List, Optional
+
+import jsonlines
+from tqdm import tqdm
+
+import benchmarks
+import checkpoint
+import config
+import generate
+import tasks
+from objective import wilson
+from packed import InputError, Packed, read_json, replacing, write_json
+
+EMBEDDED = 200  # problems of an embedded task when no --limit is given
+NAMED = 10      # seen items that a message names; results.json names all
+
+
+@dataclass
+class EvaluateArguments:
+    tasks: str = config.arg("arithmetic", f"with commas: {', '.join([*benchmarks.BENCHMARKS, *tasks.FAMILIES])}")
+    limit: Optional[int] = config.arg(None, f"the first so many items of each task; default: all, {EMBEDDED} of an embedded one")
+    data_dir: Optional[str] = config.arg(None, "folder of the benchmarks' files in their original formats; default: the hub")
+    compare: Optional[List[str]] = config.arg(None, "models to answer the same items: folders or hub names")
+    output_dir: str = config.arg("runs/evaluate", "folder of the responses and results.json")
+    train_data: Optional[List[str]] = config.arg(None, "packed folders that the models trained on, beside those of their runs")
+    allow_leak: bool = config.arg(False, "score items that a model trained on, too")
+
+
+# --- items ------------------------------------------------------------------------------------------------
+
+def task_names(text):
+    known = [*benchmarks.BENCHMARKS, *tasks.FAMILIES]
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise InputError(f"--tasks: no task '{name}'; there are {', '.join(known)}")
+    return names
+
+
+def read_items(task, args, seed):
+    """The first --limit Items of a task; an embedded one's are drawn by `seed`."""
+    if task in benchmarks.BENCHMARKS:
+        return benchmarks.read(task, args.data_dir)[:args.limit]
+    return [benchmarks.Item(str(number), problem.prompt, problem.prompt, problem.answer) for number, problem in
+            enumerate(tasks.generate(args.limit or EMBEDDED, "test", seed, (task,)), 1)]
+
+
+def grade(task, answer, response):
+    if task in benchmarks.BENCHMARKS:
+        return benchmarks.grade(task, answer, response)
+    return {"extracted": tasks.extract_answer(response), "correct": tasks.verify(answer, response)}
+
+
+# --- the leak check: which items a model was trained on ---------------------------------------------------
+
+def runs_of(model):
+    """Yields (folder, run.json) of the run that made `model`, of the run that made that one's start, and so on."""
+    done = set()
+    while model and (run := Path(model).resolve().parent) not in done and (run / "run.json").is_file():
+        done.add(run)
+        record = read_json(run / "run.json", "training again")
+        yield run, record
+        model = next((path for path in places(run, record, "model_name_or_path") if path.is_dir()), None)
+
+
+def places(run, record, name):
+    """Where a folder that run.json names may be: as far from the run's folder as it was, or as it is written there."""
+    arguments = record["arguments"]
+    return [run / os.path.relpath(arguments[name], arguments["output_dir"]), Path(arguments[name])]
+
+
+def packed_folders(models, args):
+    """The packed folders that `models` were trained on, by their run.json and --train_data; refuses if one is not to be found."""
+    folders = {str(folder): Packed(folder) for folder in args.train_data or []}
+    for model in models:
+        for run, record in runs_of(model):
+            wanted = record["inputs"]["data"]
+            if any(packed.meta["fingerprint"] == wanted for packed in folders.values()):
+                continue
+            for folder in places(run, record, "data"):
+                if (folder / "meta.json").is_file() and (packed := Packed(folder)).meta["fingerprint"] == wanted:
+                    folders[os.path.relpath(folder)] = packed
+                    break
+            else:
+                said = (f"{run}: trained on {record['arguments']['data']}, which is gone or holds other data now: no telling "
+                        "which items it has seen")
+                if not args.allow_leak:
+                    raise InputError(f"{said}; give its packed folder with --train_data, or add --allow_leak")
+                print(f"warning: {said}", flush=True)
+    return folders
+
+
+def prompt_texts(packed, tokenizers):
+    """The different prompts of packed/, decoded; `tokenizers`: fingerprint -> tokenizer, those of the models at hand."""
+    wanted, name = packed.meta["tokenizer"], packed.meta["model_name_or_path"]
+    if wanted not in tokenizers:
+        tokenizers |= tokenizer_of(name)
+    if wanted not in tokenizers:
+        raise InputError(f"{packed.folder}: made with another tokenizer than {name} has now, so its prompts cannot be read; "
+                         f"make it again: python data_prep.py --in {packed.meta['source']} --out {packed.folder}")
+    prompts = {tuple(packed[index][0].tolist()) for index in range(len(packed))}
+    return [tokenizers[wanted].decode(ids) for ids in prompts]
+
+
+def tokenizer_of(name, trust_remote_code=False):
+    """{fingerprint: tokenizer} of a model."""
+    tokenizer = checkpoint.load_tokenizer(name, trust_remote_code)
+    return {checkpoint.tokenizer_fingerprint(tokenizer): tokenizer}
+
+
+def find_seen(items, models, args, trust_remote_code):
+    """{task: {id: the packed folder whose prompts hold the item}}; prints what was found."""
+    tokenizers = {}
+    for model in models:
+        tokenizers |= tokenizer_of(model, trust_remote_code)
+    trained = {name: benchmarks.Prompts(prompt_texts(packed, tokenizers))
+               for name, packed in packed_folders(models, args).items()}
+    seen = {}
+    for task, each in items.items():
+        found = seen[task] = {}
+        for item in each:
+            if name := next((name for name, prompts in trained.items()
+                             if prompts.saw(item.question, exact=task in tasks.FAMILIES)), None):
+                found[item.id] = name
+        if found:
+            named = ", ".join(list(found)[:NAMED]) + (", ..." if len(found) > NAMED else "")
+            print(f"{task}: {len(found)} of {len(each)} items are in the training prompts of "
+                  f"{', '.join(sorted(set(found.values())))} ({named}); "
+                  + ("scored all the same (--allow_leak)" if args.allow_leak else "left out"), flush=True)
+    print("leak check: " + (f"against the prompts of {', '.join(trained)}" if trained else
+                            "no run.json beside these models and no --train_data, so nothing to check against"), flush=True)
+    return seen
+
+
+# --- answers and their table ------------------------------------------------------------------------------
+
+def labels(models):
+    """A short name for each model, for file names: the last two parts of its path, more where two would be the same."""
+    parts = [Path(os.path.abspath(model) if os.path.isdir(model) else model).parts for model in models]
+    if twice := next((model for model, each in zip(models, parts) if parts.count(each) > 1), None):
+        raise InputError(f"--compare: {twice} is there twice; expected different models")
+    for count in range(2, max(map(len, parts)) + 1):
+        names = ["-".join(each[-count:]).lstrip("/-") for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(models, names))
+
+
+def answer(network, tokenizer, task, items, sample, label):
+    """One row per item: what the model was asked, what it said, and what that is worth."""
+    prompts = [generate.prompt_ids(tokenizer, {"prompt": item.prompt}, f"{task}, item {item.id}", sample.template)
+               for item in items]
+    keys = [int(item.id) - 1 for item in items]  # an item's noise does not depend on which others are left out
+    with tqdm(total=len(items), desc=f"{label}, {task}", unit="item",
+              mininterval=1 if sys.stderr.isatty() else 30) as bar:  # a log file gets a line now and then
+        responses = generate.respond(network, tokenizer, prompts, sample, keys=keys,
+                                     progress=lambda done: bar.update(done - bar.n))
+    return [{"task": task, "id": item.id, "model": sample.model_name_or_path, "prompt": item.prompt,
+             "response": response.text, "answer": item.answer, **grade(task, item.answer, response.text),
+             "tokens": response.tokens, "ended": response.ended} for item, response in zip(items, responses)]
+
+
+def mcnemar(won, lost):
+    """Two-sided p of McNemar's exact test: `won` items that only the first model has right, `lost` only the other."""
+    n = won + lost
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(won, lost) + 1)) / 2 ** n)
+
+
+def summary(task, label, rows, first):
+    """A line of the table. first: the first model's rows, the same items in the same order; None: these are its own."""
+    n = len(rows)
+    line = {"task": task, "model": label, "n": n}
+    if not n:
+        return line
+    mean = lambda name: sum(row[name] for row in rows) / n  # noqa: E731
+    line |= {"accuracy": mean("correct"), "ci95": wilson(mean("correct"), n), "ended": mean("ended"), "tokens": mean("tokens")}
+    if "f1" in rows[0]:
+        line["f1"] = mean("f1")
+    if first is not None:
+        won = sum(a["correct"] and not b["correct"] for a, b in zip(first, rows))
+        lost = sum(b["correct"] and not a["correct"] for a, b in zip(first, rows))
+        line["first_model_against_it"] = {"difference": (won - lost) / n, "won": won, "lost": lost, "p": mcnemar(won, lost)}
+    return line
+
+
+def print_table(table):
+    wide = [max(len(line[name]) for line in table) for name in ("task", "model")]
+    print(f"{'task':{wide[0]}}  {'model':{wide[1]}}     n  accuracy  95% interval  ended  tokens  first model against it")
+    for line in table:
+        words = f"{line['task']:{wide[0]}}  {line['model']:{wide[1]}} {line['n']:5d}"
+        if line["n"]:
+            low, high = line["ci95"]
+            words += f"{line['accuracy']:10.3f}  {abs(low):5.3f}-{high:5.3f} {line['ended']:7.0%} {line['tokens']:7.1f}"
+        if "f1" in line:
+            words += f"  F1 {line['f1']:.3f}"
+        if test := line.get("first_model_against_it"):
+            words += f"  {test['difference']:+.3f} ({test['won']} won, {test['lost']} lost, p = {test['p']:.2g})"
+        print(words)
+
+
+def main(argv=None):
+    # 1. what is asked of whom
+    sample, args = config.parse(argv, __doc__.splitlines()[0], config.SampleArguments, EvaluateArguments)
+    generate.check(sample)
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit is {args.limit}; expected at least 1")
+    models = [sample.model_name_or_path, *(args.compare or [])]
+    fingerprints = {model: checkpoint.model_fingerprint(model) for model in models}  # every model is there, or none is run
+    names = labels(models)
+    wanted = task_names(args.tasks)
+    if "math500" in wanted:
+        benchmarks.import_math_verify()
+    items = {task: read_items(task, args, sample.seed) for task in wanted}
+
+    # 2. what they have seen
+    seen = find_seen(items, models, args, sample.trust_remote_code)
+    if not args.allow_leak:
+        items = {task: [item for item in each if item.id not in seen[task]] for task, each in items.items()}
+
+    # 3. one model in memory at a time
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    table, first = [], {}
+    for model in models:
+        one = replace(sample, model_name_or_path=model)
+        network, tokenizer = generate.load(one)
+        for task, each in items.items():
+            rows = answer(network, tokenizer, task, each, one, names[model])
+            with replacing(folder / f"{names[model]}-{task}.jsonl") as file:
+                jsonlines.Writer(file).write_all({**row, "seen": row["id"] in seen[task]} for row in rows)
+            table.append(summary(task, names[model], rows, first.get(task)))
+            first.setdefault(task, rows)
+        del network
+
+    # 4. side by side
+    table.sort(key=lambda line: wanted.index(line["task"]))  # stable: the models stay in their order
+    write_json(folder / "results.json", {
+        "models": {names[model]: {"path": model, "fingerprint": fingerprints[model]} for model in models},
+        "table": table, "seen": seen, "arguments": asdict(sample) | asdict(args)})
+    print_table(table)
+    print(f"{folder}: every response, and results.json")
+    return 0
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,187 @@
+"""lm-evaluation-harness with a masked diffusion model: its command line, and one more --model, masked_diffusion.
+
+    pip install -r requirements-eval.txt
+    python harness.py run --model masked_diffusion --model_args pretrained=DIR,gen_length=256,block_length=32 --tasks gsm8k
+    python harness.py run --model masked_diffusion --model_args pretrained=DIR,trajectories=16 --tasks arc_easy --limit 100
+
+--model_args takes generate.py's sampling arguments and LikelihoodArguments below. Text is made by generate.py's sampler, as
+in evaluate.py, and likelihoods are the stepwise denoising score of score.py, a bound on log p(continuation | context) in
+the mean over its noise, which is drawn by content: the same at every run. --apply_chat_template is lm_eval's own flag.
+"""
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import config
+import diffusion
+import generate
+import score
+from packed import InputError
+
+try:
+    from lm_eval.api.model import LM
+except ImportError:  # main() says so in a sentence; the class works without, for whoever hands it requests
+    LM = object
+
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm_eval's names for one thing
+HONOURED = {*LENGTHS, "until", "do_sample", "temperature"}
+
+
+@dataclass
+class LikelihoodArguments:
+    diffusion_steps: int = config.arg(4, "T, denoising steps of a trajectory")
+    trajectories: int = config.arg(5, "R, rotated trajectories per continuation; 1 + R(T-1) forward passes")
+    noise_seed: int = config.arg(0, "seed of the noise")
+    states_per_forward: int = config.arg(4, "states of one continuation that share a forward pass")
+    check_greedy: bool = config.arg(False, "sample each continuation's length greedily, too, and say whether it is the "
+                                           "same: for tasks that count this, such as lambada; else that is never said")
+
+
+class MaskedDiffusion(LM):
+    """lm_eval's model interface. sample: SampleArguments as given, before generate.check; a task may ask for other lengths."""
+
+    def __init__(self, sample, likelihood):
+        super().__init__()
+        for name in ("diffusion_steps", "trajectories", "states_per_forward"):
+            if getattr(likelihood, name) < 1:
+                raise InputError(f"{name} is {getattr(likelihood, name)}; expected at least 1")
+        self.sample, self.likelihood = sample, likelihood
+        checked = replace(sample)
+        generate.check(checked)
+        self.model, self.tokenizer = generate.load(checked)
+        self._device = torch.device(checked.device)
+        self.mask_id = checkpoint.mask_token_id(self.model.config, self.tokenizer)
+        self.response_tokenizer = checkpoint.response_tokenizer(
+            sample.model_name_or_path, self.tokenizer, sample.trust_remote_code)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string, additional_config=None):
+        from lm_eval.utils import simple_parse_args_string
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict, additional_config=None):
+        """arg_dict: --model_args; additional_config: lm_eval's --batch_size, --max_batch_size and --device."""
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if given.get("device") == "cuda:0" and not torch.cuda.is_available():
+            del given["device"]  # lm_eval's default, whatever there is
+        values = {**given, **arg_dict}
+        values["model_name_or_path"] = values.pop("pretrained", None) or values.get("model_name_or_path")
+        if "template" in values:
+            raise InputError("--model_args template: prompts are lm_eval's here; leave it out and use --apply_chat_template")
+        flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
+        return cls(*config.parse(flags, __doc__.splitlines()[0], config.SampleArguments, LikelihoodArguments))
+
+    # --- text ---
+
+    def sampling(self, options):
+        """The SampleArguments that a request's generation options make of ours, with the same block and passes a token."""
+        sample = self.sample
+        length = next((int(options[name]) for name in LENGTHS if options.get(name)), sample.gen_length)
+        temperature = float(options.get("temperature", sample.temperature)) if options.get("do_sample", True) else 0.0
+        block, steps = sample.block_length, sample.steps
+        if length != sample.gen_length:
+            if block is not None:
+                block = min(block, length)
+                length -= length % block  # whole blocks: at most what was asked for
+            if steps is not None:
+                blocks = length // (block or length)
+                steps = max(1, steps * length // sample.gen_length // blocks) * blocks
+        made = replace(sample, gen_length=length, block_length=block, steps=steps, temperature=temperature)
+        generate.check(made)
+        return made
+
+    def generate_until(self, requests, disable_tqdm=False):
+        """The text that answers each request's (context, options), cut before the first of the strings in "until"."""
+        asked = [request.args for request in requests]
+        if ignored := sorted({name for _, options in asked for name in options} - HONOURED):
+            print(f"warning: this sampler has no {', '.join(ignored)}, which the task sets", file=sys.stderr, flush=True)
+        groups = {}  # requests that can share a batch
+        for index, (_, options) in enumerate(asked):
+            sample = self.sampling(options)
+            groups.setdefault((sample.gen_length, sample.temperature), (sample, []))[1].append(index)
+        texts = [None] * len(asked)
+        with tqdm(total=len(asked), desc="generating", disable=disable_tqdm) as bar:
+            for sample, group in groups.values():
+                prompts, before = [self.context(asked[index][0]) for index in group], bar.n
+                responses = generate.respond(self.model, self.tokenizer, prompts, sample, keys=group,
+                                             progress=lambda done: bar.update(before + done - bar.n))
+                for index, response in zip(group, responses):
+                    texts[index] = cut(response.text, asked[index][1].get("until") or [])
+        return texts
+
+    def context(self, text):
+        """Ids of a context: as lm_eval wrote it, chat template and all."""
+        return generate.prompt_ids(self.tokenizer, {"prompt": text}, "a context of lm_eval", "none")
+
+    # --- likelihoods ---
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        """(stepwise score, whether greedy sampling says the same) of each request's (context, continuation)."""
+        return [self.likelihood_of(*request.args) for request in tqdm(requests, desc="scoring", disable=disable_tqdm)]
+
+    @torch.no_grad()
+    def likelihood_of(self, context, continuation):
+        bare = context.rstrip()  # a space between the two belongs to the word that follows it
+        prompt, continuation = self.context(bare), context[len(bare):] + continuation
+        response = checkpoint.encode(self.response_tokenizer, continuation)
+        if not response:
+            return 0.0, True
+        T, R = self.likelihood.diffusion_steps, self.likelihood.trajectories
+        rng = diffusion.generator(self.likelihood.noise_seed, prompt + response, "chosen")
+        masked = diffusion.trajectory_masks(diffusion.trajectories(len(response), T, R, rng), T)  # (S, n)
+        logps = score.diffusion_score(self.model, prompt, response, masked, diffusion.trajectory_weights(masked, T, R),
+                                      self.mask_id, self.likelihood.states_per_forward, self._device)
+        return float(logps.sum()), self.likelihood.check_greedy and self.says(prompt, response)
+
+    def says(self, prompt, response):
+        """Whether greedy sampling of just as many tokens, one a pass, gives `response`."""
+        sample = replace(self.sample, gen_length=len(response), block_length=None, steps=None, temperature=0.0)
+        generate.check(sample)
+        return generate.generate(self.model, torch.tensor([prompt]), sample, self.mask_id)[0].tolist() == response
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        raise InputError("this task asks for the perplexity of whole documents, which a masked diffusion model bounds only "
+                         "as loosely as its noise is coarse, and which is not offered; choose a task of another kind")
+
+    # --- chats ---
+
+    @property
+    def tokenizer_name(self):
+        return self.sample.model_name_or_path.strip("/").replace("/", "__")
+
+    def chat_template(self, chat_template=False):
+        if not isinstance(chat_template, bool):
+            raise InputError(f"--apply_chat_template {chat_template}: expected the flag alone; the model's template is used")
+        if not self.tokenizer.chat_template:
+            raise InputError(f"--apply_chat_template: the tokenizer of {self.sample.model_name_or_path} has no chat template")
+        return self.tokenizer.chat_template
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        """The text of a dialogue up to and with the assistant's header, or with the assistant's words so far."""
+        return self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+                                                  continue_final_message=not add_generation_prompt)
+
+
+def cut(text, until):
+    """`text` before the first of the strings `until`."""
+    ends = [text.index(mark) for mark in ([until] if isinstance(until, str) else until) if mark and mark in text]
+    return text[:min(ends)] if ends else text
+
+
+def main():
+    try:
+        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.api.registry import register_model
+    except ImportError:
+        raise InputError("lm-evaluation-harness is not installed; run: pip install -r requirements-eval.txt") from None
+    register_model("masked_diffusion")(MaskedDiffusion)
+    cli_evaluate()
+    return 0
+
+
+if __name__ == "__main__":
+    config.run(main)
