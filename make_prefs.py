@@ -3,6 +3,7 @@
     model or solutions or judgements -> prefs.jsonl (prompt, chosen, rejected, meta: where each row comes from)
     python make_prefs.py --strategy sample --model DIR --task arithmetic --num 400 --k 8 --temperature 1 --out prefs.jsonl
     python make_prefs.py --strategy corrupt --task arithmetic --num 400 --out prefs.jsonl
+    python make_prefs.py --strategy corrupt --in solutions.jsonl --out prefs.jsonl
     python make_prefs.py --strategy label --in judged.jsonl --out prefs.jsonl
 
 sample: k responses a prompt, a verified one against a wrong one; on-policy, so DPO teaches what this model gets wrong.
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 import config
 import generate
+import mistakes
 import tasks
 from checkpoint import model_fingerprint
 from packed import InputError, fingerprint, replacing
@@ -34,7 +36,7 @@ CHUNK = 64  # prompts whose responses are written together: what a kill can lose
 class PreferenceArguments:
     strategy: Literal["sample", "corrupt", "label"] = config.arg("sample", "where the preferences come from")
     task: Optional[str] = config.arg(None, "families of tasks.py: names with commas, or all (sample, corrupt)")
-    source: Optional[str] = config.arg(None, "a .jsonl file: sample: prompt and answer; label: prompt and scored responses", "--in")
+    source: Optional[str] = config.arg(None, "a .jsonl file of prompts with their answers (sample), solutions (corrupt) or scored responses (label)", "--in")
     out: str = config.arg("prefs.jsonl", "the file of preferences")
     num: int = config.arg(400, "problems of --task, from the training split")
     k: int = config.arg(8, "sample: responses a prompt")
@@ -185,8 +187,36 @@ def labelled_rows(args, seed):
 
 
 def corrupted_rows(args, seed):
-    for row in tasks.preference_rows(args.num, "train", seed, families(args.task)):
-        yield {**row, "meta": {"strategy": "corrupt", "seed": seed, **row["meta"]}}
+    """A correct solution against the same with one named error: of --task, or of --in's own, by mistakes.py."""
+    meta = {"strategy": "corrupt", "seed": seed}
+    if args.task:
+        for row in tasks.preference_rows(args.num, "train", seed, families(args.task)):
+            yield {**row, "meta": meta | row["meta"]}
+        return
+    rng, rows = random.Random(f"corrupt {seed}"), generate.read_rows(args.source)
+    left_out = 0
+    for place, row in rows.items():
+        prompt, solution, answer = worked(row, place)
+        possible = tasks.leading_astray(mistakes.errors(prompt, solution), answer)
+        if not possible:
+            left_out += 1
+            continue
+        rejected, kind = tasks.choose(possible, rng)
+        yield {"prompt": prompt, "chosen": mistakes.plain(solution), "rejected": rejected,
+               "meta": meta | {"place": place, "error": kind, "answer": answer}}
+    if left_out:
+        print(f"{args.source}: {left_out} of {len(rows)} solutions left out: no equation whose consequences can be followed")
+
+
+def worked(row, place):
+    """(prompt, solution, answer) of a row with a worked solution that ends in "#### answer", as GSM8K's do."""
+    row = row if isinstance(row, dict) else {}
+    prompt = next((row[name] for name in ("prompt", "question") if name in row), None)
+    solution = next((row[name] for name in ("response", "solution", "answer") if name in row), None)
+    if not isinstance(prompt, str) or not isinstance(solution, str) or tasks.extract_answer(solution) is None:
+        raise InputError(f'{place}: expected a "prompt" (or "question") and a correct "response" (or "solution", "answer") '
+                         'that ends in "#### 8", its answer')
+    return prompt, solution, tasks.extract_answer(solution)
 
 
 # --- command line -----------------------------------------------------------------------------------------
@@ -198,9 +228,9 @@ def check(args, sampling):
             raise InputError(f"--{name} is {getattr(args, name)}, expected at least 1")
     if args.strategy == "label" and (args.task or not args.source):
         raise InputError("--strategy label pairs the responses of a file: give --in judged.jsonl and no --task")
-    if args.strategy == "corrupt" and (args.source or not args.task):
-        raise InputError(f"--strategy corrupt plants errors in the solutions of --task ({', '.join(tasks.FAMILIES)}, or all); "
-                         "it takes no --in")
+    if args.strategy == "corrupt" and bool(args.task) == bool(args.source):
+        raise InputError(f"--strategy corrupt plants errors in correct solutions: give --task ({', '.join(tasks.FAMILIES)}, or "
+                         "all), or --in solutions.jsonl with prompt and response")
     if args.strategy == "sample" and bool(args.task) == bool(args.source):
         raise InputError("--strategy sample needs problems: --task arithmetic, or --in problems.jsonl with prompt and answer")
     if args.task:
@@ -240,7 +270,8 @@ def main(argv=None):
     if not rows:
         raise InputError(f"{args.out}: no prompt has both a better and a worse response; "
                          + {"sample": "raise --k or --temperature, or take problems nearer to what the model can do",
-                            "label": "lower --min_gap, or judge more responses a prompt", "corrupt": "raise --num"}[args.strategy])
+                            "label": "lower --min_gap, or judge more responses a prompt",
+                            "corrupt": "give solutions with equations such as 7 + 5 = 12"}[args.strategy])
     with replacing(args.out) as file:
         jsonlines.Writer(file).write_all(rows)
     print("\n".join(summary(args, rows)))

@@ -83,11 +83,22 @@ def verify(problem_or_answer, response):
 
 def corruptions(problem):
     """{kind: {place: [text]}}: every solution with one error that leads to a wrong answer."""
+    return leading_astray(FAMILIES[problem.family][1](problem), problem.answer)
+
+
+def leading_astray(errors, answer):
+    """{kind: {place: [text]}} of those `errors`, (kind, place, text), whose final answer is not `answer`."""
     possible = {}
-    for kind, place, text in FAMILIES[problem.family][1](problem):
-        if not verify(problem, text):
+    for kind, place, text in errors:
+        if not verify(answer, text):
             possible.setdefault(kind, {}).setdefault(place, []).append(text)
     return possible
+
+
+def choose(possible, rng):
+    """(text, kind) from what `corruptions` returns: the kinds are equally likely, then the places, then the texts."""
+    kind = pick(rng, list(possible))
+    return pick(rng, pick(rng, list(possible[kind].values()))), kind
 
 
 def corrupt(problem, rng):
@@ -96,9 +107,7 @@ def corrupt(problem, rng):
     " 7 + 5 = 12\\n12 - 4 = 8\\n#### 8" -> (" 7 + 5 = 13\\n13 - 4 = 9\\n#### 9", "arithmetic_slip")
     The answer is always wrong; the kinds that this problem allows are equally likely.
     """
-    possible = corruptions(problem)
-    kind = pick(rng, list(possible))
-    return pick(rng, pick(rng, list(possible[kind].values()))), kind
+    return choose(corruptions(problem), rng)
 
 
 def preference_rows(n, split, seed, families=("arithmetic",)):

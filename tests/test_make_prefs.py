@@ -163,6 +163,23 @@ def test_corrupt(tmp_path, capsys):
     assert out.read_bytes() == first
 
 
+def test_corrupt_ones_own(tmp_path, capsys):
+    """GSM8K's columns and ours; what holds no equation is counted, what has no answer is refused."""
+    source = write(tmp_path / "s.jsonl", [
+        {"question": "48 friends, half as many", "answer": "48/2 = <<48/2=24>>24\n48+24 = <<48+24=72>>72\n#### 72"},
+        {"prompt": "7 and 5", "response": " 7 + 5 = 12\n#### 12"}, {"prompt": "a word", "response": "so\n#### yes"}])
+    out = tmp_path / "prefs.jsonl"
+    call(make_prefs.main, "--strategy", "corrupt", "--in", source, "--out", out)
+    first, second = read(out)
+    assert "1 of 3 solutions left out" in capsys.readouterr().out
+    assert first["chosen"] == "48/2 = 24\n48+24 = 72\n#### 72" and first["meta"]["place"] == f"{source}:1"
+    for row in (first, second):
+        assert tasks.verify(row["meta"]["answer"], row["chosen"]) and not tasks.verify(row["meta"]["answer"], row["rejected"])
+    write(source, [{"prompt": "7 and 5", "response": "7 + 5 = 12"}])
+    said = refusal(make_prefs.main, capsys, "--strategy", "corrupt", "--in", source, "--out", tmp_path / "other.jsonl")
+    assert f"{source}:1" in said and '"#### 8"' in said
+
+
 def test_data_prep_reads_it(sampled, tmp_path):
     call(data_prep.main, "--in", sampled, "--out", tmp_path / "packed", "--model_name_or_path", TINY, "--max_length", 256)
     assert packed.Packed(tmp_path / "packed").meta["kept"] == len(read(sampled))
@@ -175,7 +192,7 @@ def test_data_prep_reads_it(sampled, tmp_path):
     (["--task", "arithmetic", "--k", 0], "--k is 0"), (["--task", "arithmetic", "--num", 0], "--num is 0"),
     (["--task", "arithmetic", "--pairs_per_prompt", 0], "--pairs_per_prompt is 0"),
     (["--strategy", "label", "--task", "arithmetic"], "--in judged.jsonl"), (["--strategy", "label"], "--in judged.jsonl"),
-    (["--strategy", "corrupt"], "--task"), (["--strategy", "corrupt", "--task", "arithmetic", "--in", "x"], "takes no --in"),
+    (["--strategy", "corrupt"], "--task"), (["--strategy", "corrupt", "--task", "arithmetic", "--in", "x"], "--task (arithmetic"),
     (["--strategy", "corrupt", "--task", "arithmetic", "--out", "no/such/folder/x"], "existing folder"),
     (["--strategy", "label", "--in", "nowhere.jsonl"], "nowhere.jsonl")])
 def test_refusals(capsys, argv, words):
