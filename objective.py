@@ -48,7 +48,7 @@ def split(packed, eval_fraction, seed):
 class Stream:
     """Endless order of the training pairs: epoch after epoch, each a permutation of its own. A place in it is one number.
 
-    With `lengths` (SFT), pairs of like length stand together in blocks of `block`, so that little is padded.
+    With `lengths` (SFT), pairs of like prompt length stand together in blocks of `block`, so that little is padded.
     """
 
     def __init__(self, train, seed, block=1, lengths=None):
@@ -78,7 +78,7 @@ class Preference:
 
     def __init__(self, args, noise_args, packed, reference, mask_id):
         self.args, self.noise, self.packed, self.reference, self.mask_id = args, noise_args, packed, reference, mask_id
-        self.metrics = METRICS
+        self.metrics, self.lengths = METRICS, None
         states = diffusion.state_count(noise_args.diffusion_steps, noise_args.trajectories)
         self.counts = [states, states] + ([1] if args.sft_weight else [])  # states of each response
 
@@ -125,6 +125,9 @@ class SFT:
     def __init__(self, args, noise_args, packed, mask_id):
         self.args, self.noise, self.packed, self.mask_id = args, noise_args, packed, mask_id
         self.metrics = METRICS[:1]
+        # Rows of a micro-batch have prompts of like length. Their responses must not matter: were rows alike in prompt and
+        # response together, the room after a prompt would tell the model how long its response is, which it must not know.
+        self.lengths = np.diff(packed.bounds[:, :2].astype(np.int64), axis=1)[:, 0]
         self.counts = [1]  # one backward pass, however many rows
 
     def work(self, batch):

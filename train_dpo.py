@@ -245,8 +245,8 @@ def main(argv=None):
     model = checkpoint.load_model(source, checkpoint.DTYPES[model_args.use_mixed_precision], ds_config, model_args.trust_remote_code)
     if model_args.gradient_checkpointing:  # non-reentrant: the only kind that ZeRO-3 bears with several forwards a step
         model.activation_checkpointing_enable({"use_reentrant": False})
-    lengths = np.diff(packed.bounds[:, :3].astype(np.int64), axis=1).sum(1) if args.loss_type == "sft" else None
-    job = Job(args, engine.build(model, ds_config), objective, Stream(train_pairs, args.seed, rows, lengths), ranks, states_per_forward)
+    stream = Stream(train_pairs, args.seed, rows, objective.lengths)
+    job = Job(args, engine.build(model, ds_config), objective, stream, ranks, states_per_forward)
 
     # 3. start or go on
     start, num_tokens = load_checkpoint(job, checkpoint_path) if checkpoint_path else (0, 0)

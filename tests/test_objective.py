@@ -153,8 +153,6 @@ def test_work():
     made = objective.Preference(config.TrainArguments(), config.NoiseArguments(), None, None, MASK)
     assert made.work([(3, 0), (1, 0), (2, 1)]) == [((3, 0), 1 / 3), ((1, 0), 1 / 3), ((2, 1), 1 / 3)]
     assert made.counts == [16, 16]
-    assert objective.SFT(config.TrainArguments(), config.NoiseArguments(), None, MASK).work([(3, 0), (1, 0)]) == [
-        ([(3, 0), (1, 0)], 1)]
 
 
 # The split and the order
@@ -252,6 +250,22 @@ def test_sft_rows(home):
     assert any((states.inputs[0, 8:] == MASK).any() for states in padded)  # an end token is masked
     assert len({states.inputs.tobytes() for states in padded}) == 20  # each epoch draws its own noise
     assert (objective.sft_rows([(3, 7)], data, 0, 0, MASK).inputs == objective.sft_rows([(3, 7)], data, 0, 0, MASK).inputs).all()
+
+
+def test_sft_does_not_give_the_length_away(home, tmp_path):
+    """Which rows stand together, and how much room a response has, are the same whatever the responses are."""
+    pairs = make_pairs([(p, n, 1) for p, n in zip(range(3, 43), np.random.default_rng(0).permutation(40) + 1)])
+    swapped = [(prompt, other[1], rejected) for (prompt, _, rejected), other in zip(pairs, pairs[::-1])]
+    rooms = []
+    for name, each in (("pairs", pairs), ("swapped", swapped)):
+        data = disk.Packed(pack(tmp_path / name, each, home.model))
+        made = objective.SFT(config.TrainArguments(sft_pad_to=40), config.NoiseArguments(), data, MASK)
+        assert made.work([(3, 0), (1, 0)]) == [([(3, 0), (1, 0)], 1.0)]
+        stream = objective.Stream(np.arange(40), 0, 4, made.lengths)
+        batches = [[stream[place] for place in range(first, first + 4)] for first in range(0, 40, 4)]
+        rooms.append([(batch, made.responses(batch)[0].inputs.shape) for batch in batches])
+        assert max(np.ptp([len(each[index][0]) for index, _ in batch]) for batch in batches) < 12  # little is padded
+    assert rooms[0] == rooms[1]
 
 
 def test_expected_nll(home):
