@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DS = "ds_configs/zero3_offload_4080.json"
 ELSEWHERE = ("bash tests/run.sh", "bash examples/make_tiny.sh")  # this suite itself, and half an hour of training
 
+SMALL = {"SEEDS": "1 2", "PROBLEMS": "24", "HELD_OUT": "24"}  # improve.sh, with too few problems to improve anything
+
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
@@ -41,8 +43,8 @@ def readme_commands():
     return [line for line in lines if line.strip() and not line.startswith("#") and line not in ELSEWHERE]
 
 
-def succeed(command, folder):
-    done = shell(command, folder)
+def succeed(command, folder, **environment):
+    done = shell(command, folder, **environment)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 
@@ -61,7 +63,11 @@ def test_readme(clone):
     assert said.count("up to date") == 2 and "is finished" in said
     assert before == {path: path.stat().st_mtime_ns for path in (clone / "runs/tiny").rglob("*") if path.is_file()}
     for command in others:
-        succeed(command, clone)
+        succeed(command, clone, **(SMALL if command == "bash examples/improve.sh" else {}))
+    results = json.loads((clone / "runs/improve/results.json").read_text())
+    assert [seed["seed"] for seed in results["seeds"]] == [1, 2] and all(seed["n"] == 24 for seed in results["seeds"])
+    assert all(0 <= seed[name] <= 1 for seed in results["seeds"] for name in ("base", "sft", "dpo"))
+    assert all(0.7 < seed["dpo_tokens"] / seed["sft_tokens"] < 1.4 for seed in results["seeds"])
 
 
 def test_two_ranks_and_stale_data(clone, tmp_path):
