@@ -24,7 +24,6 @@ import checkpoint
 import config
 import generate
 import tasks
-from objective import wilson
 from packed import InputError, Packed, read_json, replacing, write_json
 
 EMBEDDED = 200  # problems of an embedded task when no --limit is given
@@ -189,7 +188,7 @@ def summary(task, label, rows, first):
     if not n:
         return line
     mean = lambda name: sum(row[name] for row in rows) / n  # noqa: E731
-    line |= {"accuracy": mean("correct"), "ci95": wilson(mean("correct"), n), "ended": mean("ended"), "tokens": mean("tokens")}
+    line |= {"accuracy": mean("correct"), "ci95": tasks.wilson(mean("correct"), n), "ended": mean("ended"), "tokens": mean("tokens")}
     if "f1" in rows[0]:
         line["f1"] = mean("f1")
     if first is not None:

@@ -278,12 +278,11 @@ def prompt_ids(tokenizer, row, place, template):
         raise InputError(f"{place}: {error}") from None
 
 
-def solved_line(correct, z=1.959964):
-    """[True, False, ...] -> "solved 93 of 200 (46.5%, 95% interval 39.7-53.4)"; Wilson's interval."""
+def solved_line(correct):
+    """[True, False, ...] -> "solved 93 of 200 (46.5%, 95% interval 39.7-53.4)"."""
     k, n = sum(correct), len(correct)
-    middle, half = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
-    low, high = (100 * (middle + side) / (n + z * z) for side in (-half, half))
-    return f"solved {k} of {n} ({100 * k / n:.1f}%, 95% interval {abs(low):.1f}-{high:.1f})"
+    low, high = (100 * abs(end) for end in tasks.wilson(k / n, n))
+    return f"solved {k} of {n} ({100 * k / n:.1f}%, 95% interval {low:.1f}-{high:.1f})"
 
 
 @dataclass

@@ -159,7 +159,3 @@ def sft_rows(rows, packed, pad_to, noise_seed, mask_id):
             len(response), diffusion.generator(noise_seed, packed.content(index), "sft", epoch))
         parts.append(score.response_states(prompt, response, masked[None], weight[None], mask_id))
     return score.States(*(np.concatenate(arrays) for arrays in zip(*parts)))
-def wilson(rate, n, z=1.96):
-    """The 95% interval [low, high] of a proportion (Wilson, 1927)."""
-    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return [float((middle - half) / (1 + z * z / n)), float((middle + half) / (1 + z * z / n))]

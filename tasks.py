@@ -9,6 +9,7 @@ The language is small on purpose (a closed vocabulary): a model of a million par
 CPU. Arithmetic is in arithmetic.py; logic, look-ups and common sense in puzzles.py; preference files in make_prefs.py.
 """
 import hashlib
+import math
 import random
 import re
 
@@ -77,6 +78,12 @@ def verify(problem_or_answer, response):
     if expected is None:
         raise ValueError(f"the answer to verify against is {answer!r}; expected a number, a time or a few words, such as '8'")
     return extract_answer(response) == expected
+
+
+def wilson(rate, n, z=1.96):
+    """The 95% interval [low, high] of a proportion (Wilson, 1927)."""
+    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return [float((middle - half) / (1 + z * z / n)), float((middle + half) / (1 + z * z / n))]
 
 
 # --- planted errors ---------------------------------------------------------------------------------------

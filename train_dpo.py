@@ -21,7 +21,8 @@ import engine
 import packed as disk
 import runs
 import score
-from objective import SFT, Preference, Stream, split, wilson
+import tasks
+from objective import SFT, Preference, Stream, split
 from packed import InputError
 
 GUARD = {"bf16": 2e-2, "no": 1e-4}  # |policy - reference| per token that a first step may show
@@ -93,7 +94,7 @@ def evaluate(job, pairs):
             sums += job.objective.measure(item, loss, scores)
     means = named(job, total(sums, job.ranks), "eval_")
     if "eval_rewards/accuracies" in means:
-        means["eval_rewards/accuracies_ci95"] = wilson(means["eval_rewards/accuracies"], len(pairs))
+        means["eval_rewards/accuracies_ci95"] = tasks.wilson(means["eval_rewards/accuracies"], len(pairs))
     return means
 
 

@@ -299,12 +299,3 @@ def test_sft_lowers_the_loss(home, tmp_path):
     losses = [line["loss"] for line in lines]
     assert len(losses) == 20 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert "rewards/margins" not in lines[0] and "eval_loss" in lines[-1] and "eval_loss" not in lines[0]
-
-
-@pytest.mark.parametrize("rate, n, low, high", [(0.5, 100, 0.4038, 0.5962), (0.9, 10, 0.5958, 0.9821), (0.0, 20, 0.0, 0.1611)])
-def test_wilson(rate, n, low, high):
-    """The proportions that lie 1.96 of their own standard errors from the one observed."""
-    ends = objective.wilson(rate, n)
-    assert ends == pytest.approx([low, high], abs=1e-4)
-    for p in ends:
-        assert abs(rate - p) == pytest.approx(1.96 * math.sqrt(abs(p * (1 - p)) / n), abs=1e-6)

@@ -3,6 +3,7 @@
     .venv/bin/python -m pytest -q tests/test_tasks.py
 """
 import hashlib
+import math
 import random
 import re
 import sys
@@ -296,3 +297,12 @@ def test_preference_rows():
         assert len(right) == meta["steps"] and planted_error(right, wrong) == meta["error"]
         assert tasks.verify(meta["answer"], row["chosen"]) and not tasks.verify(meta["answer"], row["rejected"])
     assert digest([row["rejected"] for row in tasks.preference_rows(50, "train", 0)]) == REJECTED_SHA256
+
+
+@pytest.mark.parametrize("rate, n, low, high", [(0.5, 100, 0.4038, 0.5962), (0.9, 10, 0.5958, 0.9821), (0.0, 20, 0.0, 0.1611)])
+def test_wilson(rate, n, low, high):
+    """The proportions that lie 1.96 of their own standard errors from the one observed."""
+    ends = tasks.wilson(rate, n)
+    assert ends == pytest.approx([low, high], abs=1e-4)
+    for p in ends:
+        assert abs(rate - p) == pytest.approx(1.96 * math.sqrt(abs(p * (1 - p)) / n), abs=1e-6)
