@@ -69,13 +69,19 @@ def grade(task, answer, response):
 # --- the leak check: which items a model was trained on ---------------------------------------------------
 
 def runs_of(model):
-    """Yields (folder, run.json) of the run that made `model`, of the run that made that one's start, and so on."""
+    """Yields (folder, run.json) of the run that made `model`, of the run that made that one's start, and so on.
+
+    The last of them starts from a model that no run here made: (folder, None) where nothing is left of it to tell.
+    """
     done = set()
     while model and (run := Path(model).resolve().parent) not in done and (run / "run.json").is_file():
         done.add(run)
         record = read_json(run / "run.json", "training again")
         yield run, record
+        start = record["arguments"]["model_name_or_path"]
         model = next((path for path in places(run, record, "model_name_or_path") if path.is_dir()), None)
+        if model is None and (start.count("/") != 1 or start[0] in "./~"):  # no name of the hub
+            yield run, None
 
 
 def places(run, record, name):
@@ -89,6 +95,9 @@ def packed_folders(models, args):
     folders = {str(folder): Packed(folder) for folder in args.train_data or []}
     for model in models:
         for run, record in runs_of(model):
+            if record is None:
+                no_telling(f"{run}: the model that it started from is gone", "put it back", args)
+                continue
             wanted = record["inputs"]["data"]
             if any(packed.meta["fingerprint"] == wanted for packed in folders.values()):
                 continue
@@ -97,12 +106,17 @@ def packed_folders(models, args):
                     folders[os.path.relpath(folder)] = packed
                     break
             else:
-                said = (f"{run}: trained on {record['arguments']['data']}, which is gone or holds other data now: no telling "
-                        "which items it has seen")
-                if not args.allow_leak:
-                    raise InputError(f"{said}; give its packed folder with --train_data, or add --allow_leak")
-                print(f"warning: {said}", flush=True)
+                no_telling(f"{run}: trained on {record['arguments']['data']}, which is gone or holds other data now",
+                           "give its packed folder with --train_data", args)
     return folders
+
+
+def no_telling(what, remedy, args):
+    """Refuse, or under --allow_leak warn: `what` is lost that would tell which items a model has seen."""
+    said = f"{what}: no telling which items it has seen"
+    if not args.allow_leak:
+        raise InputError(f"{said}; {remedy}, or add --allow_leak")
+    print(f"warning: {said}", flush=True)
 
 
 def prompt_texts(packed, tokenizers):
@@ -142,23 +156,23 @@ def find_seen(items, models, args, trust_remote_code):
             print(f"{task}: {len(found)} of {len(each)} items are in the training prompts of "
                   f"{', '.join(sorted(set(found.values())))} ({named}); "
                   + ("scored all the same (--allow_leak)" if args.allow_leak else "left out"), flush=True)
-    print("leak check: " + (f"against the prompts of {', '.join(trained)}" if trained else
-                            "no run.json beside these models and no --train_data, so nothing to check against"), flush=True)
+    unknown = [model for model in models if not any(runs_of(model))]
+    print("leak check: " + (f"against the prompts of {', '.join(trained)}" if trained else "nothing to check against")
+          + (f"; no run.json beside {', '.join(unknown)}" if unknown else ""), flush=True)
     return seen
 
 
 # --- answers and their table ------------------------------------------------------------------------------
 
 def labels(models):
-    """A short name for each model, for file names: the last two parts of its path, more where two would be the same."""
+    """A short name for each model, for file names: the last two parts of its path, more of those that would be the same."""
     parts = [Path(os.path.abspath(model) if os.path.isdir(model) else model).parts for model in models]
     if twice := next((model for model, each in zip(models, parts) if parts.count(each) > 1), None):
         raise InputError(f"--compare: {twice} is there twice; expected different models")
-    for count in range(2, max(map(len, parts)) + 1):
-        names = ["-".join(each[-count:]).lstrip("/-") for each in parts]
-        if len(set(names)) == len(names):
-            break
-    return dict(zip(models, names))
+    names = ["-".join(each[-2:]).lstrip("/-") for each in parts]
+    for count in range(3, max(map(len, parts)) + 1):
+        names = [name if names.count(name) == 1 else "-".join(each[-count:]).lstrip("/-") for name, each in zip(names, parts)]
+    return dict(zip(models, [name if names.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(names, 1)]))
 
 
 def answer(network, tokenizer, task, items, sample, label):
@@ -219,6 +233,9 @@ def main(argv=None):
     generate.check(sample)
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit is {args.limit}; expected at least 1")
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder}: is a file; expected a folder, or nothing yet")
     models = [sample.model_name_or_path, *(args.compare or [])]
     fingerprints = {model: checkpoint.model_fingerprint(model) for model in models}  # every model is there, or none is run
     names = labels(models)
@@ -233,7 +250,6 @@ def main(argv=None):
         items = {task: [item for item in each if item.id not in seen[task]] for task, each in items.items()}
 
     # 3. one model in memory at a time
-    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     table, first = [], {}
     for model in models:

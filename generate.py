@@ -258,7 +258,7 @@ def read_rows(path):
             if line.strip():
                 rows[f"{path}:{number}"] = row = json.loads(line)
                 json.dumps(row, ensure_ascii=False).encode()  # JSON can escape half a character, which is no text
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: not JSON of UTF-8 text ({error}); expected one row a line") from None
     if not rows:
         raise InputError(f"--in {path}: holds no row")

@@ -29,14 +29,15 @@ import tasks
 from checkpoint import model_fingerprint
 from packed import InputError, fingerprint, replacing
 
-CHUNK = 64  # prompts whose responses are written together: what a kill can lose
+CHUNK = 2  # batches whose responses are written together: what a kill can lose
 
 
 @dataclass
 class PreferenceArguments:
     strategy: Literal["sample", "corrupt", "label"] = config.arg("sample", "where the preferences come from")
     task: Optional[str] = config.arg(None, "families of tasks.py: names with commas, or all (sample, corrupt)")
-    source: Optional[str] = config.arg(None, "a .jsonl file of prompts with their answers (sample), solutions (corrupt) or scored responses (label)", "--in")
+    source: Optional[str] = config.arg(None, "a .jsonl file of prompts with their answers (sample; a right response ends in #### and the answer), "
+                               "solutions (corrupt) or scored responses (label)", "--in")
     out: str = config.arg("prefs.jsonl", "the file of preferences")
     num: int = config.arg(400, "problems of --task, from the training split")
     k: int = config.arg(8, "sample: responses a prompt")
@@ -61,8 +62,11 @@ def problems(args, seed):
     if args.source:
         rows = generate.read_rows(args.source)
         for place, row in rows.items():
-            if not isinstance(row, dict) or not isinstance(row.get("answer"), (str, int)):
-                raise InputError(f'{place}: expected a "prompt" and an "answer", a string such as "8" or a text that ends in "#### 8"')
+            if isinstance(row, dict) and "prompt" not in row and "question" in row:
+                row["prompt"] = row["question"]  # GSM8K's name
+            if not isinstance(row, dict) or not row.get("prompt") or not isinstance(row.get("answer"), (str, int)):
+                raise InputError(f'{place}: expected a "prompt" (or "question") and an "answer", a string such as "8" or a text '
+                                 'that ends in "#### 8"')
             answer = str(row["answer"])
             if tasks.extract_answer(f"#### {answer.rpartition('####')[2]}") is None:
                 raise InputError(f"{place}: the answer {answer[-40:]!r} is nothing that can be verified; expected one "
@@ -79,12 +83,17 @@ def stored(path, header):
     done = {}
     if path.exists():
         whole = path.read_bytes().rpartition(b"\n")[0]  # a torn last line is made again
-        lines = [json.loads(line) for line in whole.decode().split("\n") if line]
-        differs = [name for name in header if not lines or lines[0].get(name) != header[name]]
-        if differs and lines:
-            raise InputError(f"{path}: was sampled with {differs[0]} = {lines[0].get(differs[0])}, this command has "
-                             f"{header[differs[0]]}; give another --out, or remove that file to sample anew")
-        done = {line["number"]: line["responses"] for line in lines[1:]}
+        try:
+            lines = [json.loads(line) for line in whole.decode().split("\n") if line]
+            differs = [name for name in header if lines and lines[0].get(name) != header[name]]
+            done = {line["number"]: line["responses"] for line in lines[1:]}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{path}: expected samples of an earlier run; remove that file, or give another --out") from None
+        if differs:
+            name, was = differs[0], lines[0].get(differs[0])
+            said = ("of other problems (--num, --seed, --task or --in)" if name == "prompts" else
+                    "from a model with other weights" if name == "model" else f"with {name} = {was}, not {header[name]}")
+            raise InputError(f"{path}: was sampled {said}; give another --out, or remove that file to sample anew")
     return done
 
 
@@ -109,8 +118,9 @@ def sample(args, sampling, rows, path):
             path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n")
     with tqdm(total=len(rows) * args.k, initial=(len(rows) - len(todo)) * args.k, unit="response", desc="sampling",
               disable=not todo, mininterval=1 if sys.stderr.isatty() else 30) as bar:
-        for first in range(0, len(todo), CHUNK):
-            chunk = todo[first:first + CHUNK]
+        size = max(1, CHUNK * sampling.batch_size // args.k)  # prompts
+        for first in range(0, len(todo), size):
+            chunk = todo[first:first + size]
             replies = generate.respond(model, tokenizer, [ids[number] for number in chunk for _ in range(args.k)], sampling,
                                        keys=[number * args.k + j for number in chunk for j in range(args.k)])
             with open(path, "a", encoding="utf-8") as file:
@@ -165,6 +175,8 @@ def judged(path):
         row = row if isinstance(row, dict) else {}
         score = next((row[name] for name in ("score", "rating", "correct") if name in row), None)
         texts, scores = row.get("responses", [row.get("response")]), row.get("scores", [score])
+        if row.get("ended") is False:
+            continue  # evaluate.py's: cut off, so its end is not the model's own
         if not (isinstance(texts, list) and isinstance(scores, list) and len(texts) == len(scores) and row.get("prompt")
                 and all(isinstance(text, str) for text in texts) and all(isinstance(score, (int, float)) for score in scores)):
             raise InputError(f'{place}: expected "prompt" with "response" and a number or truth value "score" (or "rating", '
@@ -226,6 +238,10 @@ def check(args, sampling):
     for name in ("num", "k", "pairs_per_prompt"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}, expected at least 1")
+    if not args.min_gap >= 0:
+        raise InputError(f"--min_gap is {args.min_gap}, expected at least 0")
+    if args.source and os.path.realpath(args.source) == os.path.realpath(args.out):
+        raise InputError(f"--out {args.out} is the file that --in reads, which it would replace; give another")
     if args.strategy == "label" and (args.task or not args.source):
         raise InputError("--strategy label pairs the responses of a file: give --in judged.jsonl and no --task")
     if args.strategy == "corrupt" and bool(args.task) == bool(args.source):
@@ -235,8 +251,9 @@ def check(args, sampling):
         raise InputError("--strategy sample needs problems: --task arithmetic, or --in problems.jsonl with prompt and answer")
     if args.task:
         families(args.task)
-    if os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(args.out) or "."):
-        raise InputError(f"--out is {args.out}; expected a file in an existing folder")
+    folder = os.path.dirname(args.out) or "."
+    if os.path.isdir(args.out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise InputError(f"--out is {args.out}; expected a file in an existing folder that can be written to")
     if args.strategy == "sample":
         if not sampling.model_name_or_path:
             raise InputError("--strategy sample needs the model to sample from: add --model DIR")
@@ -261,9 +278,12 @@ def main(argv=None):
         problem_rows, path = problems(args, sampling.seed), Path(f"{args.out}.samples.jsonl")
         responses = sample(args, sampling, problem_rows, path)
         flat = [reply["correct"] for group in responses for reply in group]
-        mixed = sum(len({reply["correct"] for reply in group}) == 2 for group in responses)
-        ended = sum(reply["ended"] for group in responses for reply in group)
-        print(f"{path}: {generate.solved_line(flat)}; {ended} ended; {mixed} of {len(responses)} prompts have both")
+        ended = [[reply for reply in group if reply["ended"] and reply["text"].strip()] for group in responses]
+        mixed = sum(len({reply["correct"] for reply in group}) == 2 for group in ended)
+        count = sum(map(len, ended))
+        print(f"{path}: {generate.solved_line(flat)}; {count} ended; {mixed} of {len(responses)} prompts have both")
+        if 2 * sum(tasks.extract_answer(reply["text"]) is not None for group in ended for reply in group) < count:
+            print('warning: most responses do not end in "#### answer", which is all that is verified; ask for it in the prompts')
         rows = list(sampled_rows(args, sampling, problem_rows, responses))
     else:
         rows = list(labelled_rows(args, sampling.seed) if args.strategy == "label" else corrupted_rows(args, sampling.seed))

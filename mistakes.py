@@ -5,8 +5,9 @@
 
 The kinds are those of the embedded tasks (arithmetic.py). An error is planted only where its consequences can be followed:
 in a true equation of two numbers whose result has no other source (no number of the question, none said before it); every
-later mention of that result and every equation that uses it is worked again, and a version that would divide unevenly, go
-below zero or need an expression that is not understood is no version. Solutions end in "#### answer", GSM8K's way.
+later mention of that result (of its number: "24 hours" as well, where 24 is the result) and every equation that uses it is worked
+again, and a version that would divide unevenly, go below zero or need an expression that is not understood is no version.
+Solutions end in "#### answer", GSM8K's way.
 """
 import re
 from fractions import Fraction

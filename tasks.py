@@ -15,6 +15,7 @@ import re
 
 import arithmetic
 from arithmetic import Problem, pick
+from packed import InputError
 from puzzles import PUZZLES
 
 # family -> (draw, errors); draw(rng) -> (skeleton, Problem), errors(problem) yields (kind, place, text)
@@ -33,12 +34,15 @@ def generate(n, split, seed=0, families=("arithmetic",)):
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; expected 'train' or 'test'")
     rng = random.Random(seed)
-    problems = {}  # by prompt
+    problems, in_vain = {}, 0  # by prompt; draws since the last new one
     while len(problems) < n:
         draw, _ = FAMILIES[pick(rng, families)]
         skeleton, problem = draw(rng)
-        if split_of(skeleton) == split:
-            problems.setdefault(problem.prompt, problem)
+        in_vain += 1
+        if split_of(skeleton) == split and problem.prompt not in problems:
+            problems[problem.prompt], in_vain = problem, 0
+        if in_vain > 50_000:
+            raise InputError(f"{n} problems of {', '.join(families)} are asked for; its {split} split has about {len(problems)}")
     return list(problems.values())
 
 
@@ -59,6 +63,7 @@ def extract_answer(text):
     _, mark, tail = text.rpartition("####")
     if not mark:
         return None
+    tail = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)", "", tail)  # emphasis, not a power
     if match := TIME.match(tail):
         return f"{int(match[1])}:{match[2]}"
     if match := WORDS.match(tail):

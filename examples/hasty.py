@@ -27,5 +27,7 @@ def rows(num, share):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     with replacing(sys.argv[2]) as file:
         jsonlines.Writer(file).write_all(rows(int(sys.argv[1]), float(sys.argv[3]) if len(sys.argv) > 3 else 0.75))

@@ -3,11 +3,11 @@
 # forward-backward tokens -> accuracy of base, SFT and DPO on held-out problems, three seeds side by side:
 #
 #   bash examples/improve.sh              # the embedded model and task, no download; ends in runs/improve/results.json
-#   ROUNDS=2 bash examples/improve.sh     # again from the DPO model, which is then the reference
+#   ROUNDS=2 bash examples/improve.sh     # again from the DPO model, which is then the reference; results-2-rounds.json
 #
 # Environment: SEEDS="1 2 3", ROUNDS=1, PROBLEMS=250 to sample, HELD_OUT=300, WORK=runs/improve, JOBS (seeds at a time;
-# default: one a core). Each seed draws its own problems, noise, order and held-out problems. What is done already is not
-# done again.
+# default: one a core). Each seed draws its own problems, noise, order and held-out problems. Training and samples that are
+# there are not made again; other PROBLEMS want another WORK.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 cd "$here"
@@ -16,8 +16,7 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # a seed a core
 [ -n "${CUDA_VISIBLE_DEVICES+x}" ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # a model this small is no work for a GPU
 
 one_seed() {
-    set -euo pipefail
-    local seed=$1 from=examples/tiny folder compare=()
+    local seed=$1 from=examples/tiny folder steps compare=()
     local sampler="--use_mixed_precision no --device cpu --gen_length 40 --batch_size 64"
     local shared="--use_mixed_precision no --gradient_checkpointing false --states_per_forward 16 --logging_steps 20
         --noise_seed $seed --seed $seed --max_length 256 --deepspeed ds_configs/zero0.json"
@@ -26,28 +25,33 @@ one_seed() {
         mkdir -p "$folder"
         # 1. sample and verify; pairs of right and wrong answers of this very model. Token by token: at temperature 1 that
         # finds both for twice as many prompts as blocks of 8, where the surest tokens come first and settle the rest
-        [ -f "$folder/prefs.jsonl" ] || "$python" make_prefs.py --strategy sample --model "$from" --task arithmetic \
-            --num "$PROBLEMS" --k 8 --temperature 1 --pairs_per_prompt 4 --seed "$seed$round" $sampler --block_length 1 \
-            --out "$folder/prefs.jsonl"
+        "$python" make_prefs.py --strategy sample --model "$from" --task arithmetic --num "$PROBLEMS" --k 8 \
+            --temperature 1 --pairs_per_prompt 4 --seed "$seed$round" $sampler --block_length 1 --out "$folder/prefs.jsonl"
         # 2. tokens, noise, reference scores
         "$python" data_prep.py --reuse --in "$folder/prefs.jsonl" --out "$folder/packed" --model_name_or_path "$from" $shared
         "$python" score.py --data "$folder/packed" $shared
         # 3. DPO, and SFT on the chosen from the same start with as many forward-backward tokens
         "$python" train_dpo.py --data "$folder/packed" --output_dir "$folder/dpo" $shared \
             --learning_rate 1e-4 --num_train_epochs 1 --gradient_accumulation_steps 16 --eval_fraction 0.1
+        steps=$("$python" examples/improve.py equal-tokens "$folder")
         "$python" train_dpo.py --data "$folder/packed" --output_dir "$folder/sft" $shared --loss_type sft --sft_pad_to 40 \
             --learning_rate 3e-4 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --eval_fraction 0.1 \
-            --max_steps "$("$python" examples/improve.py equal-tokens "$folder")"
+            --max_steps "$steps"
         compare=("$folder/sft/final" "$from" "${compare[@]}")
         from=$folder/dpo/final
     done
     # 4. everyone on the same held-out problems, which stop by themselves
     "$python" evaluate.py --model "$from" --compare "${compare[@]}" --tasks arithmetic --limit "$HELD_OUT" --seed "$seed" \
-        $sampler --block_length 8 --output_dir "$WORK/seed-$seed/evaluate"
+        $sampler --block_length 8 --output_dir "$WORK/seed-$seed/evaluate-$ROUNDS"
 }
-export -f one_seed
+run_seed() { # with its log, and without "||" behind it, where bash would go on after a failure
+    set -eu
+    exec 3>&2 > "$WORK/seed-$1.log" 2>&1
+    trap '[ $? = 0 ] || echo "error: seed $1 stopped: $(tail -n 1 "$WORK/seed-$1.log")" >&3' EXIT
+    one_seed "$1"
+}
+export -f one_seed run_seed
 mkdir -p "$WORK"
 echo "improve: seeds ${SEEDS:=1 2 3}, $ROUNDS round(s), logs in $WORK/seed-*.log"
-printf '%s\n' $SEEDS | xargs -P "${JOBS:-$(getconf _NPROCESSORS_ONLN)}" -I{} bash -c 'one_seed {} > "$WORK/seed-{}.log" 2>&1 ||
-    { echo "error: seed {} stopped: $(tail -n 1 "$WORK/seed-{}.log")" >&2; exit 1; }'
-"$python" examples/improve.py table "$WORK" $SEEDS
+printf '%s\n' $SEEDS | xargs -P "${JOBS:-$(getconf _NPROCESSORS_ONLN)}" -I{} bash -c 'run_seed "$1"' improve {}
+"$python" examples/improve.py table "$WORK" "$ROUNDS" $SEEDS

@@ -31,4 +31,5 @@ sft hasty "$work/third/final" "$work/fourth" 900 1e-3 5
 mkdir -p examples/tiny
 cp "$work"/fourth/final/{config.json,model.safetensors} "$work"/init/{tokenizer.model,tokenizer_config.json} examples/tiny/
 "$python" make_prefs.py --strategy corrupt --task arithmetic --num 400 --seed 7 --out examples/prefs.jsonl
-"$python" generate.py --model_name_or_path examples/tiny --task arithmetic --num 300 --gen_length 40 --use_mixed_precision no
+"$python" generate.py --model_name_or_path examples/tiny --task arithmetic --num 300 --gen_length 40 --block_length 8 \
+    --use_mixed_precision no

@@ -42,7 +42,8 @@ def test_mcnemar_counts_all_outcomes(won, lost):
 
 @pytest.mark.parametrize("models, names", [
     (["examples/tiny"], ["examples-tiny"]), (["runs/a/final", "runs/b/final"], ["a-final", "b-final"]),
-    (["x/a/final", "y/a/final"], ["x-a-final", "y-a-final"]), (["GSAI-ML/LLaDA-8B-Base"], ["GSAI-ML-LLaDA-8B-Base"])])
+    (["x/a/final", "y/a/final", "b/tiny"], ["x-a-final", "y-a-final", "b-tiny"]),
+    (["x/a-b/c", "x/a/b-c"], ["x-a-b-c-1", "x-a-b-c-2"]), (["GSAI-ML/LLaDA-8B-Base"], ["GSAI-ML-LLaDA-8B-Base"])])
 def test_labels(models, names):
     assert list(evaluate.labels(models).values()) == names
 
@@ -152,6 +153,16 @@ def test_the_run_that_made_its_start_counts_too(run_dir, tmp_path):
     train(tmp_path / "a" / "run" / "final", tmp_path / "other", tmp_path / "b")
     results, _ = evaluated(tmp_path / "out", "--model", tmp_path / "b" / "final", "--limit", 8)
     assert list(results["seen"]["arithmetic"]) == ["2", "5", "6"]
+
+
+def test_a_start_that_is_gone_is_no_clean_bill(run_dir, tmp_path, capsys):
+    shutil.copytree(run_dir, tmp_path / "a")
+    record = json.loads((tmp_path / "a" / "run" / "run.json").read_text())
+    record["arguments"]["model_name_or_path"] = str(tmp_path / "gone")
+    (tmp_path / "a" / "run" / "run.json").write_text(json.dumps(record))
+    argv = ["--model", tmp_path / "a" / "run" / "final", "--limit", 8, *SAMPLE, "--output_dir", tmp_path / "out"]
+    assert "the model that it started from is gone" in refusal(evaluate.main, capsys, *argv)
+    assert call(evaluate.main, *argv, "--allow_leak") == 0 and "warning: " in capsys.readouterr().out
 
 
 def test_packed_data_that_is_gone_or_changed_is_no_clean_bill(run_dir, tmp_path, capsys):

@@ -79,7 +79,7 @@ def test_sample(sampled):
     for place, group in said.items():
         assert len(group) == 4
         assert all(reply["correct"] == tasks.verify(problems[place], reply["text"]) for reply in group)
-    assert len({reply["text"] for group in said.values() for reply in group}) > 100  # each response has its own noise
+    assert len({reply["text"] for group in said.values() for reply in group}) > 80  # each response has its own noise
     for row in rows:
         meta, problem = row["meta"], problems[row["meta"]["place"]]
         assert row["prompt"] == problem.prompt and meta["answer"] == problem.answer and meta["strategy"] == "sample"
@@ -113,9 +113,9 @@ def test_sample_goes_on(sampled, tmp_path, monkeypatch):
 
 def test_other_samples_are_refused(sampled, capsys):
     said = refusal(make_prefs.main, capsys, "--task", "arithmetic", "--num", 70, *SAMPLE, "--out", sampled, "--k", 5)
-    assert "k = 4, this command has 5" in said
+    assert "with k = 4, not 5" in said
     said = refusal(make_prefs.main, capsys, "--task", "arithmetic", "--num", 71, *SAMPLE, "--out", sampled)
-    assert "prompts = " in said
+    assert "of other problems" in said
 
 
 def test_sample_from_a_file(tmp_path):
@@ -194,6 +194,8 @@ def test_data_prep_reads_it(sampled, tmp_path):
     (["--strategy", "label", "--task", "arithmetic"], "--in judged.jsonl"), (["--strategy", "label"], "--in judged.jsonl"),
     (["--strategy", "corrupt"], "--task"), (["--strategy", "corrupt", "--task", "arithmetic", "--in", "x"], "--task (arithmetic"),
     (["--strategy", "corrupt", "--task", "arithmetic", "--out", "no/such/folder/x"], "existing folder"),
+    (["--strategy", "label", "--in", "x.jsonl", "--min_gap", -1], "--min_gap is -1"),
+    (["--strategy", "label", "--in", "x.jsonl", "--out", "./x.jsonl"], "which it would replace"),
     (["--strategy", "label", "--in", "nowhere.jsonl"], "nowhere.jsonl")])
 def test_refusals(capsys, argv, words):
     assert words in refusal(make_prefs.main, capsys, *argv)
@@ -201,11 +203,30 @@ def test_refusals(capsys, argv, words):
 
 @pytest.mark.parametrize("row, words", [
     ({"prompt": "Q"}, '"answer"'), ({"prompt": "Q", "answer": "#### "}, "verified"), ("Q", '"answer"'),
-    ({"prompt": "Q", "answer": 8, "extra": 1}, None)])
+    ({"prompt": "Q", "answer": 8, "extra": 1}, None), ({"question": "Q", "answer": "4 + 4 = 8\n#### 8"}, None),
+    ({"answer": "8"}, '"question"')])
 def test_problem_rows(tmp_path, capsys, row, words):
     argv = ["--in", write(tmp_path / "p.jsonl", [row]), *SAMPLE, "--out", tmp_path / "out.jsonl"]
     said = refusal(make_prefs.main, capsys, *argv)
     assert (f"{tmp_path / 'p.jsonl'}:1" in said and words in said) if words else "no prompt has both" in said
+
+
+def test_samples_that_are_not_ours(tmp_path, capsys):
+    argv = ["--in", write(tmp_path / "p.jsonl", [{"prompt": "Q", "answer": 8}]), *SAMPLE, "--out", tmp_path / "out.jsonl"]
+    for text in ("[1]\n", "no json\n", '{"model": 1}\n{"numbers": 2}\n'):
+        (tmp_path / "out.jsonl.samples.jsonl").write_text(text)
+        assert "expected samples of an earlier run" in refusal(make_prefs.main, capsys, *argv)
+        assert (tmp_path / "out.jsonl.samples.jsonl").read_text() == text
+
+
+def test_label_leaves_out_what_did_not_end(tmp_path):
+    """evaluate.py's rows: `correct` is the score; the cut-off response makes no pair."""
+    rows = [{"prompt": "Q", "response": text, "correct": correct, "ended": ended}
+            for text, correct, ended in (("yes", True, True), ("no", False, True), ("never", False, False))]
+    out = tmp_path / "prefs.jsonl"
+    call(make_prefs.main, "--strategy", "label", "--in", write(tmp_path / "judged.jsonl", rows), "--out", out,
+         "--pairs_per_prompt", 9)
+    assert [(row["chosen"], row["rejected"]) for row in read(out)] == [("yes", "no")]
 
 
 @pytest.mark.parametrize("row", [

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import arithmetic
 import tasks
+from packed import InputError
 
 STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 # Digests of generate(50, "train", 0) and of its planted errors: a change of them is a change of everybody's data.
@@ -171,6 +172,9 @@ def test_same_seed_same_problems():
     ("#### -$3", "-3"),
     ("#### $-3.", "-3"),
     ("#### 2.50", "2.5"),
+    ("#### **8**", "8"),
+    ("#### **Mia**.", "mia"),
+    ("#### 2**3", None),
     ("#### 007", "7"),
     ("#### 0", "0"),
     ("#### -0.0", "0"),
@@ -306,3 +310,8 @@ def test_wilson(rate, n, low, high):
     assert ends == pytest.approx([low, high], abs=1e-4)
     for p in ends:
         assert abs(rate - p) == pytest.approx(1.96 * math.sqrt(abs(p * (1 - p)) / n), abs=1e-6)
+
+
+def test_more_problems_than_there_are():
+    with pytest.raises(InputError, match="quantities are asked for; its test split has about 18"):
+        tasks.generate(3000, "test", 0, ("quantities",))
