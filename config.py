@@ -162,9 +162,12 @@ def yaml_as_flags(path, accepted):
 
 
 def run(main):
-    """Call a script's main() and exit: 2 and one sentence for a user's error."""
+    """Call a script's main() and exit: 2 and one sentence for a user's error, 130 when Ctrl-C stopped it."""
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        sys.exit(130)
     except InputError as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or error.local:

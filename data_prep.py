@@ -165,14 +165,14 @@ def stop_at_malformed(row, args, where):
 
 def write(folder, kept, left_out, meta):
     """meta.json goes first and comes back last, so that no half is taken for whole."""
+    said = [row.value if isinstance(row.value, str) else json.dumps(row.value, default=str) for row in left_out]  # parquet has dates
+    entries = [{"line": row.number, "reason": row.reason, "detail": row.detail, "text": shorten(text, 500)}
+               for row, text in zip(left_out, said)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     packed.write_array(folder / "lines.npy", np.array([row.number for row in kept], np.int64))
     with packed.replacing(folder / "rejects.jsonl") as file:
-        for row in left_out:
-            text = row.value if isinstance(row.value, str) else json.dumps(row.value)
-            entry = {"line": row.number, "reason": row.reason, "detail": row.detail, "text": shorten(text, 500)}
-            file.write(json.dumps(entry) + "\n")
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
     packed.write_packed(folder, (row.ids for row in kept), meta)
 
 

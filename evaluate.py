@@ -6,25 +6,26 @@
 
 The embedded tasks are tasks.py's families, on held-out problems; the benchmarks are benchmarks.py's, from the hub or from
 files in --data_dir. Models are compared by McNemar's exact test (1947) on the items that only one of two answers rightly.
-The tasks of lm-evaluation-harness run with this sampler, too: see harness.py.
+Responses are kept in OUTPUT_DIR/samples as they come: the same command goes on where it was stopped, and a larger --limit
+adds to what is there. The tasks of lm-evaluation-harness run with this sampler, too: see harness.py.
 A line of MODEL-TASK.jsonl has all that a judge needs, and `make_prefs.py --strategy label --in` reads it.
 """
+import functools
 import math
 import os
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import List, Optional
 
 import jsonlines
-from tqdm import tqdm
 
 import benchmarks
 import checkpoint
 import config
 import generate
+import samples
 import tasks
-from packed import InputError, Packed, read_json, replacing, write_json
+from packed import InputError, Packed, fingerprint, read_json, replacing, write_json
 
 EMBEDDED = 200  # problems of an embedded task when no --limit is given
 NAMED = 10      # seen items that a message names; results.json names all
@@ -175,18 +176,13 @@ def labels(models):
     return dict(zip(models, [name if names.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(names, 1)]))
 
 
-def answer(network, tokenizer, task, items, sample, label):
-    """One row per item: what the model was asked, what it said, and what that is worth."""
-    prompts = [generate.prompt_ids(tokenizer, {"prompt": item.prompt}, f"{task}, item {item.id}", sample.template)
-               for item in items]
-    keys = [int(item.id) - 1 for item in items]  # an item's noise does not depend on which others are left out
-    with tqdm(total=len(items), desc=f"{label}, {task}", unit="item",
-              mininterval=1 if sys.stderr.isatty() else 30) as bar:  # a log file gets a line now and then
-        responses = generate.respond(network, tokenizer, prompts, sample, keys=keys,
-                                     progress=lambda done: bar.update(done - bar.n))
+def answer(task, items, sample, load, path, header, desc):
+    """One row per item: what the model was asked, what it said, and what that is worth; kept in `path` as they come."""
+    asked = {int(item.id) - 1: {"prompt": item.prompt, "place": f"{task}, item {item.id}"} for item in items}
+    made = samples.complete(path, header, asked, sample, load, desc=desc)
     return [{"task": task, "id": item.id, "model": sample.model_name_or_path, "prompt": item.prompt,
-             "response": response.text, "answer": item.answer, **grade(task, item.answer, response.text),
-             "tokens": response.tokens, "ended": response.ended} for item, response in zip(items, responses)]
+             "response": line["text"], "answer": item.answer, **grade(task, item.answer, line["text"]),
+             "tokens": line["tokens"], "ended": line["ended"]} for item, [line] in zip(items, made.values())]
 
 
 def mcnemar(won, lost):
@@ -250,18 +246,19 @@ def main(argv=None):
         items = {task: [item for item in each if item.id not in seen[task]] for task, each in items.items()}
 
     # 3. one model in memory at a time
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
     table, first = [], {}
     for model in models:
         one = replace(sample, model_name_or_path=model)
-        network, tokenizer = generate.load(one)
+        load = functools.cache(lambda: generate.load(one))  # if its responses are not all there already
+        header = samples.header(one, fingerprints[model])
         for task, each in items.items():
-            rows = answer(network, tokenizer, task, each, one, names[model])
+            path = folder / "samples" / f"{task}-{fingerprint(header)}.jsonl"
+            rows = answer(task, each, one, load, path, header, f"{names[model]}, {task}")
             with replacing(folder / f"{names[model]}-{task}.jsonl") as file:
                 jsonlines.Writer(file).write_all({**row, "seen": row["id"] in seen[task]} for row in rows)
             table.append(summary(task, names[model], rows, first.get(task)))
             first.setdefault(task, rows)
-        del network
 
     # 4. side by side
     table.sort(key=lambda line: wanted.index(line["task"]))  # stable: the models stay in their order

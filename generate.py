@@ -31,6 +31,7 @@ from typing import NamedTuple, Optional
 
 import jsonlines
 import torch
+from tqdm import tqdm
 
 import config
 import tasks
@@ -216,18 +217,18 @@ def load(sample):
         return model.eval().to(sample.device), tokenizer
 
 
-def respond(model, tokenizer, prompts, sample, *, keys=None, progress=lambda done: None):
+def respond(model, tokenizer, prompts, sample, *, keys=None, finished=lambda replies: None):
     """A Response to each of `prompts`, lists of ids; in batches of prompts of one length, so that nothing is padded.
 
     model, tokenizer: load()'s. sample: after check(). keys: ints that key each response's noise with sample.seed
     (default: its index). A text ends before the first eos or end-of-turn; special tokens are left out.
-    progress: called with the number of finished prompts after each batch.
+    finished: called after each batch with its {index: Response}.
     """
     mask_id = mask_token_id(model.config, tokenizer)
     eos, eot = tokenizer.eos_token_id, end_token_id(tokenizer, "auto")
     decoder = response_tokenizer(sample.model_name_or_path, tokenizer, sample.trust_remote_code)
     keys = range(len(prompts)) if keys is None else keys
-    responses, done = [None] * len(prompts), 0
+    responses = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: lack of memory shows at once
     for _, group in groupby(order, key=lambda i: len(prompts[i])):
         group = list(group)
@@ -239,8 +240,7 @@ def respond(model, tokenizer, prompts, sample, *, keys=None, progress=lambda don
                 end = next((k for k, token in enumerate(response) if token in (eos, eot)), len(response))
                 text = decoder.decode(response[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 responses[i] = Response(text, end, end < len(response))
-            done += len(rows)
-            progress(done)
+            finished({i: responses[i] for i in rows})
     return responses
 
 
@@ -329,10 +329,10 @@ def main(argv=None):
     rows = list(rows.values())
     model, _ = load(sample)
     started = time.monotonic()
-    responses = respond(model, tokenizer, prompts, sample, progress=lambda done: print(
-        f"\r{done}/{len(rows)} responses", end="", file=sys.stderr, flush=True))
+    with tqdm(total=len(rows), unit="response", mininterval=1 if sys.stderr.isatty() else 30) as bar:
+        responses = respond(model, tokenizer, prompts, sample, finished=lambda replies: bar.update(len(replies)))
     rate = sum(response.tokens for response in responses) / (time.monotonic() - started)
-    print(f", {rate:.0f} tokens/s", file=sys.stderr)
+    print(f"{rate:.0f} tokens/s", file=sys.stderr)
     for row, response in zip(rows, responses):
         row["response"] = response.text
     for row, problem in zip(rows, problems):

@@ -106,9 +106,9 @@ class MaskedDiffusion(LM):
         texts = [None] * len(asked)
         with tqdm(total=len(asked), desc="generating", disable=disable_tqdm) as bar:
             for sample, group in groups.values():
-                prompts, before = [self.context(asked[index][0]) for index in group], bar.n
+                prompts = [self.context(asked[index][0]) for index in group]
                 responses = generate.respond(self.model, self.tokenizer, prompts, sample, keys=group,
-                                             progress=lambda done: bar.update(before + done - bar.n))
+                                             finished=lambda replies: bar.update(len(replies)))
                 for index, response in zip(group, responses):
                     texts[index] = cut(response.text, asked[index][1].get("until") or [])
         return texts

@@ -10,26 +10,24 @@ sample: k responses a prompt, a verified one against a wrong one; on-policy, so 
 corrupt: a correct solution against the same with one named reasoning error. label: the better scored against the worse.
 """
 import json
+import math
 import os
 import random
-import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Literal, Optional
 
 import jsonlines
-from tqdm import tqdm
 
 import config
 import generate
 import mistakes
+import samples
 import tasks
 from checkpoint import model_fingerprint
-from packed import InputError, fingerprint, replacing
-
-CHUNK = 2  # batches whose responses are written together: what a kill can lose
+from packed import InputError, replacing
 
 
 @dataclass
@@ -44,6 +42,12 @@ class PreferenceArguments:
     pairs_per_prompt: int = config.arg(2, "at most so many pairs a prompt (sample, label)")
     length_balanced: bool = config.arg(False, "sample, label: choose pairs so that chosen and rejected are equally long on average")
     min_gap: float = config.arg(0.0, "label: a pair's scores differ by more than this")
+
+
+# names of a judged line's prompt, response(s) and score(s)
+NAMES = (("prompt", "question", "instruction"),
+         ("response", "responses", "completion", "completions", "output", "generation", "generations"),
+         ("score", "scores", "rating", "ratings", "reward", "rewards", "overall_score", "label", "correct"))
 
 
 # --- problems and responses -------------------------------------------------------------------------------
@@ -78,58 +82,12 @@ def problems(args, seed):
             for number, problem in enumerate(found, 1)]
 
 
-def stored(path, header):
-    """{prompt number: its responses} of a file of samples, which must have been made by the same command."""
-    done = {}
-    if path.exists():
-        whole = path.read_bytes().rpartition(b"\n")[0]  # a torn last line is made again
-        try:
-            lines = [json.loads(line) for line in whole.decode().split("\n") if line]
-            differs = [name for name in header if lines and lines[0].get(name) != header[name]]
-            done = {line["number"]: line["responses"] for line in lines[1:]}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{path}: expected samples of an earlier run; remove that file, or give another --out") from None
-        if differs:
-            name, was = differs[0], lines[0].get(differs[0])
-            said = ("of other problems (--num, --seed, --task or --in)" if name == "prompts" else
-                    "from a model with other weights" if name == "model" else f"with {name} = {was}, not {header[name]}")
-            raise InputError(f"{path}: was sampled {said}; give another --out, or remove that file to sample anew")
-    return done
-
-
 def sample(args, sampling, rows, path):
-    """Responses to each of `rows`: appended to `path` chunk by chunk, those that are there already kept.
-
-    Every response has its own noise, keyed by seed, prompt and its number, so a job that was stopped goes on alike.
-    Returns [[{"text", "ended", "correct"}]] in the order of rows.
-    """
-    header = {"model": model_fingerprint(sampling.model_name_or_path), "prompts": fingerprint(*(json.dumps(row) for row in rows)),
-              "k": args.k, **{name: value for name, value in asdict(sampling).items()
-                              if name not in ("model_name_or_path", "batch_size", "device", "trust_remote_code")}}
-    done = stored(path, header)
-    todo = [number for number in range(len(rows)) if number not in done]
-    if todo:
-        model, tokenizer = generate.load(sampling)
-        ids = {number: generate.prompt_ids(tokenizer, rows[number], rows[number]["place"], sampling.template) for number in todo}
-        todo.sort(key=lambda number: -len(ids[number]))  # prompts of one length share a forward; the longest first
-        if not done:
-            path.write_text(json.dumps(header) + "\n")
-        else:
-            path.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n")
-    with tqdm(total=len(rows) * args.k, initial=(len(rows) - len(todo)) * args.k, unit="response", desc="sampling",
-              disable=not todo, mininterval=1 if sys.stderr.isatty() else 30) as bar:
-        size = max(1, CHUNK * sampling.batch_size // args.k)  # prompts
-        for first in range(0, len(todo), size):
-            chunk = todo[first:first + size]
-            replies = generate.respond(model, tokenizer, [ids[number] for number in chunk for _ in range(args.k)], sampling,
-                                       keys=[number * args.k + j for number in chunk for j in range(args.k)])
-            with open(path, "a", encoding="utf-8") as file:
-                for place, number in enumerate(chunk):
-                    done[number] = [{"text": reply.text, "ended": reply.ended, "correct": tasks.verify(rows[number]["answer"], reply.text)}
-                                    for reply in replies[place * args.k:(place + 1) * args.k]]
-                    file.write(json.dumps({"number": number, "place": rows[number]["place"], "responses": done[number]}) + "\n")
-            bar.update(len(chunk) * args.k)
-    return [done[number] for number in range(len(rows))]
+    """k responses to each of `rows`, verified: [[{"text", "ended", "correct", ...}]]; kept in `path` as they come (samples.py)."""
+    wanted = samples.header(sampling, model_fingerprint(sampling.model_name_or_path), args.k)
+    made = samples.complete(path, wanted, dict(enumerate(rows)), sampling, lambda: generate.load(sampling),
+                            note=lambda number, text: {"correct": tasks.verify(rows[number]["answer"], text)})
+    return list(made.values())
 
 
 # --- pairs ------------------------------------------------------------------------------------------------
@@ -169,33 +127,57 @@ def sampled_rows(args, sampling, rows, responses):
 
 
 def judged(path):
-    """{prompt as JSON: [(score, response)]} of {prompt, responses, scores} or one {prompt, response, score} a line."""
-    groups = {}
+    """({prompt as JSON: [(score, response)]}, responses left out: cut off, or without a score) of a .jsonl file.
+
+    A line has a prompt with one response and its score, or with lists of both, or with a list of such objects (NAMES).
+    """
+    groups, left_out = {}, 0
     for place, row in generate.read_rows(path).items():
         row = row if isinstance(row, dict) else {}
-        score = next((row[name] for name in ("score", "rating", "correct") if name in row), None)
-        texts, scores = row.get("responses", [row.get("response")]), row.get("scores", [score])
-        if row.get("ended") is False:
-            continue  # evaluate.py's: cut off, so its end is not the model's own
-        if not (isinstance(texts, list) and isinstance(scores, list) and len(texts) == len(scores) and row.get("prompt")
-                and all(isinstance(text, str) for text in texts) and all(isinstance(score, (int, float)) for score in scores)):
-            raise InputError(f'{place}: expected "prompt" with "response" and a number or truth value "score" (or "rating", '
-                             '"correct"), or with lists "responses" and "scores" of one length')
-        groups.setdefault(json.dumps(row["prompt"]), []).extend((float(score), text) for score, text in zip(scores, texts))
-    return groups
+        prompt, texts, scores = (next((row[name] for name in names if name in row), ...) for names in NAMES)
+        if isinstance(texts, list) and texts and all(isinstance(text, dict) for text in texts):  # UltraFeedback's completions
+            texts, scores = zip(*[[next((each[name] for name in names if name in each), None) for names in NAMES[1:]] for each in texts])
+        if not isinstance(texts, (list, tuple)):
+            texts, scores = [texts], [scores]
+        if not (prompt and isinstance(scores, (list, tuple)) and len(texts) == len(scores) and ... not in (prompt, *scores)
+                and all(isinstance(text, str) for text in texts)):
+            raise InputError(f'{place}: expected a "prompt" with a "response" and a number "score", or with lists "responses" and "scores" '
+                             f"of one length, found {', '.join(row) or 'no object'}")
+        for text, score in zip(texts, scores):
+            if row.get("ended") is False or score is None or not text.strip():  # evaluate.py's: its end is not the model's own
+                left_out += 1
+                continue
+            groups.setdefault(json.dumps(prompt), []).append((number(score, place), text))
+    return groups, left_out
+
+
+def number(score, place):
+    """A finite number or truth value, also as a judge writes it: "9", "8.5"."""
+    try:
+        value = float(score) if isinstance(score, (bool, int, float, str)) else math.nan
+    except (ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{place}: expected a score that is a finite number, found {json.dumps(score)[:80]}")
+    return value
 
 
 def labelled_rows(args, seed):
     pairing = Pairing(args.pairs_per_prompt, args.length_balanced, seed)
-    for prompt, group in judged(args.source).items():
+    groups, left_out = judged(args.source)
+    without = 0  # prompts with nothing better and worse
+    for prompt, group in groups.items():
         score = {}
         for value, text in group:  # a text judged twice: its mean
             score.setdefault(text, []).append(value)
-        score = {text: sum(values) / len(values) for text, values in score.items() if text.strip()}
+        score = {text: sum(values) / len(values) for text, values in score.items()}
         pairs = [(a, b) for a in score for b in score if score[a] - score[b] > args.min_gap]
+        without += not pairs
         for chosen, rejected in pairing.choose(pairs):
             yield {"prompt": json.loads(prompt), "chosen": chosen, "rejected": rejected, "meta": {
                 "strategy": "label", "source": args.source, "seed": seed, "scores": [score[chosen], score[rejected]]}}
+    print(f"{args.source}: {sum(map(len, groups.values()))} scored responses to {len(groups)} prompts, {without} of which have no better "
+          f"and worse one; {left_out} responses left out, cut off, empty or without a score")
 
 
 def corrupted_rows(args, seed):
@@ -258,7 +240,9 @@ def check(args, sampling):
         if not sampling.model_name_or_path:
             raise InputError("--strategy sample needs the model to sample from: add --model DIR")
         generate.check(sampling)
-        if sampling.temperature == 0 and args.k > 1:
+        if args.k < 2:
+            raise InputError(f"--k is {args.k}; a pair needs two responses to a prompt, expected at least 2")
+        if sampling.temperature == 0:
             raise InputError(f"--temperature 0 gives {args.k} times the same response; add --temperature 1")
 
 

@@ -6,8 +6,8 @@
 The kinds are those of the embedded tasks (arithmetic.py). An error is planted only where its consequences can be followed:
 in a true equation of two numbers whose result has no other source (no number of the question, none said before it); every
 later mention of that result (of its number: "24 hours" as well, where 24 is the result) and every equation that uses it is worked
-again, and a version that would divide unevenly, go below zero or need an expression that is not understood is no version.
-Solutions end in "#### answer", GSM8K's way.
+again, whose result must have no other source either; a version that would divide unevenly, go below zero or need an expression
+that is not understood is no version. Solutions end in "#### answer", GSM8K's way.
 """
 import re
 from fractions import Fraction
@@ -62,24 +62,30 @@ def replaced(text, changed):
     return NUMBERS.sub(lambda match: write(changed[value(match[0])], match[0]) if value(match[0]) in changed else match[0], text)
 
 
-def follow(text, changed):
-    """`text`, which comes after a changed result, worked again; None where it cannot be."""
-    changed, parts, end = dict(changed), [], 0
+def follow(text, changed, known):
+    """`text`, which comes after a changed result, worked again; None where it cannot be.
+
+    changed: {old: new} results so far; known: the numbers said before `text`, which mean something else.
+    """
+    changed, known, parts, end = dict(changed), known | set(changed), [], 0
     for match in equations(text):
         a, b, c = (value(match[name]) for name in "abc")
         between = text[end:match.start()]
         if not understood(between, changed):
             return None
         parts.append(replaced(between, changed))
+        known = known | numbers(between)
         if a in changed or b in changed:
             result = compute(changed.get(a, a), match["op"], changed.get(b, b))
-            if result is None:
+            if result is None or c in known | {a, b}:
                 return None
             parts.append(spelled(match, changed.get(a, a), match["op"], changed.get(b, b), result))
             changed[c] = result
         else:
+            if c in changed:  # the same number anew, from sound numbers: which is meant later?
+                return None
             parts.append(match[0])
-            changed.pop(c, None)  # the same number anew, from sound numbers
+        known = known | {a, b, c}
         end = match.end()
     if not understood(text[end:], changed):
         return None
@@ -122,14 +128,15 @@ def errors(prompt, solution):
     found, asked = equations(solution), numbers(prompt)
     for place, match in enumerate(found):
         head, tail, result = solution[:match.start()], solution[match.end():], value(match["c"])
-        if result in asked | numbers(head) | {value(match["a"]), value(match["b"])}:
+        known = asked | numbers(head) | {value(match["a"]), value(match["b"])}
+        if result in known:
             continue
         for kind, a, op, b, c in wrong(match, asked):
-            if (rest := follow(tail, {result: c})) is not None:
+            if (rest := follow(tail, {result: c}, known)) is not None:
                 yield kind, place, head + spelled(match, a, op, b, c) + rest
         start, end = solution.rfind("\n", 0, match.start()) + 1, solution.find("\n", match.end())
         alone = [each for each in found if start <= each.start() < end] == [match]
         if len(found) > 1 and end > 0 and alone:
-            if (rest := follow(solution[end + 1:], {result: value(match["a"])})) is None:
+            if (rest := follow(solution[end + 1:], {result: value(match["a"])}, known)) is None:
                 continue
             yield "dropped_step", place, solution[:start] + rest

@@ -9,7 +9,7 @@ Forms, each recognised by its columns (FORMS) and named in what data_prep prints
     LLaMA-Factory       conversations of {from, value}; or instruction and input, joined by a newline
     OpenAI              input {"messages"}, preferred_output, non_preferred_output
     A/B                 two responses, and a column that says which is preferred; a row without a preference is left out
-Messages may be {from, value}, and their content a list of text parts.
+Messages may be {from, value}, and their content a list of text parts. A `system` column comes before the prompt.
 """
 import json
 import os
@@ -24,7 +24,7 @@ from packed import InputError, file_sha256
 
 ENDINGS = (".jsonl", ".json", ".parquet")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # turns of hh-rlhf's string dialogues
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system", "developer": "system"}
 KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list",
          dict: "an object"}
 
@@ -35,21 +35,23 @@ FORMS = {
     "prompt, chosen, rejected": ("prompt", "chosen", "rejected"),
     "LLaMA-Factory conversations": ("conversations", "chosen", "rejected"),
     "LLaMA-Factory instruction": ("instruction", "chosen", "rejected"),
-    "question, chosen, rejected": ("question", "chosen", "rejected"),
+    **{f"{name}, chosen, rejected": (name, "chosen", "rejected") for name in ("question", "query", "input")},
     "question, response_j over response_k": ("question", "response_j", "response_k"),
     "implicit prompt": (None, "chosen", "rejected"),
 }
-ASKED = ("prompt", "question", "instruction", "input", "history", "context")  # names of an A/B form's prompt
+ASKED = ("prompt", "question", "instruction", "query", "input", "history", "context")  # names of an A/B form's prompt
+PROMPTS = {*ASKED, "user", "user_prompt", "messages", "conversation", "conversations", "problem", "text"}  # may hold a prompt
 PREFERENCE = ("preference", "preferred", "winner", "choice", "better_response_id", "label", "labels")
 # two responses, and what a preference column says of the first and of the second (beside the columns' own names)
 SIDES = {
-    **{(f"{name}_{a}", f"{name}_{b}"): ((a, "a"), (b, "b")) for name in ("response", "answer", "completion", "output")
+    **{(f"{name}_{a}", f"{name}_{b}"): (("a", "model_a"), ("b", "model_b")) for name in ("response", "answer", "completion", "output")
        for a, b in (("a", "b"), ("A", "B"))},
     **{(f"{name}_0", f"{name}_1"): (("0",), ("1",)) for name in ("response", "answer", "completion", "output")},
     **{(f"{name}_1", f"{name}_2"): (("1",), ("2",)) for name in ("response", "answer", "completion", "output")},
     ("human_ref_A", "human_ref_B"): (("1",), ("0",)),  # SHP: labels is 1 where A is preferred
+    ("conversation_a", "conversation_b"): (("model_a", "a"), ("model_b", "b")),  # Chatbot Arena: whole dialogues
 }
-TIES = {"", "none", "null", "tie", "both", "neither", "equal", "same", "0.5", "tie (bothbad)"}
+TIES = {"", "none", "null", "nan", "tie", "both", "neither", "equal", "same", "0.5", "tie (bothbad)"}
 
 
 class Malformed(Exception):
@@ -74,6 +76,10 @@ class Row:
     ids: tuple = ()      # the same as arrays of ids, uint32
 
 
+def kind(value):
+    return KINDS.get(type(value), f"a {type(value).__name__}")
+
+
 def shorten(text, most):
     return text if len(text) <= most else text[:most] + "..."
 
@@ -93,10 +99,11 @@ def read_rows(path, split="train"):
             values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not valid JSON ({error}); call a file of one object a line .jsonl") from None
-        if isinstance(values, dict) and len(lists := [each for each in values.values() if isinstance(each, list)]) == 1:
+        if isinstance(values, dict) and len(lists := [each for each in values.values() if isinstance(each, list)
+                                                      and each and isinstance(each[0], dict)]) == 1:
             [values] = lists  # {"data": [...]}
         if not isinstance(values, list):
-            raise InputError(f"{path}: expected a list of rows, found {KINDS[type(values)]}")
+            raise InputError(f"{path}: expected a list of rows, or an object that holds one, found {kind(values)}")
         return [Row(number, value) for number, value in enumerate(values, 1)]
     if not path.endswith(".jsonl"):
         raise InputError(f"{path}: expected a file that ends in .jsonl (one object a line), .json (a list) or .parquet")
@@ -120,6 +127,8 @@ def is_file(path):
     """False for what can be the name of a data set; refuses what is neither."""
     if os.path.isfile(path):
         return True
+    if os.path.isdir(path):
+        raise InputError(f"{path}: is a folder; expected one file of preferences, .jsonl, .json or .parquet")
     if os.path.exists(path) or path.endswith(ENDINGS) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise InputError(f"{path}: no such file; expected preferences as .jsonl, .json or .parquet, or a data set of the "
                          "hub, org/name")
@@ -164,11 +173,16 @@ def find_columns(rows, given, path):
     for form, names in FORMS.items():
         columns = {**{ours: name for ours, name in zip(("prompt", "chosen", "rejected"), names) if name}, **given}
         if set(columns.values()) <= set(there) or not there:
+            if "prompt" not in columns:
+                refuse_other_prompt(rows, there, columns, path)
             return columns, "--columns" if given else form
     sides = next((pair for pair in SIDES if set(pair) <= set(there)), None)
     asked, said = (next((name for name in names if name in there), None) for names in (ASKED, PREFERENCE))
-    if sides and asked and said and not given:
-        return {"prompt": asked, "first": sides[0], "second": sides[1], "preference": said}, \
+    if sides and said and not given and (asked or sides[0] == "conversation_a"):
+        if SIDES[sides] == (("1",), ("2",)) and "0" in {word_of(row.value.get(said)) for row in rows if isinstance(row.value, dict)}:
+            raise InputError(f"{path}: '{said}' is 0 in some rows, which names neither {sides[0]} nor {sides[1]}; rewrite it as 1 or 2")
+        columns = {"first": sides[0], "second": sides[1], "preference": said}
+        return ({"prompt": asked} if sides[0] != "conversation_a" else {}) | columns, \
             f"A/B ({sides[0]}, {sides[1]}, preferred by {said})"
     why = "no known form has these columns"
     if {"completion", "label"} <= set(there):
@@ -176,37 +190,74 @@ def find_columns(rows, given, path):
     elif sides and asked:
         why = f"two responses, and no column that says which is preferred ({', '.join(PREFERENCE)})"
     raise InputError(f"{path}: {why}; the columns are {shorten(', '.join(there), 300)}; name yours with "
-                     "--columns prompt=...,chosen=...,rejected=...")
+                     "--columns prompt=...,chosen=...,rejected=..., or rewrite the rows so")
+
+
+def refuse_other_prompt(rows, there, columns, path):
+    """No column of a known name holds the prompt: then chosen and rejected must, and no other column may look like it."""
+    sides = [row.value.get(columns["chosen"]) for row in rows if isinstance(row.value, dict)]
+    whole = all(side.startswith(HUMAN) if isinstance(side, str) else isinstance(side, list) and len(side) > 1
+                for side in sides if side)
+    if not whole and (name := next((name for name in there if name.lower() in PROMPTS), None)):
+        raise InputError(f"{path}: a column '{name}' beside {columns['chosen']} and {columns['rejected']}, which are no whole "
+                         f"dialogues; if it holds the prompt: --columns prompt={name}; if not, leave it out of the file")
+
+
+def word_of(said):
+    """A preference as a word: 1.0 -> "1", True -> "1", "A" -> "a"."""
+    return str(int(said) if isinstance(said, (bool, float)) and float(said).is_integer() else said).strip().lower()
 
 
 def resolve(row, columns):
-    """An A/B row as {"prompt", "chosen", "rejected"}; raises Tie where neither response is preferred."""
+    """(chosen, rejected): the columns of an A/B row; raises Tie where neither is preferred."""
     first, second, said = columns["first"], columns["second"], row[columns["preference"]]
-    words = str(int(said) if isinstance(said, (bool, float)) and said == int(said) else said).strip().lower()
-    if words in TIES:
+    word = word_of(said)
+    if word in TIES:
         raise Tie(f"'{columns['preference']}' is {json.dumps(said)}")
-    names = [{name.lower(), *words_of} for name, words_of in zip((first, second), SIDES[first, second])]
-    if (words in {each.lower() for each in names[0]}) == (words in {each.lower() for each in names[1]}):
-        raise Malformed(f"expected '{columns['preference']}' to name {first} or {second}, found {json.dumps(said)}")
-    chosen, rejected = (first, second) if words in {each.lower() for each in names[0]} else (second, first)
-    return {"prompt": row[columns["prompt"]], "chosen": row[chosen], "rejected": row[rejected]}
+    names = [{name.lower(), *words} for name, words in zip((first, second), SIDES[first, second])]
+    if (word in names[0]) == (word in names[1]):
+        raise Malformed(f"expected '{columns['preference']}' to name {first} or {second}, found {shown(said)}")
+    return (first, second) if word in names[0] else (second, first)
+
+
+def shown(value):
+    return shorten(json.dumps(value, default=str), 80)
+
+
+def question(row, name):
+    """The prompt of a row's column `name`: a string or messages; LLaMA-Factory's input and history are part of it."""
+    prompt = conversation(row[name], name)
+    if name == "instruction" and isinstance(prompt, str):
+        if row.get("input"):
+            prompt = f"{prompt}\n{row['input']}"
+        if row.get("history"):
+            try:
+                turns = [{"role": role, "content": text} for asked, answered in row["history"]
+                         for role, text in (("user", asked), ("assistant", answered))]
+            except (TypeError, ValueError):
+                raise Malformed(f"expected 'history' to be a list of [question, answer], found {shown(row['history'])}") from None
+            prompt = conversation([*turns, {"role": "user", "content": prompt}], "history")
+    return prompt
+
+
+def with_system(prompt, system):
+    """`prompt` with the text of a system column before it, unless it has a system message already."""
+    if not isinstance(system, str) or not system.strip():
+        return prompt
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    return prompt if messages[0]["role"] == "system" else [{"role": "system", "content": system}, *messages]
 
 
 def preference(row, columns, chat):
     """(prompt, chosen, rejected) of a row, the prompt a string or messages, the others strings; raises Malformed."""
     if not isinstance(row, dict):
-        raise Malformed(f"expected a JSON object, found {KINDS[type(row)]}")
+        raise Malformed(f"expected a JSON object, found {kind(row)}")
     for name in columns.values():
         if name not in row:
             raise Malformed(f"expected a column '{name}', found {shorten(', '.join(row), 200) or 'an empty object'}")
-    if "first" in columns:
-        row, columns = resolve(row, columns), {name: name for name in ("prompt", "chosen", "rejected")}
-    elif columns.get("prompt") == "instruction" and isinstance(row["instruction"], str) and row.get("input"):
-        row = {**row, "instruction": f"{row['instruction']}\n{row['input']}"}
-    elif columns.get("prompt") == "question" and isinstance(row["question"], str) and row.get("system"):
-        row = {**row, "question": [{"role": "system", "content": row["system"]}, {"role": "user", "content": row["question"]}]}
-    prompt = conversation(row[columns["prompt"]], columns["prompt"]) if "prompt" in columns else None
-    chosen, rejected = (conversation(row[columns[side]], columns[side]) for side in ("chosen", "rejected"))
+    sides = resolve(row, columns) if "first" in columns else (columns["chosen"], columns["rejected"])
+    prompt = question(row, columns["prompt"]) if "prompt" in columns else None
+    chosen, rejected = (conversation(row[side], side) for side in sides)
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         prompt, chosen, rejected = split_messages(prompt, chosen, rejected)
     elif prompt is None:
@@ -215,6 +266,7 @@ def preference(row, columns, chat):
         prompt, chosen, rejected = dialogue(prompt), chosen.strip(), rejected.strip()
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise Malformed("expected a prompt whose last message is the user's, found the assistant's")
+    prompt = with_system(prompt, row.get("system"))
     try:
         "".join([prompt] if isinstance(prompt, str) else [said["content"] for said in prompt]).encode()
         (chosen + rejected).encode()
@@ -228,7 +280,7 @@ def conversation(value, column):
     if isinstance(value, str):
         return value
     if not isinstance(value, (list, dict)) or not value:
-        found = f"an empty {KINDS[type(value)].split()[-1]}" if value in ([], {}) else KINDS[type(value)]
+        found = f"an empty {kind(value).split()[-1]}" if value in ([], {}) else kind(value)
         raise Malformed(f"expected '{column}' to be a string or a list of messages, found {found}")
     messages = []
     value = value.get("messages", value) if isinstance(value, dict) else value  # OpenAI's input
@@ -237,10 +289,12 @@ def conversation(value, column):
         said = [parts_text(message.get(name)) for name in names] if isinstance(message, dict) else []
         if not said or not all(isinstance(text, str) for text in said):
             raise Malformed(f"expected messages with a string '{names[0]}' and '{names[1]}' in '{column}', "
-                            f"found {shorten(json.dumps(message), 80)}")
+                            f"found {shown(message)}")
         if said[0] not in ROLES:
             raise Malformed(f"expected a role of system, user or assistant in '{column}', found {json.dumps(said[0])}")
         messages.append({"role": ROLES[said[0]], "content": said[1]})
+    if not messages:
+        raise Malformed(f"expected messages in '{column}', found an empty list")
     return messages
 
 

@@ -48,9 +48,9 @@ def generate(n, split, seed=0, families=("arithmetic",)):
 
 # --- verifier ---------------------------------------------------------------------------------------------
 
-NUMBER = re.compile(r"[ \t]*(-?)[ \t]*\$?[ \t]*(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+)|[0-9]+)(?:\.([0-9]+))?([^\n]*)")
-TIME = re.compile(r"[ \t]*([0-9]{1,2}):([0-9]{2})[ \t]*\.?[ \t]*(?:\n|$)")
-WORDS = re.compile(r"[ \t]*(?:the[ \t]+)?([^\W\d_][^\W\d_'-]*(?:[ \t'-]+[^\W\d_]+){0,3})[ \t]*\.?[ \t]*(?:\n|$)", re.IGNORECASE)
+NUMBER = re.compile(r"(-?) ?\$? ?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+)|[0-9]+)(?:\.([0-9]+))?([^\n]*)")
+TIME = re.compile(r"([0-9]{1,2}):([0-9]{2}) ?[.!]? ?(?:\n|$)")
+WORDS = re.compile(r"(?:the )?([^\W\d_][^\W\d_'-]*(?:[ '-]+[^\W\d_]+){0,3}) ?[.!]? ?(?:\n|$)", re.IGNORECASE)
 
 
 def extract_answer(text):
@@ -64,6 +64,7 @@ def extract_answer(text):
     if not mark:
         return None
     tail = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)", "", tail)  # emphasis, not a power
+    tail = re.sub(r"[ \t]+", " ", tail).lstrip(" ")  # a thousand blanks would take the patterns seconds
     if match := TIME.match(tail):
         return f"{int(match[1])}:{match[2]}"
     if match := WORDS.match(tail):

@@ -3,15 +3,18 @@
 # forward-backward tokens -> accuracy of base, SFT and DPO on held-out problems, three seeds side by side:
 #
 #   bash examples/improve.sh              # the embedded model and task, no download; ends in runs/improve/results.json
-#   ROUNDS=2 bash examples/improve.sh     # again from the DPO model, which is then the reference; results-2-rounds.json
+#   bash examples/improve.sh --rounds 2   # again from the DPO model, which is then the reference; results-2-rounds.json
 #
-# Environment: SEEDS="1 2 3", ROUNDS=1, PROBLEMS=250 to sample, HELD_OUT=300, WORK=runs/improve, JOBS (seeds at a time;
+# Environment: SEEDS="1 2 3", PROBLEMS=250 to sample, HELD_OUT=300, WORK=runs/improve, JOBS (seeds at a time;
 # default: one a core). Each seed draws its own problems, noise, order and held-out problems. Training and samples that are
 # there are not made again; other PROBLEMS want another WORK.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 cd "$here"
-export python WORK=${WORK:-runs/improve} ROUNDS=${ROUNDS:-1} PROBLEMS=${PROBLEMS:-250} HELD_OUT=${HELD_OUT:-300}
+rounds=1
+case $#${1:-} in 0) ;; 2--rounds) rounds=$2 ;; *) die "examples/improve.sh $*: expected nothing, or --rounds 2" ;; esac
+[[ $rounds =~ ^[1-9]$ ]] || die "--rounds is '$rounds', expected a number from 1 to 9"
+export python rounds WORK=${WORK:-runs/improve} PROBLEMS=${PROBLEMS:-250} HELD_OUT=${HELD_OUT:-300}
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # a seed a core
 [ -n "${CUDA_VISIBLE_DEVICES+x}" ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # a model this small is no work for a GPU
 
@@ -20,7 +23,7 @@ one_seed() {
     local sampler="--use_mixed_precision no --device cpu --gen_length 40 --batch_size 64"
     local shared="--use_mixed_precision no --gradient_checkpointing false --states_per_forward 16 --logging_steps 20
         --noise_seed $seed --seed $seed --max_length 256 --deepspeed ds_configs/zero0.json"
-    for round in $(seq "$ROUNDS"); do
+    for round in $(seq "$rounds"); do
         folder=$WORK/seed-$seed/round-$round
         mkdir -p "$folder"
         # 1. sample and verify; pairs of right and wrong answers of this very model. Token by token: at temperature 1 that
@@ -42,7 +45,7 @@ one_seed() {
     done
     # 4. everyone on the same held-out problems, which stop by themselves
     "$python" evaluate.py --model "$from" --compare "${compare[@]}" --tasks arithmetic --limit "$HELD_OUT" --seed "$seed" \
-        $sampler --block_length 8 --output_dir "$WORK/seed-$seed/evaluate-$ROUNDS"
+        $sampler --block_length 8 --output_dir "$WORK/seed-$seed/evaluate-$rounds"
 }
 run_seed() { # with its log, and without "||" behind it, where bash would go on after a failure
     set -eu
@@ -52,6 +55,6 @@ run_seed() { # with its log, and without "||" behind it, where bash would go on 
 }
 export -f one_seed run_seed
 mkdir -p "$WORK"
-echo "improve: seeds ${SEEDS:=1 2 3}, $ROUNDS round(s), logs in $WORK/seed-*.log"
+echo "improve: seeds ${SEEDS:=1 2 3}, $rounds round(s), logs in $WORK/seed-*.log"
 printf '%s\n' $SEEDS | xargs -P "${JOBS:-$(getconf _NPROCESSORS_ONLN)}" -I{} bash -c 'run_seed "$1"' improve {}
-"$python" examples/improve.py table "$WORK" "$ROUNDS" $SEEDS
+"$python" examples/improve.py table "$WORK" "$rounds" $SEEDS

@@ -301,7 +301,7 @@ def test_bytes_that_are_not_utf8(tmp_path, tiny):
 
 def test_files_that_are_no_preferences(prep, tmp_path, tiny):
     refuses(prep, "holds no row that can be used", [])
-    refuses(prep, "expected a list of rows, found an object", GOOD, name="prefs.json")
+    refuses(prep, "expected a list of rows, or an object that holds one, found an object", GOOD, name="prefs.json")
     refuses(prep, "prefs.json: row 2: expected a JSON object, found a number", [GOOD, 3], name="prefs.json")
     refuses(prep, "expected a file that ends in .jsonl", [GOOD], name="prefs.csv")
     for words, sentence in ((("--in", "none.jsonl"), "no such file"), ((), "no preferences given; add --in")):

@@ -96,6 +96,38 @@ def test_noise_of_an_item_does_not_depend_on_the_others(tmp_path):
     assert some == many[:5] and len({row["response"] for row in many}) > 3
 
 
+def test_a_stopped_evaluation_goes_on(tmp_path, monkeypatch):
+    """Killed in the third batch of four: the first two are kept; more items and another model cost what they are."""
+    respond, asked = generate.respond, []
+
+    def counted(model, tokenizer, prompts, sample, *, keys, finished):
+        asked.append(len(prompts))
+        return respond(model, tokenizer, prompts, sample, keys=keys, finished=finished)
+
+    def killed(model, tokenizer, prompts, sample, *, keys, finished):
+        batches = []
+
+        def two(replies):
+            if len(batches) == 2:
+                raise KeyboardInterrupt
+            batches.append(replies)
+            finished(replies)
+        return respond(model, tokenizer, prompts, sample, keys=keys, finished=two)
+    argv = ["--model", TINY, "--temperature", 1, "--batch_size", 1]
+    monkeypatch.setattr(generate, "respond", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(tmp_path / "out", *argv, "--limit", 4)
+    monkeypatch.setattr(generate, "respond", counted)
+    _, rows = evaluated(tmp_path / "out", *argv, "--limit", 4)
+    assert asked == [2]
+    _, more = evaluated(tmp_path / "out", *argv, "--limit", 6)
+    assert asked == [2, 2] and more["examples-tiny-arithmetic"][:4] == rows["examples-tiny-arithmetic"]
+    monkeypatch.setattr(generate, "load", None)  # nothing to do, no model to load
+    assert evaluated(tmp_path / "out", *argv, "--limit", 6)[1] == more
+    monkeypatch.undo()
+    assert evaluated(tmp_path / "anew", *argv, "--limit", 6)[1] == more
+
+
 def test_a_judge_can_take_it_from_here(compared, tmp_path):
     """Responses of both models, judged: pairs by make_prefs.py --strategy label."""
     _, rows = compared

@@ -358,9 +358,11 @@ def test_batch_is_one_by_one(spoken, tiny_dir, options):
     assert len({len(ids) for ids in prompts}) > 1
     sample = settings(model_name_or_path=str(tiny_dir), gen_length=12, block_length=6, seed=3, batch_size=2, **options)
     done = []
-    batched = generate.respond(model, tokenizer, prompts, sample, progress=done.append)
+    batched = generate.respond(model, tokenizer, prompts, sample, finished=done.append)
     counts = Counter(len(ids) for ids in prompts).values()
-    assert done[-1] == 6 and done == sorted(done) and len(done) == sum(-(-count // 2) for count in counts)
+    assert len(done) == sum(-(-count // 2) for count in counts)
+    assert sorted(index for replies in done for index in replies) == list(range(6))
+    assert all(batched[index] == reply for replies in done for index, reply in replies.items())
     alone = [generate.respond(model, tokenizer, [ids], sample, keys=[key])[0] for key, ids in enumerate(prompts)]
     assert batched == alone and len(set(alone)) > 3
     noisy = "temperature" in options or "remasking" in options

@@ -9,6 +9,7 @@ import pytest
 from small import ROOT, call, refusal
 
 import data_prep
+import generate
 import make_prefs
 import packed
 import tasks
@@ -74,8 +75,8 @@ def test_sample(sampled):
     """Every pair is a verified response against a wrong one of the same prompt, both from the samples file."""
     rows, (header, *samples) = read(sampled), read(sampled.with_name("prefs.jsonl.samples.jsonl"))
     problems = {f"arithmetic {i}": problem for i, problem in enumerate(tasks.generate(70, "train", 3), 1)}
-    assert len(samples) == 70 and header["k"] == 4 and header["seed"] == 3 and len(rows) > 10
-    said = {line["place"]: line["responses"] for line in samples}
+    assert len(samples) == 280 and header["k"] == 4 and header["seed"] == 3 and len(rows) > 10
+    said = {place: [line for line in samples if line["place"] == place] for place in problems}
     for place, group in said.items():
         assert len(group) == 4
         assert all(reply["correct"] == tasks.verify(problems[place], reply["text"]) for reply in group)
@@ -99,23 +100,39 @@ def test_sample_goes_on(sampled, tmp_path, monkeypatch):
     source = sampled.with_name("prefs.jsonl.samples.jsonl")
     lines = source.read_bytes().splitlines(keepends=True)
     out, path = tmp_path / "prefs.jsonl", tmp_path / "prefs.jsonl.samples.jsonl"
-    path.write_bytes(b"".join(lines[:65]) + lines[65][:40])  # a chunk of 64, and a torn line of the next
-    asked, respond = [], make_prefs.generate.respond
-    monkeypatch.setattr(make_prefs.generate, "respond", lambda model, tokenizer, prompts, *rest, **more: (
+    path.write_bytes(b"".join(lines[:257]) + lines[257][:40])  # eight batches of 32, and a torn line of the next
+    asked, respond = [], generate.respond
+    monkeypatch.setattr(generate, "respond", lambda model, tokenizer, prompts, *rest, **more: (
         asked.append(len(prompts)), respond(model, tokenizer, prompts, *rest, **more))[1])
-    command = ["--task", "arithmetic", "--num", 70, *SAMPLE, "--out", out]
-    call(make_prefs.main, *command)
-    assert asked == [6 * 4] and out.read_bytes() == sampled.read_bytes()
+    command = ["--task", "arithmetic", *SAMPLE, "--out", out]
+    call(make_prefs.main, *command, "--num", 70)
+    assert asked == [280 - 256] and out.read_bytes() == sampled.read_bytes()
     assert sorted(path.read_bytes().splitlines()) == sorted(source.read_bytes().splitlines())
-    call(make_prefs.main, *command, "--pairs_per_prompt", 1)  # pairs anew from the same samples, nothing sampled
-    assert asked == [6 * 4] and len(read(out)) == len({row["prompt"] for row in read(sampled)})
+    call(make_prefs.main, *command, "--num", 70, "--pairs_per_prompt", 1)  # pairs anew from the same samples, nothing sampled
+    assert asked == [24] and len(read(out)) == len({row["prompt"] for row in read(sampled)})
+    call(make_prefs.main, *command, "--num", 72)  # more problems: only theirs
+    assert asked == [24, 2 * 4] and len(read(path)) == 1 + 72 * 4
+
+
+def test_answers_mended_afterwards_count(tmp_path):
+    """The responses are kept, the verdicts are not: another answer in the file of problems, other pairs."""
+    source, out = tmp_path / "problems.jsonl", tmp_path / "prefs.jsonl"
+    problems = tasks.generate(12, "train", 5)
+    write(source, [{"prompt": problem.prompt, "answer": int(problem.answer)} for problem in problems])
+    call(make_prefs.main, "--in", source, *SAMPLE, "--out", out)
+    before, path = read(out), tmp_path / "prefs.jsonl.samples.jsonl"
+    taken = {row["prompt"]: row["rejected"].rpartition("####")[2].strip() for row in before}
+    write(source, [{"prompt": problem.prompt, "answer": taken.get(problem.prompt) or 1} for problem in problems])
+    samples = path.read_bytes()
+    call(make_prefs.main, "--in", source, *SAMPLE, "--out", out)
+    assert path.read_bytes() == samples and read(out)
+    for row in read(out):
+        assert tasks.verify(taken[row["prompt"]], row["chosen"]) and not tasks.verify(taken[row["prompt"]], row["rejected"])
 
 
 def test_other_samples_are_refused(sampled, capsys):
     said = refusal(make_prefs.main, capsys, "--task", "arithmetic", "--num", 70, *SAMPLE, "--out", sampled, "--k", 5)
     assert "with k = 4, not 5" in said
-    said = refusal(make_prefs.main, capsys, "--task", "arithmetic", "--num", 71, *SAMPLE, "--out", sampled)
-    assert "of other problems" in said
 
 
 def test_sample_from_a_file(tmp_path):
@@ -189,7 +206,7 @@ def test_data_prep_reads_it(sampled, tmp_path):
     ([], "needs problems"), (["--task", "arithmetic", "--in", "x.jsonl"], "needs problems"),
     (["--task", "arithmetic"], "--model DIR"), (["--task", "sums", "--model", "m"], "no family 'sums'"),
     (["--task", "arithmetic", "--model", "m", "--temperature", 0], "--temperature 0"),
-    (["--task", "arithmetic", "--k", 0], "--k is 0"), (["--task", "arithmetic", "--num", 0], "--num is 0"),
+    (["--task", "arithmetic", "--k", 0], "--k is 0"), (["--task", "arithmetic", "--model", "m", "--k", 1], "needs two responses"), (["--task", "arithmetic", "--num", 0], "--num is 0"),
     (["--task", "arithmetic", "--pairs_per_prompt", 0], "--pairs_per_prompt is 0"),
     (["--strategy", "label", "--task", "arithmetic"], "--in judged.jsonl"), (["--strategy", "label"], "--in judged.jsonl"),
     (["--strategy", "corrupt"], "--task"), (["--strategy", "corrupt", "--task", "arithmetic", "--in", "x"], "--task (arithmetic"),
@@ -213,26 +230,41 @@ def test_problem_rows(tmp_path, capsys, row, words):
 
 def test_samples_that_are_not_ours(tmp_path, capsys):
     argv = ["--in", write(tmp_path / "p.jsonl", [{"prompt": "Q", "answer": 8}]), *SAMPLE, "--out", tmp_path / "out.jsonl"]
-    for text in ("[1]\n", "no json\n", '{"model": 1}\n{"numbers": 2}\n'):
+    for text in ("[1]\n", "no json\n", '{"model": 1}\n{"numbers": 2}\n', "a file of someone's"):
         (tmp_path / "out.jsonl.samples.jsonl").write_text(text)
         assert "expected samples of an earlier run" in refusal(make_prefs.main, capsys, *argv)
         assert (tmp_path / "out.jsonl.samples.jsonl").read_text() == text
 
 
-def test_label_leaves_out_what_did_not_end(tmp_path):
-    """evaluate.py's rows: `correct` is the score; the cut-off response makes no pair."""
+def test_label_leaves_out_what_did_not_end(tmp_path, capsys):
+    """evaluate.py's rows: `correct` is the score; the cut-off response makes no pair, one that no judge scored neither."""
     rows = [{"prompt": "Q", "response": text, "correct": correct, "ended": ended}
             for text, correct, ended in (("yes", True, True), ("no", False, True), ("never", False, False))]
-    out = tmp_path / "prefs.jsonl"
-    call(make_prefs.main, "--strategy", "label", "--in", write(tmp_path / "judged.jsonl", rows), "--out", out,
-         "--pairs_per_prompt", 9)
+    rows += [{"prompt": "Q", "response": "unread", "score": None}, {"prompt": "alone", "response": "one", "score": 1}]
+    out, source = tmp_path / "prefs.jsonl", write(tmp_path / "judged.jsonl", rows)
+    call(make_prefs.main, "--strategy", "label", "--in", source, "--out", out, "--pairs_per_prompt", 9)
     assert [(row["chosen"], row["rejected"]) for row in read(out)] == [("yes", "no")]
+    assert (f"{source}: 3 scored responses to 2 prompts, 1 of which have no better and worse one; 2 responses left out"
+            in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("rows", [
+    [{"prompt": "Q", "completion": "good", "label": True}, {"prompt": "Q", "completion": "bad", "label": False}],  # KTO
+    [{"question": "Q", "response": "good", "score": "9"}, {"question": "Q", "response": "bad", "score": "8.5"}],
+    [{"instruction": "Q", "generations": ["good", "bad"], "ratings": [5, 3]}],  # distilabel
+    [{"instruction": "Q", "completions": [{"response": "good", "overall_score": 7}, {"response": "bad", "overall_score": 2}]}],
+    [{"prompt": "Q", "output": "good", "reward": 0.1}, {"prompt": "Q", "output": "bad", "reward": -2.5}]])
+def test_judged_files_as_people_have_them(tmp_path, rows):
+    out = tmp_path / "prefs.jsonl"
+    call(make_prefs.main, "--strategy", "label", "--in", write(tmp_path / "judged.jsonl", rows), "--out", out)
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in read(out)] == [("Q", "good", "bad")]
 
 
 @pytest.mark.parametrize("row", [
-    {"prompt": "Q", "response": "r"}, {"prompt": "Q", "responses": ["r"], "scores": []}, {"response": "r", "score": 1},
-    {"prompt": "Q", "response": 5, "score": 1}, {"prompt": "Q", "response": "r", "score": "high"}, ["Q"]])
+    {"prompt": "Q", "response": "r", "score": "high"}, {"prompt": "Q", "response": "r", "score": {"help": 8}},
+    {"prompt": "Q", "response": "r", "score": float("nan")}, {"prompt": "Q", "response": "r", "score": 10 ** 400},
+    {"prompt": "Q", "responses": ["r"], "scores": []}, {"response": "r", "score": 1}, {"prompt": "Q", "response": "r"}, {"prompt": "Q", "score": 1}, {"prompt": "Q", "response": 5, "score": 1}, ["Q"]])
 def test_judged_rows(tmp_path, capsys, row):
     argv = ["--strategy", "label", "--in", write(tmp_path / "j.jsonl", [row]), "--out", tmp_path / "out.jsonl"]
     said = refusal(make_prefs.main, capsys, *argv)
-    assert f"{tmp_path / 'j.jsonl'}:1" in said and '"score"' in said and not (tmp_path / "out.jsonl").exists()
+    assert f"{tmp_path / 'j.jsonl'}:1" in said and "score" in said and "found" in said and not (tmp_path / "out.jsonl").exists()

@@ -54,6 +54,8 @@ def test_dropped_step():
     ("7 x 3 = 21 eggs\nThe 21 eggs and 2.5: 21 - 2.5 = 18.5\n#### 18.5", "7 + 3 = 10 eggs\nThe 10 eggs and 2.5: 10 - 2.5 = 7.5\n#### 7.5"),
     ("9 ÷ 3 = 3.00\n#### 3", None),                                   # the result is a number said before
     ("7 * 3 = 21\n(21 + 4) * 2 = 50\n#### 50", None),                 # an expression that is not understood
+    ("7 * 3 = 21\nhe wants 42 as 21 * 2 = 42\n#### 42", None),       # a later result said before
+    ("7 * 3 = 21\n15 + 6 = 21\nso 21 - 1 = 20\n#### 20", None),     # which 21 is meant?
     ("5 + 7 * 3 = 26\n#### 26", None), ("7 * 3 = 22\n#### 22", None), ("it is 21\n#### 21", None), ("7 * 3 = 21 * 2 = 42\n#### 42", None),
 ])
 def test_what_can_be_followed(solution, text):

@@ -190,7 +190,7 @@ def test_same_seed_same_problems():
     ("### 8", None),
     ("the answer is 8", None),
     ("", None),
-    ("#### Mia.\nQuestion:", "mia"),
+    ("#### Mia.\nQuestion:", "mia"), ("#### Mia!", "mia"), ("####" + " " * 20_000 + "\\boxed", None), ("####\t \t8  pens", "8"),
     ("#### the  red Box", "red box"),
     ("#### O'Neil", "o'neil"),
     ("#### Léa", "léa"),
