@@ -102,6 +102,16 @@ class SampleArguments:
     seed: int = arg(0, "of the sampler's noise")
 
 
+@dataclass
+class LikelihoodArguments:
+    diffusion_steps: int = arg(4, "T, denoising steps of a trajectory")
+    trajectories: int = arg(5, "R, rotated trajectories per continuation; 1 + R(T-1) forward passes")
+    noise_seed: int = arg(0, "seed of the noise")
+    states_per_forward: int = arg(4, "states of one continuation that share a forward pass")
+    check_greedy: bool = arg(False, "sample each continuation's length greedily, too, and say whether it is the "
+                                    "same: for tasks that count this, such as lambada; else that is never said")
+
+
 class Parser(HfArgumentParser):
     """argparse, whose complaints become one sentence like every other."""
 

@@ -7,7 +7,7 @@
 The embedded tasks are tasks.py's families, on held-out problems; the benchmarks are benchmarks.py's, from the hub or from
 files in --data_dir. Models are compared by McNemar's exact test (1947) on the items that only one of two answers rightly.
 Responses are kept in OUTPUT_DIR/samples as they come: the same command goes on where it was stopped, and a larger --limit
-adds to what is there. The tasks of lm-evaluation-harness run with this sampler, too: see harness.py.
+adds to what is there. lm_eval:NAME is a task of lm-evaluation-harness, which asks and grades by its own rules (harness.py).
 A line of MODEL-TASK.jsonl has all that a judge needs, and `make_prefs.py --strategy label --in` reads it.
 """
 import functools
@@ -23,19 +23,23 @@ import benchmarks
 import checkpoint
 import config
 import generate
+import harness
 import samples
 import tasks
 from packed import InputError, Packed, fingerprint, read_json, replacing, write_json
 
+OURS = [*benchmarks.BENCHMARKS, *tasks.FAMILIES]
+HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness
 EMBEDDED = 200  # problems of an embedded task when no --limit is given
 NAMED = 10      # seen items that a message names; results.json names all
 
 
 @dataclass
 class EvaluateArguments:
-    tasks: str = config.arg("arithmetic", f"with commas: {', '.join([*benchmarks.BENCHMARKS, *tasks.FAMILIES])}")
+    tasks: str = config.arg("arithmetic", f"with commas: {', '.join(OURS)}, or {HARNESS}NAME, a task of lm-evaluation-harness")
     limit: Optional[int] = config.arg(None, f"the first so many items of each task; default: all, {EMBEDDED} of an embedded one")
     data_dir: Optional[str] = config.arg(None, "folder of the benchmarks' files in their original formats; default: the hub")
+    num_fewshot: Optional[int] = config.arg(None, "lm_eval's tasks: examples in the prompt; default: the task's own number")
     compare: Optional[List[str]] = config.arg(None, "models to answer the same items: folders or hub names")
     output_dir: str = config.arg("runs/evaluate", "folder of the responses and results.json")
     train_data: Optional[List[str]] = config.arg(None, "packed folders that the models trained on, beside those of their runs")
@@ -45,20 +49,28 @@ class EvaluateArguments:
 # --- items ------------------------------------------------------------------------------------------------
 
 def task_names(text):
-    known = [*benchmarks.BENCHMARKS, *tasks.FAMILIES]
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in known:
-            raise InputError(f"--tasks: no task '{name}'; there are {', '.join(known)}")
-    return names
+    """({name: lm_eval's Task or None}): the tasks of --tasks in its order, lm_eval's groups taken apart."""
+    found = {}
+    for name in (name.strip() for name in text.split(",")):
+        if name.startswith(HARNESS):
+            found |= {HARNESS + each: task for each, task in harness.load_tasks([name.removeprefix(HARNESS)]).items()}
+        elif name in OURS:
+            found[name] = None
+        else:
+            raise InputError(f"--tasks: no task '{name}'; there are {', '.join(OURS)}, and {HARNESS}NAME for those of "
+                             "lm-evaluation-harness")
+    return found
 
 
-def read_items(task, args, seed):
-    """The first --limit Items of a task; an embedded one's are drawn by `seed`."""
-    if task in benchmarks.BENCHMARKS:
-        return benchmarks.read(task, args.data_dir)[:args.limit]
+def read_items(name, theirs, args, seed):
+    """The first --limit Items of a task; an embedded one's are drawn by `seed`. theirs: lm_eval's Task, or None."""
+    if theirs:
+        return [benchmarks.Item(str(number), text, text, "") for number, text in
+                enumerate(harness.questions(theirs)[:args.limit], 1)]
+    if name in benchmarks.BENCHMARKS:
+        return benchmarks.read(name, args.data_dir)[:args.limit]
     return [benchmarks.Item(str(number), problem.prompt, problem.prompt, problem.answer) for number, problem in
-            enumerate(tasks.generate(args.limit or EMBEDDED, "test", seed, (task,)), 1)]
+            enumerate(tasks.generate(args.limit or EMBEDDED, "test", seed, (name,)), 1)]
 
 
 def grade(task, answer, response):
@@ -165,6 +177,11 @@ def find_seen(items, models, args, trust_remote_code):
 
 # --- answers and their table ------------------------------------------------------------------------------
 
+def plain(name):
+    """A task's name in file names."""
+    return name.replace(":", "-")
+
+
 def labels(models):
     """A short name for each model, for file names: the last two parts of its path, more of those that would be the same."""
     parts = [Path(os.path.abspath(model) if os.path.isdir(model) else model).parts for model in models]
@@ -176,13 +193,24 @@ def labels(models):
     return dict(zip(models, [name if names.count(name) == 1 else f"{name}-{place}" for place, name in enumerate(names, 1)]))
 
 
-def answer(task, items, sample, load, path, header, desc):
-    """One row per item: what the model was asked, what it said, and what that is worth; kept in `path` as they come."""
-    asked = {int(item.id) - 1: {"prompt": item.prompt, "place": f"{task}, item {item.id}"} for item in items}
-    made = samples.complete(path, header, asked, sample, load, desc=desc)
-    return [{"task": task, "id": item.id, "model": sample.model_name_or_path, "prompt": item.prompt,
-             "response": line["text"], "answer": item.answer, **grade(task, item.answer, line["text"]),
+def answer(name, items, sample, lm, path, header, desc):
+    """One row per item: what the model was asked, what it said, and what that is worth; kept in `path` as they come.
+
+    lm: makes the harness.MaskedDiffusion, if anything is left to say.
+    """
+    asked = {int(item.id) - 1: {"prompt": item.prompt, "place": f"{name}, item {item.id}"} for item in items}
+    made = samples.complete(path, header, asked, sample, lambda: (lm().model, lm().tokenizer), desc=desc)
+    return [{"task": name, "id": item.id, "model": sample.model_name_or_path, "prompt": item.prompt,
+             "response": line["text"], "answer": item.answer, **grade(name, item.answer, line["text"]),
              "tokens": line["tokens"], "ended": line["ended"]} for item, [line] in zip(items, made.values())]
+
+
+def answer_theirs(name, task, items, sample, lm, num_fewshot, path):
+    """The same for a task of lm_eval, which asks, reads and grades by its own rules."""
+    chat = checkpoint.uses_chat(lm().tokenizer, sample.template)
+    places = [int(item.id) - 1 for item in items]
+    rows = harness.run_task(name.removeprefix(HARNESS), task, lm(), places, chat, num_fewshot, path)
+    return [{"task": name, "id": item.id, "model": sample.model_name_or_path, **row} for item, row in zip(items, rows, strict=True)]
 
 
 def mcnemar(won, lost):
@@ -198,9 +226,8 @@ def summary(task, label, rows, first):
     if not n:
         return line
     mean = lambda name: sum(row[name] for row in rows) / n  # noqa: E731
-    line |= {"accuracy": mean("correct"), "ci95": tasks.wilson(mean("correct"), n), "ended": mean("ended"), "tokens": mean("tokens")}
-    if "f1" in rows[0]:
-        line["f1"] = mean("f1")
+    line |= {"accuracy": mean("correct"), "ci95": tasks.wilson(mean("correct"), n)}
+    line |= {name: mean(name) for name in ("ended", "tokens", "f1") if name in rows[0]}
     if first is not None:
         won = sum(a["correct"] and not b["correct"] for a, b in zip(first, rows))
         lost = sum(b["correct"] and not a["correct"] for a, b in zip(first, rows))
@@ -215,7 +242,8 @@ def print_table(table):
         words = f"{line['task']:{wide[0]}}  {line['model']:{wide[1]}} {line['n']:5d}"
         if line["n"]:
             low, high = line["ci95"]
-            words += f"{line['accuracy']:10.3f}  {abs(low):5.3f}-{high:5.3f} {line['ended']:7.0%} {line['tokens']:7.1f}"
+            words += f"{line['accuracy']:10.3f}  {abs(low):5.3f}-{high:5.3f}"
+            words += f" {line['ended']:7.0%} {line['tokens']:7.1f}" if "ended" in line else " " * 16
         if "f1" in line:
             words += f"  F1 {line['f1']:.3f}"
         if test := line.get("first_model_against_it"):
@@ -225,7 +253,9 @@ def print_table(table):
 
 def main(argv=None):
     # 1. what is asked of whom
-    sample, args = config.parse(argv, __doc__.splitlines()[0], config.SampleArguments, EvaluateArguments)
+    given, likelihood, args = config.parse(argv, __doc__.splitlines()[0], config.SampleArguments, config.LikelihoodArguments,
+                                           EvaluateArguments)
+    sample = replace(given)
     generate.check(sample)
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit is {args.limit}; expected at least 1")
@@ -238,33 +268,38 @@ def main(argv=None):
     wanted = task_names(args.tasks)
     if "math500" in wanted:
         benchmarks.import_math_verify()
-    items = {task: read_items(task, args, sample.seed) for task in wanted}
+    items = {name: read_items(name, theirs, args, sample.seed) for name, theirs in wanted.items()}
 
     # 2. what they have seen
     seen = find_seen(items, models, args, sample.trust_remote_code)
     if not args.allow_leak:
-        items = {task: [item for item in each if item.id not in seen[task]] for task, each in items.items()}
+        items = {name: [item for item in each if item.id not in seen[name]] for name, each in items.items()}
 
     # 3. one model in memory at a time
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     table, first = [], {}
     for model in models:
         one = replace(sample, model_name_or_path=model)
-        load = functools.cache(lambda: generate.load(one))  # if its responses are not all there already
+        lm = functools.cache(lambda: harness.MaskedDiffusion(replace(given, model_name_or_path=model), likelihood))
         header = samples.header(one, fingerprints[model])
-        for task, each in items.items():
-            path = folder / "samples" / f"{task}-{fingerprint(header)}.jsonl"
-            rows = answer(task, each, one, load, path, header, f"{names[model]}, {task}")
-            with replacing(folder / f"{names[model]}-{task}.jsonl") as file:
-                jsonlines.Writer(file).write_all({**row, "seen": row["id"] in seen[task]} for row in rows)
-            table.append(summary(task, names[model], rows, first.get(task)))
-            first.setdefault(task, rows)
+        for name, each in items.items():
+            if wanted[name] and each:
+                mark = fingerprint(header, asdict(likelihood))
+                path = folder / "samples" / f"{plain(name)}-{mark}"
+                rows = answer_theirs(name, wanted[name], each, one, lm, args.num_fewshot, path)
+            else:
+                path = folder / "samples" / f"{plain(name)}-{fingerprint(header)}.jsonl"
+                rows = answer(name, each, one, lm, path, header, f"{names[model]}, {name}")
+            with replacing(folder / f"{names[model]}-{plain(name)}.jsonl") as file:
+                jsonlines.Writer(file).write_all({**row, "seen": row["id"] in seen[name]} for row in rows)
+            table.append(summary(name, names[model], rows, first.get(name)))
+            first.setdefault(name, rows)
 
     # 4. side by side
-    table.sort(key=lambda line: wanted.index(line["task"]))  # stable: the models stay in their order
+    table.sort(key=lambda line: list(wanted).index(line["task"]))  # stable: the models stay in their order
     write_json(folder / "results.json", {
         "models": {names[model]: {"path": model, "fingerprint": fingerprints[model]} for model in models},
-        "table": table, "seen": seen, "arguments": asdict(sample) | asdict(args)})
+        "table": table, "seen": seen, "arguments": asdict(sample) | asdict(likelihood) | asdict(args)})
     print_table(table)
     print(f"{folder}: every response, and results.json")
     return 0

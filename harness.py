@@ -4,12 +4,13 @@
     python harness.py run --model masked_diffusion --model_args pretrained=DIR,gen_length=256,block_length=32 --tasks gsm8k
     python harness.py run --model masked_diffusion --model_args pretrained=DIR,trajectories=16 --tasks arc_easy --limit 100
 
---model_args takes generate.py's sampling arguments and LikelihoodArguments below. Text is made by generate.py's sampler, as
+--model_args takes generate.py's sampling arguments and config.LikelihoodArguments. Text is made by generate.py's sampler, as
 in evaluate.py, and likelihoods are the stepwise denoising score of score.py, a bound on log p(continuation | context) in
-the mean over its noise, which is drawn by content: the same at every run. --apply_chat_template is lm_eval's own flag.
+the mean over its noise, which is drawn by content: the same at every run. --apply_chat_template is lm_eval's own flag, and so is
+--use_cache FILE, with which a job that was stopped goes on. `evaluate.py --tasks lm_eval:NAME` runs a task for several models.
 """
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -28,16 +29,6 @@ except ImportError:  # main() says so in a sentence; the class works without, fo
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm_eval's names for one thing
 HONOURED = {*LENGTHS, "until", "do_sample", "temperature"}
-
-
-@dataclass
-class LikelihoodArguments:
-    diffusion_steps: int = config.arg(4, "T, denoising steps of a trajectory")
-    trajectories: int = config.arg(5, "R, rotated trajectories per continuation; 1 + R(T-1) forward passes")
-    noise_seed: int = config.arg(0, "seed of the noise")
-    states_per_forward: int = config.arg(4, "states of one continuation that share a forward pass")
-    check_greedy: bool = config.arg(False, "sample each continuation's length greedily, too, and say whether it is the "
-                                           "same: for tasks that count this, such as lambada; else that is never said")
 
 
 class MaskedDiffusion(LM):
@@ -73,7 +64,7 @@ class MaskedDiffusion(LM):
         if "template" in values:
             raise InputError("--model_args template: prompts are lm_eval's here; leave it out and use --apply_chat_template")
         flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
-        return cls(*config.parse(flags, __doc__.splitlines()[0], config.SampleArguments, LikelihoodArguments))
+        return cls(*config.parse(flags, __doc__.splitlines()[0], config.SampleArguments, config.LikelihoodArguments))
 
     # --- text ---
 
@@ -107,11 +98,20 @@ class MaskedDiffusion(LM):
         with tqdm(total=len(asked), desc="generating", disable=disable_tqdm) as bar:
             for sample, group in groups.values():
                 prompts = [self.context(asked[index][0]) for index in group]
-                responses = generate.respond(self.model, self.tokenizer, prompts, sample, keys=group,
-                                             finished=lambda replies: bar.update(len(replies)))
-                for index, response in zip(group, responses):
-                    texts[index] = cut(response.text, asked[index][1].get("until") or [])
+
+                def keep(replies, group=group):
+                    for place, response in replies.items():
+                        index = group[place]
+                        texts[index] = cut(response.text, asked[index][1].get("until") or [])
+                        self.cache("generate_until", asked[index], texts[index])
+                    bar.update(len(replies))
+                generate.respond(self.model, self.tokenizer, prompts, sample, keys=group, finished=keep)
         return texts
+
+    def cache(self, kind, asked, answer):
+        """Keep an answer at once where lm_eval has a cache (--use_cache)."""
+        if hasattr(self, "cache_hook"):
+            self.cache_hook.add_partial(kind, asked, answer)
 
     def context(self, text):
         """Ids of a context: as lm_eval wrote it, chat template and all."""
@@ -121,7 +121,11 @@ class MaskedDiffusion(LM):
 
     def loglikelihood(self, requests, disable_tqdm=False):
         """(stepwise score, whether greedy sampling says the same) of each request's (context, continuation)."""
-        return [self.likelihood_of(*request.args) for request in tqdm(requests, desc="scoring", disable=disable_tqdm)]
+        answers = []
+        for request in tqdm(requests, desc="scoring", disable=disable_tqdm):
+            answers.append(self.likelihood_of(*request.args))
+            self.cache("loglikelihood", request.args, answers[-1])
+        return answers
 
     @torch.no_grad()
     def likelihood_of(self, context, continuation):
@@ -172,12 +176,77 @@ def cut(text, until):
     return text[:min(ends)] if ends else text
 
 
-def main():
+# --- tasks of lm_eval, for evaluate.py --------------------------------------------------------------------
+
+RIGHT_OR_WRONG = ("exact_match", "acc", "em", "pass_at_1")  # metrics that say it of one item, in this order
+
+
+def needed():
+    if LM is object:
+        raise InputError("lm-evaluation-harness is not installed; run: pip install -r requirements-eval.txt")
+
+
+def load_tasks(names):
+    """{name: lm_eval's Task}, groups and tags taken apart."""
+    needed()
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager()
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise InputError(f"--tasks: lm_eval has no task '{unknown[0]}'; list them with: python harness.py ls tasks")
     try:
-        from lm_eval.__main__ import cli_evaluate
-        from lm_eval.api.registry import register_model
-    except ImportError:
-        raise InputError("lm-evaluation-harness is not installed; run: pip install -r requirements-eval.txt") from None
+        return manager.load(names)["tasks"]
+    except (OSError, ValueError) as error:  # datasets' own errors are of these kinds
+        raise InputError(f"--tasks: the data of lm_eval's {', '.join(names)} cannot be read ({' '.join(str(error).split())[:200]})") from None
+
+
+def questions(task):
+    """What lm_eval asks in each of a task's documents, without examples before it."""
+    asked = [task.doc_to_text(doc) for doc in task.eval_docs]
+    # some tasks have the place of an answer there, and their text in its choices
+    return [text if isinstance(text, str) else " ".join(value for value in doc.values() if isinstance(value, str))
+            for text, doc in zip(asked, task.eval_docs)]
+
+
+def run_task(name, task, model, places, chat, num_fewshot, cache):
+    """[{"prompt", "response", "answer", "correct"}] of the documents `places` of a task, by lm_eval's evaluator and its first filter.
+
+    model: a MaskedDiffusion; chat: whether its chat template is applied; num_fewshot: examples in the prompt, None for the
+    task's own number; cache: a file that keeps the answers.
+    """
+    from lm_eval import simple_evaluate
+    results = simple_evaluate(model, tasks=[task], samples={name: places}, bootstrap_iters=0, log_samples=True,
+                              apply_chat_template=chat, num_fewshot=num_fewshot, use_cache=str(cache))
+    logged = results["samples"][name]
+    logged = sorted((line for line in logged if line["filter"] == logged[0]["filter"]), key=lambda line: line["doc_id"])
+    metric = next((metric for metric in RIGHT_OR_WRONG if metric in logged[0]["metrics"]), None)
+    if metric is None or not all(line[metric] in (0, 1) for line in logged):
+        raise InputError(f"--tasks: lm_eval's {name} measures {', '.join(logged[0]['metrics'])}, which say not right or wrong of one "
+                         "item; run it with harness.py")
+    return [{"prompt": line["arguments"][0][0], "response": said(line), "answer": gold(line), "correct": bool(line[metric]),
+             "metric": metric} for line in logged]
+
+
+def said(line):
+    """The answer of a logged line: the text that was sampled, or the likeliest of the choices."""
+    if isinstance(line["resps"][0][0], str):
+        return line["resps"][0][0]
+    return choice(line, max(range(len(line["resps"])), key=lambda place: line["resps"][place][0][0]))
+
+
+def gold(line):
+    return choice(line, line["target"]) if type(line["target"]) is int and len(line["resps"]) > 1 else str(line["target"])
+
+
+def choice(line, place):
+    """The text of a choice; where choices differ in what stands before a common end, that."""
+    context, text = line["arguments"][place][:2]
+    return text.strip() if context == line["arguments"][place - 1][0] else context
+
+
+def main():
+    needed()
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import register_model
     register_model("masked_diffusion")(MaskedDiffusion)
     cli_evaluate()
     return 0

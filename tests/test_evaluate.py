@@ -230,7 +230,7 @@ def test_gsm8k_test_questions_in_real_preferences_are_left_out(shared, tmp_path,
         call(data_prep.main, "--in", shared / f"prefs_gsm8k_{name}.jsonl", "--out", tmp_path / name, "--model_name_or_path", TINY,
              "--max_length", 8192)
     args = evaluate.EvaluateArguments(tasks="gsm8k", data_dir=str(shared), train_data=[str(tmp_path / name) for name in ("models", "llada")])
-    items = {"gsm8k": evaluate.read_items("gsm8k", args, 0)}
+    items = {"gsm8k": evaluate.read_items("gsm8k", None, args, 0)}
     seen = evaluate.find_seen(items, [str(TINY)], args, False)
     assert "gsm8k: 917 of 1319 items are in the training prompts of" in capsys.readouterr().out
     asked = {json.loads(line)["prompt"] for name in ("models", "llada")

@@ -4,6 +4,7 @@
 """
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,11 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small import ENV, ROOT
+from small import ENV, ROOT, refusal
 
 import checkpoint
 import config
 import diffusion
+import evaluate
 import generate
 import harness
 import score
@@ -194,7 +196,7 @@ def lm_evaluated(tmp_path_factory):
             for problem in problems(30)]
     choices = [{"label": "b", "context": "c", "question": "q", "options": ["1", problem.answer, "0", "2 2"]}
                for problem in problems(4)]
-    local_data(folder, {"train": rows[:2], "test": rows}, {"train": choices, "validation": choices, "test": choices})
+    local_data(folder, {"train": rows[:6], "test": rows}, {"train": choices, "validation": choices, "test": choices})
     made = subprocess.run(
         [sys.executable, ROOT / "harness.py", "run", "--model", "masked_diffusion", "--device", "cpu", "--batch_size", "8",
          "--model_args", f"pretrained={TINY},gen_length=40,block_length=8,use_mixed_precision=no", "--tasks", "gsm8k,logiqa",
@@ -204,13 +206,13 @@ def lm_evaluated(tmp_path_factory):
     [results] = folder.glob("out/*/results_*.json")
     samples = {task: [json.loads(line) for line in next(folder.glob(f"out/*/samples_{task}_*.jsonl")).read_text().splitlines()]
                for task in ("gsm8k", "logiqa")}
-    return json.loads(results.read_text()), samples
+    return json.loads(results.read_text()), samples, folder
 
 
 @needs_lm_eval
 def test_lm_eval_gsm8k(lm_evaluated, tiny):
     """What lm_eval counts with its own task, prompt, filter and metric is what tasks.verify says of the sampler's text."""
-    results, samples = lm_evaluated
+    results, samples, _ = lm_evaluated
     right = 0
     for problem, row in zip(problems(30), sorted(samples["gsm8k"], key=lambda row: row["doc_id"])[::2]):
         sample = config.SampleArguments(model_name_or_path=str(TINY), use_mixed_precision="no", device="cpu",
@@ -226,10 +228,61 @@ def test_lm_eval_gsm8k(lm_evaluated, tiny):
 @needs_lm_eval
 def test_lm_eval_logiqa(lm_evaluated, tiny):
     """Each choice's likelihood is ours; the choice that lm_eval takes is the likeliest."""
-    _, samples = lm_evaluated
+    _, samples, _ = lm_evaluated
     for row in samples["logiqa"]:
         asked = [row["arguments"][f"gen_args_{index}"] for index in range(4)]
         ours = [tiny.loglikelihood([request(each["arg_0"], each["arg_1"])], disable_tqdm=True)[0][0] for each in asked]
         theirs = [float(each[0][0]) for each in row["resps"]]
         assert theirs == pytest.approx(ours, abs=1e-4) and len(set(theirs)) == 4
         assert row["acc"] == float(max(range(4), key=theirs.__getitem__) == 1)
+
+
+@needs_lm_eval
+def test_evaluate_runs_lm_evals_tasks_side_by_side(lm_evaluated, tiny, tiny_dir):
+    """The same verdicts as lm_eval's command line, two models on the same documents beside a task of ours; kept, so that it goes on."""
+    _, samples, folder = lm_evaluated
+    shutil.copytree(tiny_dir, folder / "other")
+
+    def evaluated():
+        made = subprocess.run(
+            [sys.executable, ROOT / "evaluate.py", "--model", TINY, "--compare", "other", "--device", "cpu", "--gen_length", "40",
+             "--block_length", "8", "--use_mixed_precision", "no", "--tasks", "arithmetic,lm_eval:gsm8k,lm_eval:logiqa", "--limit", "20",
+             "--num_fewshot", "0", "--output_dir", "compared"],
+            cwd=folder, env=os.environ | ENV | {"HF_HOME": str(folder / "hf")}, capture_output=True, text=True, timeout=600)
+        return made.returncode, made.stdout + made.stderr
+    code, said = evaluated()
+    assert code == 0 and "generating" in said and "scoring" in said, said[-3000:]
+    table = json.loads((folder / "compared" / "results.json").read_text())["table"]
+    assert [(line["task"], line["n"]) for line in table] == [
+        (task, n) for task, n in (("arithmetic", 20), ("lm_eval:gsm8k", 20), ("lm_eval:logiqa", 4)) for _ in range(2)]
+    for task, metric in (("gsm8k", "exact_match"), ("logiqa", "acc")):
+        theirs = {row["doc_id"]: row[metric] for row in samples[task] if row["filter"] == samples[task][0]["filter"]}
+        rows = [json.loads(line) for line in next((folder / "compared").glob(f"*tiny-lm_eval-{task}.jsonl")).read_text().splitlines()]
+        assert [row["correct"] for row in rows] == [theirs[int(row["id"]) - 1] for row in rows] and rows[0]["metric"] == metric
+        assert all(row["prompt"] and row["answer"] and isinstance(row["response"], str) for row in rows)
+    assert [row["response"] == row["answer"] for row in rows] == [row["correct"] for row in rows]  # logiqa: texts of choices
+    results = (folder / "compared" / "results.json").read_bytes()
+    code, said = evaluated()
+    assert code == 0 and "generating" not in said and "scoring" not in said
+    assert (folder / "compared" / "results.json").read_bytes() == results
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("name, words", [
+    ("lm_eval:no_such", "lm_eval has no task 'no_such'"), ("lm_eval:arc_easy", "the data of lm_eval's arc_easy cannot be read")])
+def test_tasks_that_lm_eval_has_not_are_refused(name, words, capsys, tmp_path):
+    said = refusal(evaluate.main, capsys, "--model", TINY, "--tasks", name, "--output_dir", tmp_path / "out", "--device", "cpu")
+    assert words in said and not (tmp_path / "out").exists()
+
+
+@needs_lm_eval
+def test_answers_are_kept_as_they_come(tiny, monkeypatch):
+    """lm_eval's cache is told of each batch, and each likelihood, when it is there: what a stop loses is one."""
+    kept = []
+    monkeypatch.setattr(tiny.cache_hook, "add_partial", lambda *told: kept.append(told))
+    asked = [(problem.prompt, {"until": ["####"]}) for problem in problems(6)]
+    texts = tiny.generate_until([request(*each) for each in asked], disable_tqdm=True)
+    assert sorted(kept, key=str) == sorted((("generate_until", each, text) for each, text in zip(asked, texts)), key=str)
+    kept.clear()
+    values = tiny.loglikelihood([request("a", " b"), request("a", " c")], disable_tqdm=True)
+    assert kept == [("loglikelihood", ("a", " b"), values[0]), ("loglikelihood", ("a", " c"), values[1])]
