@@ -54,20 +54,24 @@ def plain_number(text):
 
 
 def gsm8k_answer(text):
-    """The number after the last ####, else in the last \\boxed{}, else the last in the text; None if there is none.
+    """The number in the last \\boxed{} after the last ####, else after that, else in a box, else the last; None if there is none.
 
     "#### 5 + 3": None, a sum is no answer. Commas, $, units and a final full stop do not count: "$1,200.0 a day." -> "1200".
     """
     text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\!", "").replace("\\$", "$").replace("**", "")
     text = re.sub(r"(\d):00\b", r"\1", text)  # 2:00 pm is 2
+    if re.search(r"####[ \t]*\$?-?[\d.,]*\d", text):
+        text = re.sub(r"(?:\s*####\s*)+\Z", "", text)  # cut off where it begins to repeat itself
     _, mark, tail = text.rpartition("####")
-    if mark:
+    inside = boxed(tail) if mark else boxed(text)
+    if mark and inside is None:
         line = tail.strip().partition("\n")[0]
         found = NUMBER.search(line)
-        return plain_number(found[0]) if found and not re.match(r"\s*[-+*/^=]\s*\S", line[found.end():]) else None
-    inside = boxed(text)
-    if inside is not None and "frac" in inside:
-        return None
+        return plain_number(found[0]) if found and not re.match(r"\s*[-+*/^=]\s*[$(\\]?\d", line[found.end():]) else None
+    if inside is not None:
+        inside = inside.rpartition("=")[2]
+        if "frac" in inside:
+            return None
     found = NUMBER.findall(text if inside is None else inside)
     return plain_number(found[-1]) if found else None
 
@@ -118,21 +122,31 @@ def ask_logiqa(row):
                          "\"The answer is\" and the letter.\nAnswer:"), "ABCD"[row["answer"]]
 
 
-LETTER = r"\(?(?<![A-Za-z'])([A-D])(?:\)|(?=\s*(?:[.,:;]|\n|\Z))|(?=\s+(?:because|since|as)\b))"
+BARE = r"(?<![A-Za-z'])([A-D])(?![A-Za-z'])"  # a letter that is no word's
+LETTER = rf"\(?{BARE}(?:\)|(?=\s*(?:[.,:;!]|\n|\Z))|(?=\s+(?:because|since|as|is|or|and)\b)|(?=\s+[-–—]\s))"
+SEVERAL = r"\s*(?:,|,?\s*(?:or|and)\b)\s*\(?" + BARE  # "A or B", "A, B": no answer
 
 
 def letter(text):
-    """A to D: after the last "answer is" or "answer:", else in the last \\boxed{}, else at the beginning, else the only one
-    at the last line's end or there in brackets; None if there is none. "A teacher" has an article, no letter."""
-    plain = re.sub(r"\\(?:boxed|text\w*|mathrm|mathbf)\s*\{|[{}$*_`\"]", "", text).strip()
-    said = re.findall(r"(?i:answer\s*(?:is|:)[\s:]*(?:option\s+)?)" + LETTER, plain)
-    said = said or re.findall(r"\A\W*([A-D])\b", (boxed(text) or "").replace("\\text{", ""))
-    said = said or re.findall(r"\A(?i:option\s+)?" + LETTER, plain)
-    if not said:
-        last = plain.rpartition("\n")[2]
-        named = set(re.findall(r"\(([A-D])\)", last)) or set(re.findall(r"(?<![A-Za-z'])([A-D])\.?\Z", last))
-        said = named if len(named) == 1 else ()
-    return list(said)[-1] if said else None
+    """A to D: after the last "answer is" or "answer:", else in the last \\boxed{}, else where an option is said to be right, else at the
+    end of the last line, else at the beginning if no other line begins with an option; None if there is none. "A teacher" has an
+    article, no letter, and "A or B" is no answer."""
+    plain = re.sub(r"\\(?:boxed|text\w*|mathrm|mathbf)\s*\{|\\[()\[\]]|</?answer>|[{}$*_`\"“”‘’\[\]]|'(?=[A-D]'|\W)", "", text).strip()
+    said = [found for found in re.finditer(r"(?i:answer\s*(?:is|:)[\s:]*(?:either\s+)?(?:option\s+|choice\s+)?)" + LETTER, plain)]
+    if not said and (inside := boxed(text)):
+        said = [found for found in re.finditer(r"\A\W*([A-D])\b", inside.replace("\\text{", ""))]
+        plain = inside if said else plain
+    said = said or [found for found in re.finditer(
+        rf"(?:(?i:\b(?:option|choice)\s+(?:is\s+)?)\(?{BARE}\)?|\(?{BARE}\)?)\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b", plain)]
+    if said:
+        last = said[-1]
+        return None if re.match(SEVERAL, plain[last.end():]) else next(filter(None, last.groups()))
+    lines = [line.strip() for line in plain.split("\n") if line.strip()]
+    named = set(re.findall(r"\(([A-D])\)", lines[-1])) or set(re.findall(BARE + r"[.!)]?\Z", lines[-1])) if lines else ()
+    opening = [match[1] for line in lines if (match := re.match(r"(?i:option\s+|choice\s+)?" + LETTER, line))]
+    if len(lines) > 1 and len(named) == 1 or len(lines) == 1 and len(named) == 1 and not opening:
+        return next(iter(named))
+    return opening[0] if len(opening) == 1 and re.match(r"(?i:option\s+|choice\s+)?" + LETTER, lines[0]) else None
 
 
 # --- HotpotQA (Yang et al., arXiv 1809.09600): a few words, exact match and F1 as its hotpot_evaluate_v1.py defines them ---
@@ -147,8 +161,9 @@ def ask_hotpotqa(row):
 
 
 def short_answer(text):
-    """What follows the last "answer is" or "answer:" on its line, else the first line that is not blank; None if all are."""
-    said = re.findall(r"(?i)answer\s*(?:is|:)[ \t:]*(\S.*)", text) or re.findall(r"\S.*", text)[:1]
+    """What follows the last "answer is" or "answer:", else the first line that is not blank; None if all are."""
+    text = re.sub(r"[*`]|</?answer>|\\boxed\{([^{}]*)\}", lambda match: match[1] or "", text)
+    said = re.findall(r"(?i)answer\s*(?:is\b|:)[\s:]*(\S.*)", text) or re.findall(r"\S.*", text)[:1]
     return said[-1].strip() if said else None
 
 
@@ -172,6 +187,8 @@ def f1(extracted, gold):
 
 
 # --- reading and grading ---
+
+NEXT = re.compile(r"\n\s*\n\s*(?:Question|Problem|Q): ?\S")  # a model that runs on, into a question of its own
 
 BENCHMARKS = {
     "gsm8k": Benchmark(("gsm8k/test.jsonl", "test.jsonl"), ("openai/gsm8k", "main", "test"),
@@ -229,7 +246,9 @@ def hub_rows(name):
 
 def grade(name, answer, response):
     """{"extracted", "correct"} of a response to an Item of `name` with the gold `answer`; HotpotQA's has "f1", too."""
-    extracted = BENCHMARKS[name].extract(response)
+    extract = BENCHMARKS[name].extract
+    extracted = extract(NEXT.split(response)[0])
+    extracted = extract(response) if extracted is None else extracted  # the question itself, said again
     graded = {"extracted": extracted, "correct": extracted is not None and bool(BENCHMARKS[name].correct(extracted, answer))}
     if name == "hotpotqa":
         graded["f1"] = f1(extracted or "", answer)

@@ -13,6 +13,7 @@ A line of MODEL-TASK.jsonl has all that a judge needs, and `make_prefs.py --stra
 import functools
 import math
 import os
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import List, Optional
@@ -90,11 +91,21 @@ def runs_of(model):
     while model and (run := Path(model).resolve().parent) not in done and (run / "run.json").is_file():
         done.add(run)
         record = read_json(run / "run.json", "training again")
+        if not all(isinstance(record.get(name), dict) for name in ("arguments", "inputs")):
+            raise InputError(f"{run}/run.json: not what train_dpo.py writes; train again, or move that file away")
         yield run, record
-        start = record["arguments"]["model_name_or_path"]
-        model = next((path for path in places(run, record, "model_name_or_path") if path.is_dir()), None)
-        if model is None and (start.count("/") != 1 or start[0] in "./~"):  # no name of the hub
+        model = next((path for path in places(run, record, "model_name_or_path")
+                      if holds(path, record["inputs"]["model"])), None)
+        if model is None and record["start_is_folder"]:  # not one of the hub
             yield run, None
+
+
+def holds(folder, fingerprint):
+    """Whether `folder` is there and holds the model of that fingerprint."""
+    try:
+        return folder.is_dir() and checkpoint.model_fingerprint(str(folder)) == fingerprint
+    except InputError:
+        return False
 
 
 def places(run, record, name):
@@ -107,9 +118,12 @@ def packed_folders(models, args):
     """The packed folders that `models` were trained on, by their run.json and --train_data; refuses if one is not to be found."""
     folders = {str(folder): Packed(folder) for folder in args.train_data or []}
     for model in models:
+        card = Path(model) / "README.md"
+        if not folders and not any(runs_of(model)) and card.is_file() and "train_dpo.py" in card.read_text(errors="replace"):
+            no_telling(f"{model}: trained by a run whose run.json is not beside it", "give its packed folder with --train_data", args)
         for run, record in runs_of(model):
             if record is None:
-                no_telling(f"{run}: the model that it started from is gone", "put it back", args)
+                no_telling(f"{run}: the model that it started from is gone or has other weights now", "put it back", args)
                 continue
             wanted = record["inputs"]["data"]
             if any(packed.meta["fingerprint"] == wanted for packed in folders.values()):
@@ -132,11 +146,14 @@ def no_telling(what, remedy, args):
     print(f"warning: {said}", flush=True)
 
 
-def prompt_texts(packed, tokenizers):
+def prompt_texts(packed, tokenizers, trust_remote_code=False):
     """The different prompts of packed/, decoded; `tokenizers`: fingerprint -> tokenizer, those of the models at hand."""
     wanted, name = packed.meta["tokenizer"], packed.meta["model_name_or_path"]
     if wanted not in tokenizers:
-        tokenizers |= tokenizer_of(name)
+        try:
+            tokenizers |= tokenizer_of(name, trust_remote_code)
+        except InputError as error:
+            raise InputError(f"{packed.folder}: its prompts cannot be read without its tokenizer: {error}") from None
     if wanted not in tokenizers:
         raise InputError(f"{packed.folder}: made with another tokenizer than {name} has now, so its prompts cannot be read; "
                          f"make it again: python data_prep.py --in {packed.meta['source']} --out {packed.folder}")
@@ -144,7 +161,7 @@ def prompt_texts(packed, tokenizers):
     return [tokenizers[wanted].decode(ids) for ids in prompts]
 
 
-def tokenizer_of(name, trust_remote_code=False):
+def tokenizer_of(name, trust_remote_code):
     """{fingerprint: tokenizer} of a model."""
     tokenizer = checkpoint.load_tokenizer(name, trust_remote_code)
     return {checkpoint.tokenizer_fingerprint(tokenizer): tokenizer}
@@ -155,7 +172,7 @@ def find_seen(items, models, args, trust_remote_code):
     tokenizers = {}
     for model in models:
         tokenizers |= tokenizer_of(model, trust_remote_code)
-    trained = {name: benchmarks.Prompts(prompt_texts(packed, tokenizers))
+    trained = {name: benchmarks.Prompts(prompt_texts(packed, tokenizers, trust_remote_code))
                for name, packed in packed_folders(models, args).items()}
     seen = {}
     for task, each in items.items():
@@ -251,6 +268,14 @@ def print_table(table):
         print(words)
 
 
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise InputError(f"--output_dir {path.parent}: cannot be written to ({error.strerror})") from None
+
+
 def main(argv=None):
     # 1. what is asked of whom
     given, likelihood, args = config.parse(argv, __doc__.splitlines()[0], config.SampleArguments, config.LikelihoodArguments,
@@ -260,8 +285,6 @@ def main(argv=None):
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit is {args.limit}; expected at least 1")
     folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder}: is a file; expected a folder, or nothing yet")
     models = [sample.model_name_or_path, *(args.compare or [])]
     fingerprints = {model: checkpoint.model_fingerprint(model) for model in models}  # every model is there, or none is run
     names = labels(models)
@@ -275,8 +298,18 @@ def main(argv=None):
     if not args.allow_leak:
         items = {name: [item for item in each if item.id not in seen[name]] for name, each in items.items()}
 
+    for model in models:  # what one of them cannot be asked is said before the first has answered
+        tokenizer = checkpoint.load_tokenizer(model, sample.trust_remote_code)
+        for name, each in items.items():
+            if each and not wanted[name]:
+                generate.prompt_ids(tokenizer, {"prompt": each[0].prompt}, model, sample.template)
+
     # 3. one model in memory at a time
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "samples")
+    files = [folder / f"{names[model]}-{plain(name)}.jsonl" for model in models for name in items]
+    if (folder / "results.json").is_file():  # an earlier command's responses, which samples/ keeps, would be taken for this one's
+        for path in read_json(folder / "results.json", "this command").get("files", []):
+            (folder / Path(path).name).unlink(missing_ok=True)
     table, first = [], {}
     for model in models:
         one = replace(sample, model_name_or_path=model)
@@ -299,7 +332,7 @@ def main(argv=None):
     table.sort(key=lambda line: list(wanted).index(line["task"]))  # stable: the models stay in their order
     write_json(folder / "results.json", {
         "models": {names[model]: {"path": model, "fingerprint": fingerprints[model]} for model in models},
-        "table": table, "seen": seen, "arguments": asdict(sample) | asdict(likelihood) | asdict(args)})
+        "table": table, "files": [path.name for path in files], "seen": seen, "arguments": asdict(sample) | asdict(likelihood) | asdict(args)})
     print_table(table)
     print(f"{folder}: every response, and results.json")
     return 0

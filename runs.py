@@ -72,7 +72,7 @@ class Run:
         """Write run.json; everything needed to say what made these weights."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "run.json", {
-            "arguments": arguments, "inputs": inputs, "versions": {"python": platform.python_version(), **versions},
+            "arguments": arguments, "inputs": inputs, "start_is_folder": os.path.isdir(arguments["model_name_or_path"]), "versions": {"python": platform.python_version(), **versions},
             "git_commit": git_commit(), "command": ["python", *sys.argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
     def cut_log(self, step):

@@ -112,6 +112,14 @@ def test_without_math_verify_equal_texts_need_none_and_others_say_what_to_instal
 # --- LogiQA -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, name", [
+    ("A: not implied.\nB: contradicts it.\nC: follows.\nD: irrelevant.\n\nSo the right option is C.", "C"),
+    ("A. Not supported.\nB. Neither.\nC. Supported.\nD. No.\n\nTherefore, C is the correct answer.", "C"),
+    ("Option A: wrong.\nOption B: right.\nTherefore, the best choice is B.", "B"),
+    ("(A) is wrong.\n(B) wrong.\n(C) right.\nTherefore (C) is it", "C"), ("A. Some\nB. Others\nneither of them", None),
+    ("The answer is A or B", None), ("The answer is either A or B.", None), ("The answer is A, B, and C.", None),
+    ("The answer is C - only it follows", "C"), ("The answer is 'C'.", "C"), ("The answer is \u201cC\u201d.", "C"),
+    (r"The answer is \(C\).", "C"), ("Therefore, option C is correct.", "C"), ("[C]", "C"), ("C!", "C"), ("<answer>C</answer>", "C"),
+    ("None of A, B, C fit.", None),
     ("The answer is C", "C"), ("The answer is (C).", "C"), ("answer: B", "B"), ("the answer is **D**", "D"), ("Answer is \"B\"", "B"),
     (r"the answer is $\boxed{B}$", "B"), ("The answer is\nD", "D"), ("So the answer is option B.", "B"), ("The answer is A because", "A"),
     ("The answer is D. No: the answer is B.", "B"), (r"\boxed{C}", "C"), (r"\boxed{\text{C}}", "C"), (r"A or B? \boxed{(A)}", "A"),
@@ -143,6 +151,10 @@ def test_exact_match_and_f1_by_hand(said, gold, exact, overlap):
 
 
 def test_short_answers():
+    for said in ("Answer:\nParis", "**Answer:**\n\nParis", "The answer is:\n\nParis", "**Answer**: Paris", "\\boxed{Paris}",
+                 "<answer>Paris</answer>"):
+        assert short_answer(said) == "Paris"
+    assert short_answer("The answer isn't known") == "The answer isn't known"
     assert short_answer("\n  Paris \nIt lies on the Seine") == "Paris"
     assert short_answer("I think.\nThe answer is: Paris.\nYes") == "Paris."
     assert short_answer("Answer: Rome\nNo. Answer: Paris") == "Paris"
@@ -155,6 +167,22 @@ def test_gold_answers_of_hotpotqa_are_right(shared):
     for item in items:
         assert grade("hotpotqa", item.answer, f" {item.answer}\n") == {"extracted": item.answer.strip(), "correct": True, "f1": 1.0}
     assert f1("Animorphs series", "Animorphs") == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("name, gold, text", [
+    ("gsm8k", "18", "so 18\n#### 18\n\nQuestion: Tom has 2.\nAnswer: 2+3=5\n#### 5"), ("hotpotqa", "Paris", "Paris\n\nQuestion: Which?\nAnswer: Rome"),
+    ("math500", "5", "\\boxed{5}\n\nProblem: What is 1+1?\nSolution: \\boxed{2}"), ("logiqa", "A", "The answer is A.\n\nQuestion: Why?\nAnswer: B"),
+    ("logiqa", "B", "Let us see.\n\nQuestion: Which one follows?\nAnswer: B")])
+def test_a_question_that_the_model_asks_itself_is_not_graded(name, gold, text):
+    assert grade(name, gold, text)["correct"]
+
+
+@pytest.mark.parametrize("text, number", [
+    ("#### Step 1: the cost\n5\n#### Step 2: the profit\n\nThe profit is \\boxed{70000}.", "70000"), ("#### Final Answer\n\\boxed{18}", "18"),
+    ("#### 18\n####", "18"), ("#### 18\n#### 18\n####", "18"), ("#### 18####", "18"), ("#### $12/hour", "12"),
+    ("#### 18 - the total earned", "18"), ("\\boxed{\\frac{240}{3} = 80}", "80"), ("#### 5 + 3", None), ("\\boxed{\\frac{1}{2}}", None)])
+def test_numbers_as_models_mark_them(text, number):
+    assert gsm8k_answer(text) == number
 
 
 # --- reading ----------------------------------------------------------------------------------------------

@@ -197,6 +197,43 @@ def test_a_start_that_is_gone_is_no_clean_bill(run_dir, tmp_path, capsys):
     assert call(evaluate.main, *argv, "--allow_leak") == 0 and "warning: " in capsys.readouterr().out
 
 
+def test_a_start_trained_anew_or_moved_is_no_clean_bill(run_dir, tmp_path, capsys, monkeypatch):
+    """sft/final is a folder, though it could be a name of the hub; one of that name that holds other weights is not the start."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run_dir / "packed", "packed")
+    train(TINY, tmp_path / "packed", tmp_path / "sft")
+    call(data_prep.main, "--in", ROOT / "examples" / "prefs.jsonl", "--out", "other", "--model_name_or_path", TINY)
+    train(tmp_path / "sft" / "final", tmp_path / "other", tmp_path / "dpo")
+    record = json.loads((tmp_path / "dpo" / "run.json").read_text())
+    record["arguments"] |= {"model_name_or_path": "sft/final", "output_dir": "dpo"}  # as if started from this folder
+    (tmp_path / "dpo" / "run.json").write_text(json.dumps(record))
+    argv = ["--model", "dpo/final", "--limit", 8, *SAMPLE, "--output_dir", "out"]
+    results, _ = evaluated(tmp_path / "out", *argv[:4])
+    assert list(results["seen"]["arithmetic"]) == ["2", "5", "6"]
+    (tmp_path / "sft").rename(tmp_path / "gone")
+    assert "the model that it started from is gone" in refusal(evaluate.main, capsys, *argv)
+    shutil.copytree(TINY, tmp_path / "sft" / "final")
+    config = json.loads((tmp_path / "sft" / "final" / "config.json").read_text())
+    (tmp_path / "sft" / "final" / "config.json").write_text(json.dumps(config | {"rope_theta": 5000.0}))
+    assert "is gone or has other weights now" in refusal(evaluate.main, capsys, *argv)
+
+
+def test_a_trained_model_without_its_run_is_no_clean_bill(run_dir, tmp_path, capsys):
+    shutil.copytree(run_dir / "run" / "final", tmp_path / "copied")
+    argv = ["--model", tmp_path / "copied", "--limit", 8, *SAMPLE, "--output_dir", tmp_path / "out"]
+    assert "whose run.json is not beside it" in refusal(evaluate.main, capsys, *argv)
+    assert call(evaluate.main, *argv, "--train_data", run_dir / "packed") == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["table"][0]["n"] == 5
+
+
+def test_an_earlier_commands_responses_are_not_taken_for_this_ones(tmp_path):
+    """Nor is a file of the user's touched."""
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    evaluated(tmp_path, "--model", TINY, "--tasks", "arithmetic,ordering", "--limit", 2)
+    _, rows = evaluated(tmp_path, "--model", TINY, "--tasks", "ordering", "--limit", 3)
+    assert set(rows) == {"examples-tiny-ordering", "mine"} and len(rows["examples-tiny-ordering"]) == 3
+
+
 def test_packed_data_that_is_gone_or_changed_is_no_clean_bill(run_dir, tmp_path, capsys):
     moved = tmp_path / "moved"
     shutil.copytree(run_dir / "run", moved / "run")
@@ -257,7 +294,8 @@ def test_benchmarks_from_their_files(shared, tmp_path):
 @pytest.mark.parametrize("argv, words", [
     (["--tasks", "sums"], "no task 'sums'"), (["--limit", 0], "--limit is 0"), (["--compare", TINY], "is there twice"),
     (["--compare", "nowhere/at-all"], "nowhere/at-all"), (["--tasks", "gsm8k", "--data_dir", "no/folder"], "holds no file of gsm8k"),
-    (["--block_length", 7], "--block_length"), (["--train_data", "no/packed"], "no/packed")])
+    (["--block_length", 7], "--block_length"), (["--output_dir", ROOT / "README.md" / "sub"], "cannot be written to"),
+    (["--template", "chat"], "--template chat"), (["--train_data", "no/packed"], "no/packed")])
 def test_refusals(argv, words, tmp_path, capsys):
     said = refusal(evaluate.main, capsys, "--model", TINY, *SAMPLE, "--output_dir", tmp_path / "out", *argv)
     assert words in said and not (tmp_path / "out").exists()
