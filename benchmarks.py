@@ -8,6 +8,7 @@ how the answer is to be marked; what a model writes instead is read by the rules
 `Prompts` knows the prompts of a training set, and whether a benchmark's question is among them.
 """
 import json
+import logging
 import re
 import string
 import unicodedata
@@ -111,12 +112,15 @@ def import_math_verify():
     except ImportError:
         raise InputError("math500: its answers are compared by math-verify, which is not installed; run: "
                          "pip install -r requirements-eval.txt") from None
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs what it cannot compare, at length
     return math_verify
 
 
 # --- LogiQA 2.0 (Liu et al., 2023): one letter of four ---
 
 def ask_logiqa(row):
+    if not isinstance(row["options"], list) or row["answer"] not in range(4):
+        raise ValueError("expected four options and an answer of 0 to 3")
     options = "\n".join(f"{name}. {option}" for name, option in zip("ABCD", row["options"], strict=True))
     return row["text"], (f"{row['text']}\n\nQuestion: {row['question']}\n{options}\nThink step by step. End with "
                          "\"The answer is\" and the letter.\nAnswer:"), "ABCD"[row["answer"]]
@@ -208,7 +212,10 @@ def read(name, data_dir=None):
     items = []
     for number, row in enumerate(rows, 1):
         try:
-            items.append(Item(str(number), *BENCHMARKS[name].ask(row)))
+            texts = BENCHMARKS[name].ask(row)
+            if not all(isinstance(text, str) and text.encode() and text.strip() for text in texts):
+                raise ValueError("expected texts that are not empty")
+            items.append(Item(str(number), *texts))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             said = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{place}: row {number} is not one of {name} ({said})") from None
@@ -230,7 +237,7 @@ def local_rows(name, folder):
         text = found[0].read_text(encoding="utf-8-sig")
         lines = [line for line in text.split("\n") if line.strip()]
         return found[0], json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{found[0]}: expected JSON, one object a line or one list ({error})") from None
 
 

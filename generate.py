@@ -38,7 +38,7 @@ import tasks
 from checkpoint import (DTYPES, encode, end_token_id, load_model, load_tokenizer, mask_token_id, prompt_text,
                         response_tokenizer)
 from config import SampleArguments, arg
-from packed import InputError, replacing
+from packed import InputError, check_out, replacing
 
 
 class Response(NamedTuple):
@@ -307,8 +307,10 @@ def parse_args(argv=None):
         raise InputError(f"--num is {args.num}; expected at least 1")
     if args.source is not None and not args.out:
         raise InputError("--in needs a file for the responses: add --out out.jsonl")
-    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
-        raise InputError(f"--out is {args.out}; expected a file in an existing folder")
+    if args.out:
+        check_out(args.out)
+    if args.prompt is not None and any("\ud800" <= c <= "\udfff" for c in args.prompt):
+        raise InputError("--prompt holds bytes that are not UTF-8 text")
     return sample, args
 
 

@@ -59,6 +59,8 @@ class MaskedDiffusion(LM):
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if given.get("device") == "cuda:0" and not torch.cuda.is_available():
             del given["device"]  # lm_eval's default, whatever there is
+        if not str(given.get("batch_size", "")).isdigit():
+            given.pop("batch_size", None)  # "auto": ours
         values = {**given, **arg_dict}
         values["model_name_or_path"] = values.pop("pretrained", None) or values.get("model_name_or_path")
         if "template" in values:

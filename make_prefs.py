@@ -27,7 +27,7 @@ import mistakes
 import samples
 import tasks
 from checkpoint import model_fingerprint
-from packed import InputError, replacing
+from packed import InputError, check_out, replacing
 
 
 @dataclass
@@ -233,9 +233,7 @@ def check(args, sampling):
         raise InputError("--strategy sample needs problems: --task arithmetic, or --in problems.jsonl with prompt and answer")
     if args.task:
         families(args.task)
-    folder = os.path.dirname(args.out) or "."
-    if os.path.isdir(args.out) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise InputError(f"--out is {args.out}; expected a file in an existing folder that can be written to")
+    check_out(args.out)
     if args.strategy == "sample":
         if not sampling.model_name_or_path:
             raise InputError("--strategy sample needs the model to sample from: add --model DIR")

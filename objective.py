@@ -100,11 +100,14 @@ class Preference:
         index, epoch = item
         return self.reference.scores[epoch % self.noise.noise_sets][index].sum(-1)
 
+    def per(self, item):
+        """What the scores of chosen and rejected are divided by: sums over the response count, but for ipo, whose target
+        1 / (2 beta) is meant for means over its tokens."""
+        return [len(side) for side in self.packed[item[0]][1:]] if self.args.loss_type == "ipo" else [1, 1]
+
     def loss(self, item):
         """The function from the pair's scores [S(w), S(l)(, -NLL)] to its loss."""
-        ref_scores = [float(score) for score in self.ref_scores(item)]
-        # sums over the response, but for ipo, whose target 1 / (2 beta) is meant for means over its tokens
-        tokens = [len(side) for side in self.packed[item[0]][1:]] if self.args.loss_type == "ipo" else [1, 1]
+        ref_scores, tokens = [float(score) for score in self.ref_scores(item)], self.per(item)
 
         def of(scores):
             chosen, rejected = ((score - ref) / n for score, ref, n in zip(scores, ref_scores, tokens))
@@ -113,9 +116,10 @@ class Preference:
         return of
 
     def measure(self, item, loss, scores):
-        """The pair's METRICS, and 1 for the pair; rewards = beta * (policy - reference), logps summed per completion."""
+        """The pair's METRICS, and 1 for the pair; rewards = beta * (policy - reference), of the loss's scores (ipo: per token);
+        logps summed per completion."""
         logps = [float(state.sum()) for state in scores[:2]]
-        rewards = [self.args.beta * (logp - float(ref)) for logp, ref in zip(logps, self.ref_scores(item))]
+        rewards = [self.args.beta * (logp - float(ref)) / n for logp, ref, n in zip(logps, self.ref_scores(item), self.per(item))]
         return np.array([float(loss), *rewards, rewards[0] - rewards[1], float(rewards[0] > rewards[1]), *logps, 1])
 
 

@@ -46,6 +46,16 @@ def replacing(path, mode="w"):
         raise
 
 
+def check_out(path):
+    """Refuse a file --out that could not be written when the work is done."""
+    try:
+        tempfile.TemporaryFile(dir=Path(path).parent).close()
+    except OSError as error:
+        raise InputError(f"--out is {path}; expected a file in an existing folder that can be written to ({error.strerror})") from None
+    if Path(path).is_dir():
+        raise InputError(f"--out is {path}, a folder; expected a file")
+
+
 def write_json(path, value):
     with replacing(path) as file:
         json.dump(value, file, indent=2, ensure_ascii=False)

@@ -127,16 +127,29 @@ def check_reference(job, dtype):
     return max(gaps)
 
 
+def check(args):
+    """Refuse training arguments without a meaning; not-a-number has none."""
+    for name in ("learning_rate", "beta", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name} is {getattr(args, name)}, expected more than 0")
+    for name in ("sft_weight", "sft_pad_to", "max_grad_norm", "weight_decay"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise InputError(f"--{name} is {getattr(args, name)}, expected 0 or more")
+    for name, most in (("eval_fraction", 1), ("label_smoothing", 0.5), ("warmup_ratio", 1), ("adam_beta1", 1), ("adam_beta2", 1)):
+        if not 0 <= getattr(args, name) < most:
+            raise InputError(f"--{name} is {getattr(args, name)}, expected 0 or more and less than {most}")
+    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
+        raise InputError(f"--num_train_epochs is {args.num_train_epochs} and --max_steps {args.max_steps}; expected one of them more than 0")
+    if args.label_smoothing and args.loss_type != "sigmoid":
+        raise InputError(f"--label_smoothing {args.label_smoothing} belongs to --loss_type sigmoid, not {args.loss_type}")
+    if args.sft_weight and args.loss_type == "sft":
+        raise InputError(f"--sft_weight {args.sft_weight} adds SFT to a preference loss; leave it out with --loss_type sft")
+
+
 def prepare(argv):
     """Read the arguments and everything on disk that the run replays; refuse what cannot be right."""
     data_args, model_args, noise_args, args = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS)
-    for name in ("learning_rate", "beta", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) <= 0:
-            raise InputError(f"--{name} is {getattr(args, name)}, expected more than 0")
-    if not 0 <= args.eval_fraction < 1 or not 0 <= args.label_smoothing < 0.5:
-        raise InputError("--eval_fraction must be in [0, 1), --label_smoothing in [0, 0.5)")
-    if args.label_smoothing and args.loss_type != "sigmoid":
-        raise InputError(f"--label_smoothing {args.label_smoothing} belongs to --loss_type sigmoid, not {args.loss_type}")
+    check(args)
     packed = disk.Packed(data_args.data)
     mask_id = score.check(packed, model_args, noise_args)
     wanted = score.depends_on(packed, model_args, noise_args)

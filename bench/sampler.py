@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import config  # noqa: E402
 import generate  # noqa: E402
 import tasks  # noqa: E402
 from config import SampleArguments  # noqa: E402
+from packed import InputError  # noqa: E402
 
 GEN_LENGTH = 40
 SETTINGS = [({"block_length": block} | change) for block in (GEN_LENGTH, 8) for change in (
@@ -30,6 +32,8 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
+    if args.task not in tasks.FAMILIES or args.num < 1 or args.repeats < 1:
+        raise InputError(f"--task is one of {', '.join(tasks.FAMILIES)}; --num and --repeats are at least 1")
     sample = SampleArguments(model_name_or_path=args.model, use_mixed_precision="no", device=args.device,
                              gen_length=GEN_LENGTH)
     model, tokenizer = generate.load(sample)
@@ -62,4 +66,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

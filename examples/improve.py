@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tasks
 from packed import Packed, write_json
 
 ROWS, PAD_TO = 16, 40  # improve.sh's SFT: rows a step, tokens that a response is padded to
@@ -27,34 +28,52 @@ def equal_tokens(folder):
 
 
 def table(work, rounds, seeds):
-    """Accuracies of base, SFT and DPO by seed, DPO's paired tests, tokens spent; written to results.json.
+    """Accuracies of base, SFT, SFT stopped early and DPO by seed, DPO's paired tests, tokens spent; written to results.json.
 
     After several rounds DPO is the last round's model, of all rounds' tokens; SFT is the first round's, as ever.
     """
-    rows = []
+    rows, by_steps = [], {}
     for seed in seeds:
-        folder = work / f"seed-{seed}"
-        results = json.loads((folder / f"evaluate-{rounds}" / "results.json").read_text())
-        lines = {results["models"][line["model"]]["path"]: line for line in results["table"]}
-        dpo = [lines[str(folder / f"round-{number}" / "dpo" / "final")] for number in range(1, rounds + 1)]
-        sft, base = lines[str(folder / "round-1" / "sft" / "final")], lines["examples/tiny"]
-        rows.append({"seed": int(seed), "n": base["n"], "base": base["accuracy"], "sft": sft["accuracy"],
-                     "dpo": dpo[-1]["accuracy"], "dpo_by_round": [line["accuracy"] for line in dpo],
-                     "ci95": {"base": base["ci95"], "sft": sft["ci95"], "dpo": dpo[-1]["ci95"]},
-                     "dpo_against_base": base["first_model_against_it"], "dpo_against_sft": sft["first_model_against_it"],
-                     "dpo_tokens": sum(tokens(folder / f"round-{number}", "dpo") for number in range(1, rounds + 1)),
-                     "sft_tokens": tokens(folder / "round-1", "sft")})
+        folder, first = work / f"seed-{seed}", work / f"seed-{seed}" / "round-1"
+        evaluated = folder / f"evaluate-{rounds}"
+        results = json.loads((evaluated / "results.json").read_text())
+        names = {model["path"]: name for name, model in results["models"].items()}
+        lines = {line["model"]: line for line in results["table"]}
+        paths = {"base": "examples/tiny", "sft": first / "sft" / "final", "sft_early": first / "sft-early" / "final",
+                 "dpo": folder / f"round-{rounds}" / "dpo" / "final"}
+        line = {name: lines[names[str(path)]] for name, path in paths.items()}
+        by_round = [folder / f"round-{number}" / "dpo" for number in range(1, rounds + 1)]
+        rows.append({"seed": int(seed), "n": line["base"]["n"], **{name: each["accuracy"] for name, each in line.items()},
+                     "dpo_by_round": [lines[names[str(path / "final")]]["accuracy"] for path in by_round],
+                     "ci95": {name: each["ci95"] for name, each in line.items()},
+                     **{f"dpo_against_{name}": line[name]["first_model_against_it"] for name in ("base", "sft", "sft_early")},
+                     "dpo_tokens": sum(tokens(path.parent, "dpo") for path in by_round),
+                     **{f"{name}_tokens": tokens(first, name.replace("_", "-")) for name in ("sft", "sft_early")}})
+        problems = tasks.generate(results["arguments"]["limit"], "test", int(seed))
+        for name, path in paths.items():
+            for row in (evaluated / f"{names[str(path)]}-arithmetic.jsonl").read_text().splitlines():
+                row = json.loads(row)
+                by_steps.setdefault(len(problems[int(row["id"]) - 1].steps), {}).setdefault(name, []).append(row["correct"])
     path = work / ("results.json" if rounds == 1 else f"results-{rounds}-rounds.json")
-    write_json(path, {"seeds": rows})
-    print("seed    n   base    SFT    DPO   DPO - base (p)   DPO - SFT (p)   tokens DPO / SFT"
+    shares = {steps: {"n": len(each["base"]), **{name: sum(right) / len(right) for name, right in each.items()}}
+              for steps, each in sorted(by_steps.items())}
+    write_json(path, {"seeds": rows, "by_steps": shares})
+    print_table(rows, shares, rounds)
+    print(f"{path}: the same as JSON; every response: {work}/seed-*/evaluate-{rounds}/*.jsonl")
+
+
+def print_table(rows, shares, rounds):
+    print("seed    n   base    SFT  early    DPO   DPO - base (p)    DPO - SFT (p)    DPO - early (p)   tokens DPO / SFT / early"
           + ("   DPO by round" if rounds > 1 else ""))
     for row in rows:
-        base, sft = row["dpo_against_base"], row["dpo_against_sft"]
-        print(f"{row['seed']:4d} {row['n']:4d}  {row['base']:.3f}  {row['sft']:.3f}  {row['dpo']:.3f}   "
-              f"{base['difference']:+.3f} ({base['p']:.2g})   {sft['difference']:+.3f} ({sft['p']:.2g})   "
-              f"{row['dpo_tokens']} / {row['sft_tokens']}"
+        tests = [row[f"dpo_against_{name}"] for name in ("base", "sft", "sft_early")]
+        print(f"{row['seed']:4d} {row['n']:4d}" + "".join(f"  {row[name]:.3f}" for name in ("base", "sft", "sft_early", "dpo"))
+              + "".join(f"   {test['difference']:+.3f} ({test['p']:.2g})".ljust(19) for test in tests)
+              + f"{row['dpo_tokens']} / {row['sft_tokens']} / {row['sft_early_tokens']}"
               + (f"   {', '.join(f'{value:.3f}' for value in row['dpo_by_round'])}" if rounds > 1 else ""))
-    print(f"{path}: the same as JSON; every response: {work}/seed-*/evaluate-{rounds}/*.jsonl")
+    print("by steps of the problem, all seeds:")
+    for steps, each in shares.items():
+        print(f"{steps:4d} {each['n']:4d}" + "".join(f"  {each[name]:.3f}" for name in ("base", "sft", "sft_early", "dpo")))
 
 
 if __name__ == "__main__":

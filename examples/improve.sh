@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does it reason better? base -> sample -> verify -> pairs -> reference scores -> DPO, and SFT on the chosen with as many
-# forward-backward tokens -> accuracy of base, SFT and DPO on held-out problems, three seeds side by side:
+# forward-backward tokens, and stopped early -> accuracy of each on held-out problems, three seeds side by side:
 #
 #   bash examples/improve.sh              # the embedded model and task, no download; ends in runs/improve/results.json
 #   bash examples/improve.sh --rounds 2   # again from the DPO model, which is then the reference; results-2-rounds.json
@@ -33,14 +33,17 @@ one_seed() {
         # 2. tokens, noise, reference scores
         "$python" data_prep.py --reuse --in "$folder/prefs.jsonl" --out "$folder/packed" --model_name_or_path "$from" $shared
         "$python" score.py --data "$folder/packed" $shared
-        # 3. DPO, and SFT on the chosen from the same start with as many forward-backward tokens
+        # 3. DPO; from the same start SFT on the chosen, with as many forward-backward tokens (some 27 epochs), and with the
+        # number of steps that served best on another seed's problems
         "$python" train_dpo.py --data "$folder/packed" --output_dir "$folder/dpo" $shared \
             --learning_rate 1e-4 --num_train_epochs 1 --gradient_accumulation_steps 16 --eval_fraction 0.1
-        steps=$("$python" examples/improve.py equal-tokens "$folder")
-        "$python" train_dpo.py --data "$folder/packed" --output_dir "$folder/sft" $shared --loss_type sft --sft_pad_to 40 \
-            --learning_rate 3e-4 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --eval_fraction 0.1 \
-            --max_steps "$steps"
-        compare=("$folder/sft/final" "$from" "${compare[@]}")
+        for name in sft sft-early; do
+            if [ $name = sft ]; then steps=$("$python" examples/improve.py equal-tokens "$folder"); else steps=50; fi
+            "$python" train_dpo.py --data "$folder/packed" --output_dir "$folder/$name" $shared --loss_type sft --sft_pad_to 40 \
+                --learning_rate 3e-4 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --eval_fraction 0.1 \
+                --max_steps "$steps"
+        done
+        compare=("$folder/sft/final" "$folder/sft-early/final" "$from" "${compare[@]}")
         from=$folder/dpo/final
     done
     # 4. everyone on the same held-out problems, which stop by themselves

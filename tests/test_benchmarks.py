@@ -207,6 +207,10 @@ def test_hotpotqa_with_its_paragraphs_in_both_forms(tmp_path):
     ("gsm8k", "test.jsonl", '{"question": ', "expected JSON"),
     ("math500", "test.jsonl", '{"question": "Q", "answer": "#### 3"}', "row 1 is not one of math500 (no 'problem')"),
     ("logiqa", "test.txt", '{"text": "T", "question": "Q", "options": ["a", "b"], "answer": 0}', "row 1 is not one of logiqa"),
+    ("logiqa", "test.txt", '{"text": "T", "question": "Q", "options": ["a", "b", "c", "d"], "answer": -1}', "an answer of 0 to 3"),
+    ("gsm8k", "test.jsonl", '{"question": 5, "answer": "#### 3"}', "row 1 is not one of gsm8k"),
+    ("hotpotqa", "hotpot_dev_1.json", '[{"question": "Q", "answer": 3}]', "row 1 is not one of hotpotqa"),
+    ("hotpotqa", "hotpot_dev_1.json", '[{"question": "\\ud800", "answer": "A"}]', "row 1 is not one of hotpotqa"),
     ("hotpotqa", "hotpot_dev_1.json", '[{"question": "Q"}]', "row 1 is not one of hotpotqa (no 'answer')"),
     ("hotpotqa", "hotpot_dev_1.json", '["Q"]', "row 1 is not one of hotpotqa")])
 def test_files_that_are_not_there_or_are_others(tmp_path, name, file, text, said):

@@ -528,6 +528,7 @@ def test_malformed_row(tiny_dir, tmp_path, line):
     (["--prompt", "x", "--temperature", "nan"], "--temperature"),
     (["--prompt", "x", "--batch_size", "0"], "--batch_size"),
     (["--task", "arithmetic", "--num", "0"], "--num"), (["--prompt", "x", "--out", "nowhere/out.jsonl"], "nowhere"),
+    (["--prompt", "x", "--out", "."], "a folder; expected a file"), (["--prompt", "x\udcff"], "not UTF-8"),
     ([], "--prompt"), (["--prompt", "x", "--task", "arithmetic"], "--prompt and --task"),
     (["--prompt", "x", "--step", "3"], "--step"), (["--prompt", "x", "--remasking", "some"], "--remasking"),
     (["--prompt", "x", "--threshold", "0.9", "--steps", "8"], "--threshold"),

@@ -66,7 +66,8 @@ def test_readme(clone):
         succeed(command, clone, **(SMALL if command == "bash examples/improve.sh" else {}))
     results = json.loads((clone / "runs/improve/results.json").read_text())
     assert [seed["seed"] for seed in results["seeds"]] == [1, 2] and all(seed["n"] == 24 for seed in results["seeds"])
-    assert all(0 <= seed[name] <= 1 for seed in results["seeds"] for name in ("base", "sft", "dpo"))
+    assert all(0 <= seed[name] <= 1 for seed in results["seeds"] for name in ("base", "sft", "sft_early", "dpo"))
+    assert sum(each["n"] for each in results["by_steps"].values()) == 48
     assert all(0.7 < seed["dpo_tokens"] / seed["sft_tokens"] < 1.4 for seed in results["seeds"])
 
 

@@ -75,6 +75,9 @@ def test_other_losses_of_a_pair(home, loss_type):
         want = max(0.0, 1 - beta * margin) if loss_type == "hinge" else (margin - 1 / (2 * beta)) ** 2
         loss = made.loss(item)(scores)
         assert float(loss) == pytest.approx(want, rel=1e-4)
+        _, *rewards, margins, accuracy, logp, _, _ = made.measure(item, loss, [score.detach()[None] for score in scores])
+        assert rewards == pytest.approx([beta * moved / n[0], beta / n[1]], rel=1e-3) and margins == pytest.approx(beta * margin, rel=1e-3)
+        assert accuracy == (margin > 0) and logp == pytest.approx(float(scores[0]))  # of the margin that the loss takes
         slope = -beta if loss_type == "hinge" else 2 * (margin - 1 / (2 * beta)) / n[0]
         assert float(torch.autograd.grad(loss, scores[0])[0]) == pytest.approx(slope, rel=1e-4)
 

@@ -255,7 +255,12 @@ def test_edited_scores(home, scored, tmp_path):
 @pytest.mark.parametrize("argv, words", [
     (["--beta", 0], "--beta is 0"), (["--learning_rate", -1], "--learning_rate is -1"), (["--eval_fraction", 1], "--eval_fraction"),
     (["--label_smoothing", 0.5], "--label_smoothing"), (["--label_smoothing", 0.1, "--loss_type", "ipo"], "not ipo"),
-    (["--gradient_accumulation_steps", 0], "--gradient_accumulation_steps is 0"),
+    (["--gradient_accumulation_steps", 0], "--gradient_accumulation_steps is 0"), (["--beta", "nan"], "--beta is nan"),
+    (["--learning_rate", "nan"], "--learning_rate is nan"), (["--sft_weight", -1], "--sft_weight is -1"),
+    (["--sft_pad_to", -5], "--sft_pad_to is -5"), (["--max_grad_norm", -1], "--max_grad_norm is -1"),
+    (["--warmup_ratio", 2], "--warmup_ratio is 2"), (["--adam_beta1", 1.5], "--adam_beta1 is 1.5"),
+    (["--max_steps", 0, "--num_train_epochs", 0], "expected one of them more than 0"), (["--num_train_epochs", "nan"], "expected one"),
+    (["--sft_weight", 1, "--loss_type", "sft"], "leave it out with --loss_type sft"),
     (["--eval_fraction", 0.99], "leaves no pair to train on"), (["--resume_from_checkpoint", "latest"], "holds no checkpoint"),
     (["--resume_from_checkpoint", "nowhere"], "not a checkpoint"), (["--deepspeed", "nowhere.json"], "nowhere.json")])
 def test_refusals(scored, tmp_path, capsys, argv, words):
