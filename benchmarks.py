@@ -128,27 +128,29 @@ def ask_logiqa(row):
 
 BARE = r"(?<![A-Za-z'])([A-D])(?![A-Za-z'])"  # a letter that is no word's
 LETTER = rf"\(?{BARE}(?:\)|(?=\s*(?:[.,:;!]|\n|\Z))|(?=\s+(?:because|since|as|is|or|and)\b)|(?=\s+[-–—]\s))"
-SEVERAL = r"\s*(?:,|,?\s*(?:or|and)\b)\s*\(?" + BARE  # "A or B", "A, B": no answer
+SEVERAL = r"\s*(?:,|,?\s*(?:or|and)\b)\s*\(?" + BARE + r"(?!\)?\s+is\b)"  # "A or B", "A, B": no answer
 
 
 def letter(text):
-    """A to D: after the last "answer is" or "answer:", else in the last \\boxed{}, else where an option is said to be right, else at the
-    end of the last line, else at the beginning if no other line begins with an option; None if there is none. "A teacher" has an
-    article, no letter, and "A or B" is no answer."""
+    """A to D: after the last "answer is" or "answer:", else in the last \\boxed{}, else where an option is said to be right, else at
+    the end of the last line, else at the beginning if no other line begins with an option; None if there is none.
+
+    "A teacher" has an article, no letter, and "A or B" is no answer.
+    """
     plain = re.sub(r"\\(?:boxed|text\w*|mathrm|mathbf)\s*\{|\\[()\[\]]|</?answer>|[{}$*_`\"“”‘’\[\]]|'(?=[A-D]'|\W)", "", text).strip()
-    said = [found for found in re.finditer(r"(?i:answer\s*(?:is|:)[\s:]*(?:either\s+)?(?:option\s+|choice\s+)?)" + LETTER, plain)]
+    said = list(re.finditer(r"(?i:answer\s*(?:is|:)[\s:]*(?:either\s+)?(?:option\s+|choice\s+)?)" + LETTER, plain))
     if not said and (inside := boxed(text)):
-        said = [found for found in re.finditer(r"\A\W*([A-D])\b", inside.replace("\\text{", ""))]
+        said = list(re.finditer(r"\A\W*([A-D])\b", inside.replace("\\text{", "")))
         plain = inside if said else plain
-    said = said or [found for found in re.finditer(
-        rf"(?:(?i:\b(?:option|choice)\s+(?:is\s+)?)\(?{BARE}\)?|\(?{BARE}\)?)\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b", plain)]
+    said = said or list(re.finditer(
+        rf"(?:(?i:\b(?:option|choice)\s+(?:is\s+)?)\(?{BARE}\)?|\(?{BARE}\)?)\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b", plain))
     if said:
         last = said[-1]
         return None if re.match(SEVERAL, plain[last.end():]) else next(filter(None, last.groups()))
     lines = [line.strip() for line in plain.split("\n") if line.strip()]
     named = set(re.findall(r"\(([A-D])\)", lines[-1])) or set(re.findall(BARE + r"[.!)]?\Z", lines[-1])) if lines else ()
     opening = [match[1] for line in lines if (match := re.match(r"(?i:option\s+|choice\s+)?" + LETTER, line))]
-    if len(lines) > 1 and len(named) == 1 or len(lines) == 1 and len(named) == 1 and not opening:
+    if len(named) == 1 and (len(lines) > 1 or not opening):
         return next(iter(named))
     return opening[0] if len(opening) == 1 and re.match(r"(?i:option\s+|choice\s+)?" + LETTER, lines[0]) else None
 

@@ -50,7 +50,7 @@ class EvaluateArguments:
 # --- items ------------------------------------------------------------------------------------------------
 
 def task_names(text):
-    """({name: lm_eval's Task or None}): the tasks of --tasks in its order, lm_eval's groups taken apart."""
+    """{name: lm_eval's Task, or None for ours}: the tasks of --tasks in its order, lm_eval's groups taken apart."""
     found = {}
     for name in (name.strip() for name in text.split(",")):
         if name.startswith(HARNESS):
@@ -95,8 +95,8 @@ def runs_of(model):
             raise InputError(f"{run}/run.json: not what train_dpo.py writes; train again, or move that file away")
         yield run, record
         model = next((path for path in places(run, record, "model_name_or_path")
-                      if holds(path, record["inputs"]["model"])), None)
-        if model is None and record["start_is_folder"]:  # not one of the hub
+                      if holds(path, record["inputs"].get("model"))), None)
+        if model is None and record.get("start_is_folder", True):  # not one of the hub
             yield run, None
 
 
@@ -332,7 +332,8 @@ def main(argv=None):
     table.sort(key=lambda line: list(wanted).index(line["task"]))  # stable: the models stay in their order
     write_json(folder / "results.json", {
         "models": {names[model]: {"path": model, "fingerprint": fingerprints[model]} for model in models},
-        "table": table, "files": [path.name for path in files], "seen": seen, "arguments": asdict(sample) | asdict(likelihood) | asdict(args)})
+        "table": table, "files": [path.name for path in files], "seen": seen,
+        "arguments": asdict(sample) | asdict(likelihood) | asdict(args)})
     print_table(table)
     print(f"{folder}: every response, and results.json")
     return 0

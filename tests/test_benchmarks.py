@@ -119,7 +119,7 @@ def test_without_math_verify_equal_texts_need_none_and_others_say_what_to_instal
     ("The answer is A or B", None), ("The answer is either A or B.", None), ("The answer is A, B, and C.", None),
     ("The answer is C - only it follows", "C"), ("The answer is 'C'.", "C"), ("The answer is \u201cC\u201d.", "C"),
     (r"The answer is \(C\).", "C"), ("Therefore, option C is correct.", "C"), ("[C]", "C"), ("C!", "C"), ("<answer>C</answer>", "C"),
-    ("None of A, B, C fit.", None),
+    ("None of A, B, C fit.", None), ("The answer is C, and A is wrong.", "C"), ("The answer is (A) or (B).", None),
     ("The answer is C", "C"), ("The answer is (C).", "C"), ("answer: B", "B"), ("the answer is **D**", "D"), ("Answer is \"B\"", "B"),
     (r"the answer is $\boxed{B}$", "B"), ("The answer is\nD", "D"), ("So the answer is option B.", "B"), ("The answer is A because", "A"),
     ("The answer is D. No: the answer is B.", "B"), (r"\boxed{C}", "C"), (r"\boxed{\text{C}}", "C"), (r"A or B? \boxed{(A)}", "A"),
