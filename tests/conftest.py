@@ -29,6 +29,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name != "test_launch.py")  # the longest first: the other workers share the rest
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

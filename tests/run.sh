@@ -10,4 +10,4 @@ if ! "$python" -c "$installed" && [ "$python" = "$here/.venv/bin/python" ]; then
     "$python" -m pip install --quiet --disable-pip-version-check -r requirements-eval.txt 2> .venv/pip.log ||
         echo "setup: it could not be installed, so the tests of lm_eval and math-verify are skipped; see .venv/pip.log"
 fi
-exec "$python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests "$@"
+exec "$python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests "$@"
