@@ -429,7 +429,7 @@ def test_script_file_to_file(tiny_dir, tmp_path):
     done = run_script("--model_name_or_path", tiny_dir, "--in", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl",
                       *SHORT)
     assert done.returncode == 0 and done.stdout == "", done.stderr
-    assert "3/3 responses" in done.stderr and "tokens/s" in done.stderr
+    assert "3/3" in done.stderr and "tokens/s" in done.stderr
     with jsonlines.open(tmp_path / "out.jsonl") as reader:
         written = list(reader)
     assert [{key: row[key] for key in row if key != "response"} for row in written] == rows

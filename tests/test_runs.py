@@ -13,7 +13,8 @@ import runs
 from packed import InputError
 from runs import Run
 
-ARGUMENTS = {"beta": 0.1, "learning_rate": 1e-6, "seed": 42, "save_steps": 10, "output_dir": "runs/a", "deepspeed": None}
+ARGUMENTS = {"beta": 0.1, "learning_rate": 1e-6, "seed": 42, "save_steps": 10, "output_dir": "runs/a", "deepspeed": None,
+             "model_name_or_path": "org/model"}
 INPUTS = {"data": "d", "model": "m"}
 
 
@@ -49,6 +50,9 @@ def test_begin(run, monkeypatch):
     assert got["arguments"] == ARGUMENTS and got["inputs"] == INPUTS and got["versions"]["torch"] == "2"
     assert {"git_commit", "command", "started"} <= set(got) and "python" in got["versions"]
     run.check_same(ARGUMENTS, INPUTS)
+    assert got["start_is_folder"] is False  # a name of the hub
+    run.begin(ARGUMENTS | {"model_name_or_path": str(run.folder)}, INPUTS, {})
+    assert json.loads((run.folder / "run.json").read_text())["start_is_folder"] is True
 
 
 def test_new_folder_is_free(tmp_path):
