@@ -184,7 +184,7 @@ def load_model(name, dtype, ds_config=None, trust_remote_code=False):
     with no_init_weights(), build:
         model = AutoModelForMaskedLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()  # no_init_weights leaves that out, too
-    if "positions" not in inspect.signature(model.forward).parameters:
+    if "targets" not in inspect.signature(model.forward).parameters:
         raise InputError(f"{folder}: model_type {config.model_type} is not supported; expected llada")
     fill(model, folder)
     return model.train()

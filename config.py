@@ -39,15 +39,16 @@ class ModelArguments:
     trust_remote_code: bool = arg(False, "run code that comes with the model (never needed for LLaDA)")
     use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights, float32 scores; no: float32")
     gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
-    states_per_forward: int = arg(4, "states of one response that share a forward pass")
+    states_per_forward: str = arg("auto", "states of one response that share a forward pass; auto: as many as fit, tried on the longest pair")
     deepspeed: Optional[str] = arg(None, "ds_configs/*.json: where parameters and optimizer live")
     local_rank: int = arg(-1, "set by the launcher")
 
 
 @dataclass
 class NoiseArguments:
-    diffusion_steps: int = arg(4, "T, denoising steps of a trajectory")
-    trajectories: int = arg(5, "R, rotated trajectories per response; 1 + R(T-1) states each cost a forward pass")
+    estimator: Literal["auto", "stepwise", "spread", "elbo", "elbo_stratified"] = arg("auto", "auto: spread, and stepwise in blocks; diffusion.py says what each is")
+    diffusion_steps: str = arg(4, "T, denoising steps of a trajectory; auto: what score.py --calibrate recommends, trajectories too")
+    trajectories: int = arg(5, "R, rotated trajectories per response; 1 + R(T-1) states each cost a forward pass (elbo: R masks at each of T levels)")
     order: Literal["random", "blocks"] = arg("random", "order of revealing: random, or blocks from left to right and random inside (the sampler's --block_length)")
     block_length: int = arg(32, "order blocks: tokens of a block")
     noise_sets: int = arg(1, "K, draws of noise per pair; epoch e uses draw e mod K")
@@ -60,6 +61,7 @@ class TrainArguments:
     loss_type: Literal["sigmoid", "ipo", "hinge", "sft"] = arg("sigmoid", "sigmoid: DPO; ipo; hinge; sft: masked-diffusion NLL of chosen alone")
     beta: float = arg(0.1, "DPO temperature")
     label_smoothing: float = arg(0.0, "probability that a preference is wrong (conservative DPO), 0 to 0.5")
+    backprop_steps: int = arg(0, "k, states of a response that carry the gradient, unbiased; the others give the score alone, at a third of the cost; 0: all")
     sft_weight: float = arg(0.0, "weight of the chosen response's masked-diffusion NLL per token, added to DPO")
     sft_pad_to: int = arg(0, "sft: pad responses with end tokens that count in the loss to this many tokens")
     learning_rate: float = arg(5e-7, "peak learning rate")
@@ -80,6 +82,14 @@ class TrainArguments:
     save_total_limit: int = arg(2, "checkpoints kept")
     seed: int = arg(42, "seed of the order of the data and of the held-out split")
     resume_from_checkpoint: Optional[str] = arg(None, "a checkpoint folder, or latest")
+
+
+@dataclass
+class CalibrateArguments:
+    calibrate: bool = arg(False, "measure the estimators' noise and bias on these pairs and this model, and stop")
+    calibrate_policy: Optional[str] = arg(None, "a trained model to measure the margin with; default: each weight moved a little")
+    calibrate_pairs: int = arg(8, "pairs to measure on")
+    calibrate_draws: int = arg(6, "draws of each estimator for each pair")
 
 
 @dataclass
@@ -119,6 +129,7 @@ class Parser(HfArgumentParser):
         raise InputError(f"{message}; --help lists the arguments")
 
 
+OR_AUTO = {"diffusion_steps", "states_per_forward"}  # a number, or the word
 GROUPS = (DataArguments, ModelArguments, NoiseArguments, TrainArguments)
 
 
@@ -142,7 +153,20 @@ def parse(argv, description, *used):
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         raise InputError(f"unknown argument {unknown[0]}{nearest(unknown[0], known)}")
+    for group in groups:
+        for name in OR_AUTO & vars(group).keys():
+            setattr(group, name, number_or_auto(name, getattr(group, name)))
     return [group for group in groups if isinstance(group, used)]
+
+
+def number_or_auto(name, value):
+    """An argument that is a number or the word auto."""
+    if str(value) == "auto":
+        return "auto"
+    try:
+        return int(value)
+    except ValueError:
+        raise InputError(f"--{name} is {value}, expected a number or auto") from None
 
 
 def nearest(word, known):

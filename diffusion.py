@@ -3,28 +3,83 @@
 Every estimator has one form: masked (S, n) booleans say which response tokens are hidden in each state, weight (S, n)
 how much each token's log-probability counts there; the score is sum(weight * logp).
 
-n response tokens, T denoising steps, R trajectories, S = 1 + R(T-1) states, K noise sets.
-State 0 is all masks and belongs to every trajectory; state 1 + r(T-1) + (s-1) is trajectory r before step s = 1..T-1.
+    stepwise         trajectories; a token counts in the state that reveals it (the guide's S_theta)
+    spread           trajectories; what a state reveals is spread evenly over all that it hides. The tokens that random order
+                     reveals next are any of the hidden ones, so the mean is the same, and the noise is less
+    elbo             iid levels l ~ U{1..n}, l random tokens hidden, each with weight n/l (arXiv 2505.19223; 2502.09992, eq. 6)
+    elbo_stratified  the same with one level in each T-th of 1..n
+
+n response tokens, T denoising steps, R trajectories, K noise sets. S states: 1 + R(T-1) of trajectories; state 0 is all masks
+and belongs to every trajectory, state 1 + r(T-1) + (s-1) is trajectory r before step s = 1..T-1. RT of elbo: T levels, R masks each.
 """
 import hashlib
 
 import numpy as np
 
+ESTIMATORS = ("stepwise", "spread", "elbo", "elbo_stratified")
 EPSILON = 1e-3  # SFT masks with probability (1 - EPSILON) t + EPSILON (LLaDA's GUIDELINES.md)
 
 
 def generator(noise_seed, tokens, side, noise_set=0):
     """The one source of randomness: Philox keyed by content, the same on any machine, in any order.
 
-    tokens: the ids that identify the example (prompt, chosen, rejected); side: "chosen", "rejected" or "sft".
+    tokens: the ids that identify the example (prompt, chosen, rejected); side: "chosen", "rejected" or "sft", and what
+    else is drawn for it.
     """
     digest = hashlib.sha256(np.ascontiguousarray(tokens, dtype="<u4").tobytes())
     digest.update(f"|{noise_seed}|{side}|{noise_set}".encode())
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest()[:16], "little")))
 
 
-def state_count(T, R):
-    return 1 + R * (T - 1)
+def state_count(estimator, T, R):
+    return T * R if estimator.startswith("elbo") else 1 + R * (T - 1)
+
+
+def state_masks(n, estimator, T, R, rng, block_length=None):
+    """Draw the states of one response: masked (S, n) bool."""
+    if estimator.startswith("elbo"):
+        return elbo_masks(n, T, R, rng, estimator == "elbo_stratified")
+    return trajectory_masks(trajectories(n, T, R, rng, block_length), T)
+
+
+def state_weights(masked, estimator, T, R):
+    """weight (S, n) float32 of each token's log-probability, from the masks alone, as they are stored."""
+    hidden = masked.sum(1, keepdims=True)  # (S, 1)
+    if estimator.startswith("elbo"):
+        return (masked * (masked.shape[1] / hidden / len(masked))).astype(np.float32)
+    weight = trajectory_weights(masked, T, R)
+    if estimator == "spread":
+        weight = (masked * (weight.sum(1, keepdims=True) / np.maximum(hidden, 1))).astype(np.float32)
+    return weight
+
+
+def elbo_masks(n, T, R, rng, stratified):
+    """T levels l in 1..n, R masks of l random tokens each: masked (RT, n) bool."""
+    level = ((np.arange(T) + rng.random(T)) / T * n).astype(np.int64) + 1 if stratified else rng.integers(1, n + 1, T)
+    rank = rng.random((T * R, n)).argsort(1).argsort(1)
+    return rank < level.repeat(R)[:, None]
+
+
+def gradient_states(masked, weight, k, rng):
+    """Which k of the S states carry the gradient, and by how much more each then counts: factor (S,) float32.
+
+    Systematic sampling along the trajectory (states by falling number of masks, random among equals), with chances in
+    proportion to the states' weight, as far as 1: sum_s factor_s grad_s has the mean of sum_s grad_s. At most k factors are
+    not 0; fewer where fewer states have weight.
+    """
+    mass = weight.sum(1, dtype=np.float64)  # (S,)
+    if (mass > 0).sum() <= k:
+        return (mass > 0).astype(np.float32)
+    chance = k * mass / mass.sum()
+    while (sure := chance > 1).any():  # these are taken in any case, the rest share what is left of k
+        sure |= chance == 1
+        chance = np.where(sure, 1, (k - sure.sum()) * mass / mass[~sure].sum())
+    order = np.lexsort((rng.permutation(len(mass)), -masked.sum(1)))
+    ends = np.floor(chance[order].cumsum() + rng.random() - 1e-9)  # a state is taken where its stretch holds a whole number
+    taken = order[np.diff(ends, prepend=0) > 0]
+    factor = np.zeros(len(mass), np.float32)
+    factor[taken] = 1 / chance[taken]
+    return factor
 
 
 def trajectories(n, T, R, rng, block_length=None):
@@ -63,8 +118,8 @@ def trajectory_weights(masked, T, R):
     state everything still hidden is revealed. Each column sums to 1. Raises ValueError if the masks are not nested.
     """
     S, n = masked.shape
-    if S != state_count(T, R):
-        raise ValueError(f"{S} states do not make {R} trajectories of {T} steps ({state_count(T, R)} states)")
+    if S != 1 + R * (T - 1):
+        raise ValueError(f"{S} states do not make {R} trajectories of {T} steps ({1 + R * (T - 1)} states)")
     hidden = masked[1:].reshape(R, T - 1, n)
     path = np.concatenate((np.broadcast_to(masked[0], (R, 1, n)), hidden, np.zeros((R, 1, n), bool)), axis=1)  # (R, T+1, n)
     if not masked[0].all() or (path[:, 1:] & ~path[:, :-1]).any():

@@ -27,6 +27,9 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # no
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 
+ROOM = 0.8  # the share of free memory that a trial may plan to fill
+
+
 class Ranks(NamedTuple):
     rank: int
     world: int
@@ -47,6 +50,12 @@ class Ranks(NamedTuple):
         box = [None] * self.world
         dist.all_gather_object(box, value)
         return box
+
+
+def send(array, device):
+    """A numpy array as a tensor on `device`; to a GPU through pinned memory, so that the copy makes no one wait."""
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def clear_stale_locks():
@@ -193,14 +202,48 @@ def recount(engine, steps):
                                          group["weight_decay"], group["bias_correction"], *nothing)
 
 
+def whole(parameter, modifier_rank=None):
+    """Context in which a parameter is whole, if ZeRO-3 has cut it; what `modifier_rank` changes there is dealt out again."""
+    return deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else [], modifier_rank=modifier_rank)
+
+
 def gather_weights(engine, ranks):
     """{name: whole CPU tensor} of the engine's parameters on rank 0, {} elsewhere; one parameter at a time."""
-    whole = {}
+    weights = {}
     for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else []):
+        with whole(parameter):
             if ranks.first:
-                whole[name] = parameter.detach().to("cpu", copy=True)
-    return whole
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    return weights
+
+
+def grow(sizes, load, trial, ranks):
+    """The largest of the ascending `sizes` that fits, on every rank: (size, its peak in GiB on this rank).
+
+    trial(size) does the work; load(size) says in what proportion it takes memory. A size is tried only where what the one
+    before it took, in proportion, would still leave room to spare: out of memory in the middle of a backward pass cannot be
+    undone under ZeRO-3, so it is never met but with the first.
+    """
+    cuda = ranks.device.type == "cuda"
+    for size, after in zip(sizes, [*sizes[1:], None]):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(ranks.device)
+        before, free = memory_now(ranks.device)
+        trial(size)
+        peak = torch.cuda.max_memory_allocated(ranks.device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+        if after is None or not all(ranks.gather((peak - before) * load(after) / load(size) < ROOM * free)):
+            return size, peak / 2**30
+
+
+def memory_now(device):
+    """Bytes that this process holds, and bytes that it may still take."""
+    if device.type == "cuda":
+        held, (free, card) = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - held
+        return held, min(free, torch.cuda.get_per_process_memory_fraction(device) * card - held)
+    held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    [free] = [int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")]
+    return held, free * 2**10 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def memory_peaks(device):

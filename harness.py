@@ -138,8 +138,8 @@ class MaskedDiffusion(LM):
             return 0.0, True
         T, R = self.likelihood.diffusion_steps, self.likelihood.trajectories
         rng = diffusion.generator(self.likelihood.noise_seed, prompt + response, "chosen")
-        masked = diffusion.trajectory_masks(diffusion.trajectories(len(response), T, R, rng), T)  # (S, n)
-        logps = score.diffusion_score(self.model, prompt, response, masked, diffusion.trajectory_weights(masked, T, R),
+        masked = diffusion.state_masks(len(response), "spread", T, R, rng)  # (S, n)
+        logps = score.diffusion_score(self.model, prompt, response, masked, diffusion.state_weights(masked, "spread", T, R),
                                       self.mask_id, self.likelihood.states_per_forward, self._device)
         return float(logps.sum()), self.likelihood.check_greedy and self.says(prompt, response)
 

@@ -16,6 +16,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
+from head import Head
+
 
 class LLaDAConfig(PreTrainedConfig):
     """The fields of LLaDA's config.json that this architecture reads; the others are kept and saved back."""
@@ -141,7 +143,7 @@ class LLaDAModel(nn.Module):
             wte=nn.Embedding(config.rows, config.d_model),
             blocks=nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
             ln_f=RMSNorm(config.d_model, config.rms_norm_eps),
-            ff_out=nn.Linear(config.d_model, config.rows, bias=False),
+            ff_out=Head(config.d_model, config.rows),
         ))
 
 
@@ -181,11 +183,12 @@ class LLaDAModelLM(PreTrainedModel):
     def set_output_embeddings(self, head):
         self.model.transformer.ff_out = head
 
-    def forward(self, input_ids, attention_mask=None, positions=None):
+    def forward(self, input_ids, attention_mask=None, positions=None, targets=None):
         """input_ids (B, L); attention_mask (B, L), 1 = real; positions (N,) flat indices b * L + i.
 
-        Returns MaskedLMOutput with logits (B, L, V), or (N, V) of `positions` alone, so that a score needs no
-        more head than it reads. Positions are counted by index: padding on the left shifts them.
+        Returns MaskedLMOutput with logits (B, L, V), or (N, V) of `positions` alone. With `targets` (N,) too, returns
+        their log-probabilities alone, (N,) float32: a score needs no more head than it reads (head.py).
+        Positions are counted by index: padding on the left shifts them.
         """
         x = self.model.transformer.wte(input_ids)  # (B, L, D)
         cos, sin = rotary(input_ids.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta, x.device)
@@ -199,6 +202,8 @@ class LLaDAModelLM(PreTrainedModel):
         x = self.model.transformer.ln_f(x)
         if positions is not None:
             x = x.flatten(0, 1)[positions]  # (N, D)
+        if targets is not None:
+            return self.model.transformer.ff_out(x, targets)
         return MaskedLMOutput(logits=self.model.transformer.ff_out(x))
 
 

@@ -79,8 +79,11 @@ class Preference:
     def __init__(self, args, noise_args, packed, reference, mask_id):
         self.args, self.noise, self.packed, self.reference, self.mask_id = args, noise_args, packed, reference, mask_id
         self.metrics, self.lengths = METRICS, None
-        states = diffusion.state_count(noise_args.diffusion_steps, noise_args.trajectories)
-        self.counts = [states, states] + ([1] if args.sft_weight else [])  # states of each response
+        states, extra = score.state_count(noise_args), [1] if args.sft_weight else []
+        if not 0 <= args.backprop_steps <= states:
+            raise InputError(f"--backprop_steps is {args.backprop_steps}, expected at most the {states} states of a response (0: all)")
+        self.counts = [states, states] + extra  # states of each response, and those that carry the gradient
+        self.carrying = [args.backprop_steps or states] * 2 + extra
 
     def work(self, batch):
         """Pieces of a micro-batch [(pair, epoch)] that are scored one after the other, each with its share of the loss."""
@@ -91,8 +94,13 @@ class Preference:
         index, epoch = item
         prompt, *sides = self.packed[index]
         masks = self.reference.masks(index, epoch % self.noise.noise_sets)
-        states = [score.trajectory_states(prompt, side, masked, self.noise.diffusion_steps, self.noise.trajectories, self.mask_id)
-                  for side, masked in zip(sides, masks)]
+        states = [score.replay(prompt, side, masked, self.noise, self.mask_id) for side, masked in zip(sides, masks)]
+        if self.carrying != self.counts:  # drawn anew each epoch: no noise set's gradient rests on the same states for ever
+            k, parts = self.args.backprop_steps, []
+            for name, masked, side in zip(("chosen", "rejected"), masks, states):
+                rng = diffusion.generator(self.noise.noise_seed, self.packed.content(index), f"{name} gradient", epoch)
+                parts.append(side.carrying(diffusion.gradient_states(masked, side.weight, k, rng), k))
+            states = parts
         return states + ([sft_rows([item], self.packed, 0, self.noise.noise_seed, self.mask_id)] if self.args.sft_weight else [])
 
     def ref_scores(self, item):
@@ -118,9 +126,9 @@ class Preference:
     def measure(self, item, loss, scores):
         """The pair's METRICS, and 1 for the pair; rewards = beta * (policy - reference), of the loss's scores (ipo: per token);
         logps summed per completion."""
-        logps = [float(state.sum()) for state in scores[:2]]
+        logps = [state.sum().double() for state in scores[:2]]
         rewards = [self.args.beta * (logp - float(ref)) / n for logp, ref, n in zip(logps, self.ref_scores(item), self.per(item))]
-        return np.array([float(loss), *rewards, rewards[0] - rewards[1], float(rewards[0] > rewards[1]), *logps, 1])
+        return numbers(loss, *rewards, rewards[0] - rewards[1], rewards[0] > rewards[1], *logps, torch.ones_like(loss))
 
 
 class SFT:
@@ -132,7 +140,7 @@ class SFT:
         # Rows of a micro-batch have prompts of like length. Their responses must not matter: were rows alike in prompt and
         # response together, the room after a prompt would tell the model how long its response is, which it must not know.
         self.lengths = np.diff(packed.bounds[:, :2].astype(np.int64), axis=1)[:, 0]
-        self.counts = [1]  # one backward pass, however many rows
+        self.counts = self.carrying = [1]  # one backward pass, however many rows
 
     def work(self, batch):
         return [(batch, 1.0)]
@@ -144,7 +152,12 @@ class SFT:
         return lambda scores: -scores[0] / len(item)
 
     def measure(self, item, loss, scores):
-        return np.array([float(loss) * len(item), len(item)])
+        return numbers(loss * len(item), torch.full_like(loss, len(item)))
+
+
+def numbers(*values):
+    """Scalar tensors as one float64 tensor, left on the device: only what is logged is waited for."""
+    return torch.stack([value.detach().double() for value in values])
 
 
 def sft_rows(rows, packed, pad_to, noise_seed, mask_id):
@@ -162,4 +175,4 @@ def sft_rows(rows, packed, pad_to, noise_seed, mask_id):
         masked, weight = diffusion.sft_noise(
             len(response), diffusion.generator(noise_seed, packed.content(index), "sft", epoch))
         parts.append(score.response_states(prompt, response, masked[None], weight[None], mask_id))
-    return score.States(*(np.concatenate(arrays) for arrays in zip(*parts)))
+    return score.States(*(np.concatenate(arrays) for arrays in zip(*(part[:3] for part in parts))))

@@ -68,6 +68,10 @@ class Run:
                 raise InputError(f"{self.folder}: that run has {name} = {old}, this one {new}; "
                                  "give this one another --output_dir, or the same value")
 
+    def arguments(self):
+        """Those that the run began with."""
+        return read_json(self.folder / "run.json", "another --output_dir")["arguments"]
+
     def begin(self, arguments, inputs, versions):
         """Write run.json; everything needed to say what made these weights."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)

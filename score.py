@@ -2,8 +2,11 @@
 
     packed/ + model -> packed/ref-<key>/ (noise and reference scores; replayed by train_dpo.py)
     python score.py --data packed --model_name_or_path M [--diffusion_steps 4] [--trajectories 5] [--deepspeed ds.json]
+    python score.py --data packed --calibrate             (which estimator, how many states: calibrate.py)
 
 S(x, y) = 1/R sum_r sum_s sum_{i: reveal_step_r[i] = s} log p(y_i | state before s, x)      (the guide's S_theta, rotated)
+
+What is revealed is spread over all that is hidden, which has the same mean; diffusion.py has the estimators' weights.
 
 B rows of a forward, L length, n response tokens, V vocabulary, T denoising steps, R trajectories, S states.
 """
@@ -30,11 +33,24 @@ CHUNK = 8  # pairs per chunk of the reference job: what a kill can lose, per ran
 
 
 class States(NamedTuple):
-    """Rows to be scored together: inputs and targets (S, L) int64, weight (S, L) float32, 0 where nothing is scored."""
+    """Rows to be scored together: inputs and targets (S, L) int64, weight (S, L) float32, 0 where nothing is scored.
+
+    graph: the rows that carry the gradient, their weights made up for those left out; None: all of them.
+    """
 
     inputs: np.ndarray
     targets: np.ndarray
     weight: np.ndarray
+    graph: "States | None" = None
+
+    def first(self, rows):
+        """The first `rows` rows, of the graph's too."""
+        return States(self.inputs[:rows], self.targets[:rows], self.weight[:rows], self.graph and self.graph.first(rows))
+
+    def carrying(self, factor, k):
+        """With `factor` (S,) of diffusion.gradient_states on the gradient: always k rows, so that ranks make the same passes."""
+        rows = np.argsort(factor == 0, kind="stable")[:k]
+        return self._replace(graph=States(self.inputs[rows], self.targets[rows], self.weight[rows] * factor[rows, None]))
 
     def segments(self, states_per_forward):
         """Row indices, one array a forward: always ceil(S / states_per_forward) of them, whatever the response.
@@ -58,55 +74,53 @@ def response_states(prompt, response, masked, weight, mask_id):
     return States(inputs, targets, full)
 
 
-def trajectory_states(prompt, response, masked, T, R, mask_id):
-    return response_states(prompt, response, masked, diffusion.trajectory_weights(masked, T, R), mask_id)
-
-
 def weighted_logps(model, states, rows, device):
     """sum(weight * log p(target | input)) of each of `rows`: (B,) float32, in one forward with the head at scored tokens."""
-    inputs, targets, weight = (array[rows] for array in states)  # (B, L)
+    inputs, targets, weight = (array[rows] for array in states[:3])  # (B, L)
     positions = np.flatnonzero(weight)
     if not len(positions):
         positions = np.zeros(1, np.int64)  # weight 0: a forward for the other ranks' sake
-    send = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
-    logits = model(input_ids=send(inputs), positions=send(positions)).logits  # (N, V)
-    logp = -torch.nn.functional.cross_entropy(logits.float(), send(targets.ravel()[positions]), reduction="none")  # float32
+    send = lambda array: engine.send(array, device)  # noqa: E731
+    where = send(positions)
+    logps = model(input_ids=send(inputs), positions=where, targets=send(targets.ravel()[positions]))  # (N,) float32
     grid = torch.zeros(inputs.size, dtype=torch.float32, device=device)  # no atomics: the same sum at every run
-    return grid.index_put((send(positions),), logp * send(weight.ravel()[positions])).view(len(inputs), -1).sum(-1)
+    return grid.index_put((where,), logps * send(weight.ravel()[positions])).view(len(inputs), -1).sum(-1)
 
 
 def state_scores(model, states, states_per_forward, device):
     """Per-state scores (S,) float32, `states_per_forward` rows at a time; a graph is kept if gradients are enabled."""
     parts = torch.zeros(len(states.inputs), dtype=torch.float32, device=device)
     for rows in states.segments(states_per_forward):
-        parts = parts.index_put((torch.from_numpy(rows).to(device),), weighted_logps(model, states, rows, device))
+        parts = parts.index_put((engine.send(rows, device),), weighted_logps(model, states, rows, device))
     return parts
 
 
 def diffusion_score(model, prompt, response, masked, weight, mask_id, states_per_forward=4, device="cpu"):
     """The stepwise denoising score of one response, per state.
 
-    prompt (P,), response (n,) ids; masked (S, n) bool and weight (S, n) as diffusion.trajectory_masks and
-    trajectory_weights make them. Returns (S,) float32; their sum is S(x, y). Differentiable.
+    prompt (P,), response (n,) ids; masked (S, n) bool and weight (S, n) as diffusion.state_masks and
+    state_weights make them. Returns (S,) float32; their sum is S(x, y). Differentiable.
     """
     return state_scores(model, response_states(prompt, response, masked, weight, mask_id), states_per_forward, device)
 
 
-def backward_passes(counts, states_per_forward):
-    """Backward passes that score_and_backward makes for responses of `counts` states."""
-    segments = [math.ceil(count / states_per_forward) for count in counts]
-    return 1 if max(segments) == 1 else sum(segments)
+def backward_passes(counts, carrying, states_per_forward):
+    """Backward passes that score_and_backward makes for responses of `counts` states, of which `carrying` have a graph."""
+    segments = [math.ceil(count / states_per_forward) for count in carrying]
+    return 1 if carrying == counts and max(segments) == 1 else sum(segments)
 
 
 def score_and_backward(model, responses, objective, states_per_forward, device, backward):
-    """Exact gradient of objective([S(response) ...]) at constant memory in the number of states.
+    """The gradient of objective([S(response) ...]) at constant memory in the number of states.
 
     objective: list of scalar scores -> scalar loss. backward(loss): adds d loss / d weights to the gradient. When every
     response fits one forward, one joint backward; else the scores are taken without a graph, the loss's derivative by
     each score is one number, and each segment's score times that number is sent backward by itself (the chain rule).
-    Returns the loss and each response's per-state scores, detached.
+    Exact, but where States.graph leaves states out of the gradient: then unbiased, with the exact number.
+    Returns the loss and each response's per-state scores, detached, on the device: nothing here waits for it.
     """
-    if backward_passes([len(states.inputs) for states in responses], states_per_forward) == 1:
+    counts, carrying = zip(*((len(states.inputs), len((states.graph or states).inputs)) for states in responses))
+    if backward_passes(counts, carrying, states_per_forward) == 1:
         scores = [state_scores(model, states, states_per_forward, device) for states in responses]
         loss = objective([score.sum() for score in scores])
         backward(loss)
@@ -116,18 +130,42 @@ def score_and_backward(model, responses, objective, states_per_forward, device, 
     totals = [score.sum().requires_grad_() for score in scores]
     loss = objective(totals)
     for states, slope in zip(responses, torch.autograd.grad(loss, totals)):
+        states = states.graph or states
         for rows in states.segments(states_per_forward):
             backward(slope * weighted_logps(model, states, rows, device).sum())
     return loss.detach(), scores
 
 
+def sizes(count):
+    """Numbers of states a forward that are worth a trial: 1, 2, 4 ..., the half, all `count`."""
+    return sorted({2**power for power in range(count.bit_length()) if 2**power < count} | {math.ceil(count / 2), count})
+
+
+def longest(packed):
+    """(index, side) of the longest prompt and response; side 0 is chosen, 1 rejected."""
+    lengths = np.diff(packed.bounds, axis=1)  # (pairs, 3)
+    return divmod(int((lengths[:, :1] + lengths[:, 1:]).argmax()), 2)
+
+
+def fit_reference(model, packed, noise_args, mask_id, ranks):
+    """states_per_forward of the reference job, tried on the longest response."""
+    index, side = longest(packed)
+    states = replay(packed[index][0], packed[index][1 + side], draw(packed, index, side, noise_args, 0), noise_args, mask_id)
+    trial = lambda size: state_scores(model, states.first(size), size, ranks.device)  # noqa: E731
+    return engine.grow(sizes(state_count(noise_args)), lambda size: size, trial, ranks)[0]
+
+
 def depends_on(packed, model_args, noise_args):
     """What reference scores depend on: they are replayed only in a run that says the same."""
     return {"data": packed.meta["fingerprint"], "model": checkpoint.model_fingerprint(model_args.model_name_or_path),
-            "tokenizer": packed.meta["tokenizer"], "estimator": "stepwise", "order": noise_args.order,
+            "tokenizer": packed.meta["tokenizer"], "estimator": noise_args.estimator, "order": noise_args.order,
             "block_length": block_length(noise_args), "diffusion_steps": noise_args.diffusion_steps,
             "trajectories": noise_args.trajectories, "noise_seed": noise_args.noise_seed,
             "dtype": model_args.use_mixed_precision}
+
+
+def state_count(noise_args):
+    return diffusion.state_count(noise_args.estimator, noise_args.diffusion_steps, noise_args.trajectories)
 
 
 def block_length(noise_args):
@@ -136,12 +174,18 @@ def block_length(noise_args):
 
 
 def check(packed, model_args, noise_args):
-    """Refuse arguments that make no score, and arrays that another tokenizer made. Returns the model's mask id."""
+    """Fill in what is auto; refuse arguments that make no score, and arrays that another tokenizer made. Returns the mask id."""
     model_args.model_name_or_path = model_args.model_name_or_path or packed.meta["model_name_or_path"]
+    if noise_args.estimator == "auto":
+        noise_args.estimator = "stepwise" if noise_args.order == "blocks" else "spread"
+    if noise_args.order == "blocks" and noise_args.diffusion_steps == "auto":
+        raise InputError("--diffusion_steps auto is measured in random order; give --order blocks a number")
+    if noise_args.order == "blocks" and noise_args.estimator != "stepwise":
+        raise InputError(f"--estimator {noise_args.estimator} counts on random order; --order blocks goes with stepwise")
     for name, value in (("diffusion_steps", noise_args.diffusion_steps), ("trajectories", noise_args.trajectories),
                         ("noise_sets", noise_args.noise_sets), ("block_length", noise_args.block_length),
                         ("states_per_forward", model_args.states_per_forward)):
-        if value < 1:
+        if value != "auto" and value < 1:
             raise InputError(f"--{name} is {value}, expected at least 1")
     tokenizer = checkpoint.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
     if checkpoint.tokenizer_fingerprint(tokenizer) != packed.meta["tokenizer"]:
@@ -156,18 +200,23 @@ def draw(packed, index, side, noise_args, noise_set):
     """masked (S, n) of one response of a pair; side 0 is chosen, 1 rejected."""
     rng = diffusion.generator(noise_args.noise_seed, packed.content(index), ("chosen", "rejected")[side], noise_set)
     n, T = len(packed[index][1 + side]), noise_args.diffusion_steps
-    reveal_step = diffusion.trajectories(n, T, noise_args.trajectories, rng, block_length(noise_args))
-    return diffusion.trajectory_masks(reveal_step, T)
+    return diffusion.state_masks(n, noise_args.estimator, T, noise_args.trajectories, rng, block_length(noise_args))
+
+
+def replay(prompt, response, masked, noise_args, mask_id):
+    """The States of stored masks (S, n)."""
+    weight = diffusion.state_weights(masked, noise_args.estimator, noise_args.diffusion_steps, noise_args.trajectories)
+    return response_states(prompt, response, masked, weight, mask_id)
 
 
 def score_chunk(model, packed, pairs, noise_args, noise_set, mask_id, states_per_forward, device):
     """Noise and scores of `pairs`: bits uint8 (their response tokens, ceil(S/8)), scores float32 (pairs, 2, S)."""
-    T, R, bits, scores = noise_args.diffusion_steps, noise_args.trajectories, [], []
+    bits, scores = [], []
     for index in pairs:
         prompt, *responses = packed[index]
         for side, response in enumerate(responses):
             masked = draw(packed, index, side, noise_args, noise_set)
-            states = trajectory_states(prompt, response, masked, T, R, mask_id)
+            states = replay(prompt, response, masked, noise_args, mask_id)
             scores.append(state_scores(model, states, states_per_forward, device).cpu().numpy())
             bits.append(disk.pack_masks(masked))
         if not np.isfinite(scores[-2:]).all():
@@ -182,7 +231,7 @@ def reference_set(model, packed, folder, noise_args, noise_set, mask_id, states_
     work.mkdir(parents=True, exist_ok=True)
     names = {first: work / f"{first:09d}-{min(first + CHUNK, len(packed)):09d}.npz" for first in range(0, len(packed), CHUNK)}
     todo = ranks.broadcast([first for first, path in names.items() if not readable(path)])
-    S = diffusion.state_count(noise_args.diffusion_steps, noise_args.trajectories)
+    S = state_count(noise_args)
     lengths = np.diff(packed.bounds, axis=1)  # (pairs, 3)
     cost = S * (2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2])  # tokens through the model, per pair
     bar = tqdm(total=sum(int(cost[first:first + CHUNK].sum()) for first in todo), unit="tok", unit_scale=True,
@@ -216,42 +265,64 @@ def readable(path):
         return False
 
 
+def load(model_args, ranks, name=None):
+    """The model of the arguments (or another, `name`) ready to be scored with: streamed under ZeRO-3, else plain."""
+    ds_config = engine.scoring_config(engine.read_ds_config(model_args.deepspeed), model_args)
+    model = checkpoint.load_model(name or model_args.model_name_or_path, checkpoint.DTYPES[model_args.use_mixed_precision], ds_config,
+                                  model_args.trust_remote_code)
+    streamed = ds_config["zero_optimization"]["stage"] == 3  # else the model fits: no engine is needed
+    return engine.build(model, ds_config) if streamed else model.to(ranks.device)
+
+
 def main(argv=None):
-    data_args, model_args, noise_args, train_args = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS)
-    if train_args.loss_type == "sft":
+    *groups, args = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS, config.CalibrateArguments)
+    data_args, model_args, noise_args, train_args = groups
+    if train_args.loss_type == "sft" and not args.calibrate:
         print("loss_type sft needs no reference scores", flush=True)
         return 0
     packed = disk.Packed(data_args.data)
     mask_id = check(packed, model_args, noise_args)
+    ranks = None
+    if args.calibrate or noise_args.diffusion_steps == "auto":
+        import calibrate  # it imports this file
+        if args.calibrate or not calibrate.place(packed, model_args).exists():
+            ranks = engine.start()
+            calibrate.run(packed, model_args, noise_args, args, mask_id, ranks)
+        if args.calibrate:
+            return leave()
+        calibrate.settle(packed, model_args, noise_args)
     wanted = depends_on(packed, model_args, noise_args)
     folder = packed.folder / f"ref-{disk.fingerprint(wanted)}"
     have = disk.read_json(folder / "meta.json", "this command")["noise_sets"] if (folder / "meta.json").exists() else 0
     if have >= noise_args.noise_sets:
         print(f"{folder}: {len(packed)} pairs, {have} noise set(s), up to date", flush=True)
-        return 0
-    ranks = engine.start()
+        return leave()
+    ranks = ranks or engine.start()
     have = ranks.broadcast(have)
-    ds_config, dtype = engine.read_ds_config(model_args.deepspeed), checkpoint.DTYPES[model_args.use_mixed_precision]
-    ds_config = engine.scoring_config(ds_config, model_args)
-    streamed = ds_config["zero_optimization"]["stage"] == 3  # else the model fits: no engine is needed
-    model = checkpoint.load_model(model_args.model_name_or_path, dtype, ds_config, model_args.trust_remote_code)
-    model = engine.build(model, ds_config) if streamed else model.to(ranks.device)
-    began = time.time()
+    model, began = load(model_args, ranks), time.time()
     with torch.no_grad():
+        if model_args.states_per_forward == "auto":
+            model_args.states_per_forward = fit_reference(model, packed, noise_args, mask_id, ranks)
         for noise_set in range(have, noise_args.noise_sets):
             reference_set(model, packed, folder, noise_args, noise_set, mask_id, model_args.states_per_forward, ranks)
             if ranks.first:
                 disk.write_json(folder / "meta.json", {
-                    "depends_on": wanted, "noise_sets": noise_set + 1, "pairs": len(packed),
-                    "states": diffusion.state_count(noise_args.diffusion_steps, noise_args.trajectories),
+                    "depends_on": wanted, "noise_sets": noise_set + 1, "pairs": len(packed), "states": state_count(noise_args),
                     "model_name_or_path": model_args.model_name_or_path, "device": str(ranks.device),
                     "ranks": ranks.world, "torch": torch.__version__, "states_per_forward": model_args.states_per_forward})
     if ranks.first:
-        print(f"{folder}: {len(packed)} pairs, {noise_args.noise_sets} noise set(s), {time.time() - began:.0f} s\n"
+        print(f"{folder}: {len(packed)} pairs, {noise_args.noise_sets} noise set(s), {state_count(noise_args)} states a response, "
+              f"{model_args.states_per_forward} a forward, {time.time() - began:.0f} s\n"
               f"next: python train_dpo.py --data {packed.folder} --model_name_or_path {model_args.model_name_or_path}",
               flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    return leave()
+
+
+def leave():
+    """Part from the other ranks, if we have met."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
     return 0
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import calibrate
 import checkpoint
 import config
 import engine
@@ -57,7 +58,8 @@ def micro_batch(job, step, micro):
 
 
 def optimizer_step(job, step, backwards, rate):
-    """One step of the optimizer. Returns this rank's sums (the metrics, pairs, tokens through the model) and the gradient's norm."""
+    """One step of the optimizer. Returns this rank's sums (the metrics, pairs, tokens through the model), on the device, and
+    the gradient's norm."""
     done, sums, tokens = 0, 0, 0
     for group in job.policy.optimizer.param_groups:
         group["lr"] = rate
@@ -76,13 +78,13 @@ def optimizer_step(job, step, backwards, rate):
             sums = sums + job.objective.measure(item, loss, scores)
             tokens += sum(states.inputs.size for states in responses)
     assert done == backwards, f"{done} backward passes, {backwards} were planned"
-    return np.append(sums, tokens), engine.step(job.policy)
+    return torch.cat((sums, sums.new_tensor([tokens]))), engine.step(job.policy)
 
 
 @torch.no_grad()
 def evaluate(job, pairs):
     """Mean metrics over the held-out `pairs`, noise set 0, dealt over the ranks with the same forwards on each."""
-    sums = np.zeros(len(job.objective.metrics) + 1)
+    sums = torch.zeros(len(job.objective.metrics) + 1, dtype=torch.float64, device=job.ranks.device)
     for turn in range(0, len(pairs), job.ranks.world):
         mine = turn + job.ranks.rank
         item = (int(pairs[min(mine, len(pairs) - 1)]), 0)  # an idle rank scores the last pair and throws it away
@@ -100,9 +102,8 @@ def evaluate(job, pairs):
 
 def total(sums, ranks):
     """Sum over the ranks."""
-    value = torch.from_numpy(sums).to(ranks.device)
-    dist.all_reduce(value)
-    return value.cpu().numpy()
+    dist.all_reduce(sums)
+    return sums.cpu().numpy()
 
 
 def named(job, sums, prefix=""):
@@ -125,6 +126,28 @@ def check_reference(job, dtype):
         raise InputError(f"{folder}: its scores differ from the policy's by {max(gaps):.2g} per token before the first step "
                          f"(at most {GUARD[dtype]:.0e} expected); remove that folder and run: {mend}")
     return max(gaps)
+
+
+def fit(job):
+    """job with as many states a forward as fit: the longest pair is tried, its gradient times 0, and what it took is printed."""
+    objective, (index, side) = job.objective, score.longest(job.objective.packed)
+    S, k = objective.counts[0], objective.carrying[0]
+    joint = lambda size: objective.counts == objective.carrying and size == S  # noqa: E731  both responses in one graph
+
+    def backward(loss):
+        job.policy.set_gradient_accumulation_boundary(False)
+        job.policy.backward(loss, scale_wrt_gas=False)
+
+    def trial(size):
+        responses = objective.responses((index, 0))
+        responses = responses if joint(size) else [responses[side].first(size)]
+        score.score_and_backward(job.policy, responses, lambda scores: 0.0 * sum(scores), size, job.ranks.device, backward)
+    size, peak = engine.grow(score.sizes(S), lambda size: 2 * S if joint(size) else min(size, k), trial, job.ranks)
+    if job.ranks.first:
+        prompt, *sides = objective.packed[index]
+        print(f"states_per_forward auto: {size} of {S}; the longest response with its prompt, {len(prompt) + len(sides[side])} "
+              f"tokens, took {peak:.1f} GiB", flush=True)
+    return job._replace(states_per_forward=size)
 
 
 def check(args):
@@ -152,12 +175,14 @@ def prepare(argv):
     check(args)
     packed = disk.Packed(data_args.data)
     mask_id = score.check(packed, model_args, noise_args)
+    if noise_args.diffusion_steps == "auto":
+        calibrate.settle(packed, model_args, noise_args)
     wanted = score.depends_on(packed, model_args, noise_args)
     if args.loss_type == "sft":
         objective = SFT(args, noise_args, packed, mask_id)
     else:
         mend = (f"python score.py --data {data_args.data} --model_name_or_path {model_args.model_name_or_path} "
-                f"--diffusion_steps {noise_args.diffusion_steps} --trajectories {noise_args.trajectories} "
+                f"--estimator {noise_args.estimator} --diffusion_steps {noise_args.diffusion_steps} --trajectories {noise_args.trajectories} "
                 f"--order {noise_args.order} --block_length {noise_args.block_length} "
                 f"--noise_sets {noise_args.noise_sets} --noise_seed {noise_args.noise_seed} "
                 f"--use_mixed_precision {model_args.use_mixed_precision}"
@@ -253,7 +278,11 @@ def main(argv=None):
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(train_pairs) / per_step)
     pieces = args.gradient_accumulation_steps * len(objective.work([(0, 0)] * rows))
     states_per_forward = rows if args.loss_type == "sft" else model_args.states_per_forward
-    backwards = pieces * score.backward_passes(objective.counts, states_per_forward)
+    if states_per_forward == "auto" and checkpoint_path:  # as it began: the same sums to the last digit
+        states_per_forward = run.arguments()["states_per_forward"]
+    auto = states_per_forward == "auto"
+    passes = lambda size: pieces * score.backward_passes(objective.counts, objective.carrying, size)  # noqa: E731
+    backwards = passes(1 if auto else states_per_forward)
     ds_config = engine.training_config(ds_config, args, model_args, backwards, model_args.deepspeed)
     source = model_args.model_name_or_path
     model = checkpoint.load_model(source, checkpoint.DTYPES[model_args.use_mixed_precision], ds_config, model_args.trust_remote_code)
@@ -261,6 +290,12 @@ def main(argv=None):
         model.activation_checkpointing_enable({"use_reentrant": False})
     stream = Stream(train_pairs, args.seed, rows, objective.lengths)
     job = Job(args, engine.build(model, ds_config), objective, stream, ranks, states_per_forward)
+
+    if auto:
+        job = fit(job)
+        backwards = passes(job.states_per_forward)
+    if args.loss_type != "sft":
+        arguments["states_per_forward"] = job.states_per_forward
 
     # 3. start or go on
     start, num_tokens = load_checkpoint(job, checkpoint_path) if checkpoint_path else (0, 0)
@@ -292,7 +327,7 @@ def main(argv=None):
 
 def card(arguments, evaluation):
     """The model card: what made these weights, and what the held-out pairs said."""
-    names = ("loss_type", "beta", "diffusion_steps", "trajectories", "learning_rate", "num_train_epochs", "seed", "noise_seed")
+    names = ("loss_type", "beta", "estimator", "diffusion_steps", "trajectories", "backprop_steps", "learning_rate", "num_train_epochs", "seed", "noise_seed")
     table = "\n".join(f"| {name} | {value} |" for name, value in
                       [(name, arguments[name]) for name in names] + [(name, value) for name, value in evaluation.items()])
     return (f"---\nlibrary_name: transformers\ntags: [diffusion-language-model, dpo]\n---\n"

@@ -37,8 +37,8 @@ def worker(steps, args):
 
     def pair(T):
         for _ in range(2):
-            masked = diffusion.trajectory_masks(diffusion.trajectories(n, T, 1, rng), T)
-            yield score.trajectory_states(prompt, rng.integers(10, 8000, n), masked, T, 1, 3)
+            masked = diffusion.state_masks(n, "stepwise", T, 1, rng)
+            yield score.response_states(prompt, rng.integers(10, 8000, n), masked, diffusion.state_weights(masked, "stepwise", T, 1), 3)
     gradient = lambda T, per: score.score_and_backward(  # noqa: E731
         model, list(pair(T)), lambda s: -torch.nn.functional.logsigmoid(s[0] - s[1]), per, device, lambda loss: loss.backward())
     gradient(1, 1)  # gradients and buffers exist from here on

@@ -60,16 +60,17 @@ def hidden(masked, prompt, response):
     return [int(token) for token in prompt] + [MASK if hide else int(token) for token, hide in zip(response, masked)]
 
 
-def score(model, prompt, response, reveal, T):
-    """1/R sum_r sum_s sum_{i revealed at s} log p(y_i | state before s, x)."""
+def score(model, prompt, response, reveal, T, spread=True):
+    """1/R sum_r sum_s sum_{i revealed at s} log p(y_i | state before s, x); spread: the mean over all that s hides, as many times."""
     total = 0.0
     for steps in reveal:
         for s in range(T):
             revealed = [i for i in range(len(response)) if steps[i] == s]
             if revealed:
                 logp = log_probs(model, hidden([step >= s for step in steps], prompt, response))
-                for i in revealed:
-                    total = total + logp[len(prompt) + i, int(response[i])]
+                counted = [i for i in range(len(response)) if steps[i] >= s] if spread else revealed
+                for i in counted:
+                    total = total + len(revealed) / len(counted) * logp[len(prompt) + i, int(response[i])]
     return total / len(reveal)
 
 

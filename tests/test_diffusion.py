@@ -77,7 +77,7 @@ def test_against_loops(T, R):
         sizes = np.stack([np.bincount(row, minlength=T) for row in reveal_step])
         assert sizes.shape == (R, T) and sizes.sum() == R * n and np.ptp(sizes) <= 1
         masked = trajectory_masks(reveal_step, T)
-        assert masked.shape == (diffusion.state_count(T, R), n) == (1 + R * (T - 1), n)
+        assert masked.shape == (diffusion.state_count("stepwise", T, R), n) == (1 + R * (T - 1), n)
         assert masked.tolist() == naive_masks(naive, T)
         for path in masked[1:].reshape(R, T - 1, n):
             assert (np.diff(path.astype(int), axis=0) <= 0).all()  # nested: what is shown stays shown
@@ -141,6 +141,83 @@ def test_not_trajectories(states, T, R):
         trajectory_weights(np.array(states, bool), T, R)
 
 
+# --- what is spread, what is drawn by levels, which states carry the gradient -------------------------------
+
+@pytest.mark.parametrize("T, R", GRID)
+def test_spread(T, R):
+    """A state's weights sum to what it reveals, (tokens revealed from it) / R, alike on all that it hides."""
+    for n in (1, 2, 5, 12, 33):
+        masked = diffusion.state_masks(n, "spread", T, R, generator(0, [n], "chosen"))
+        got, revealed = diffusion.state_weights(masked, "spread", T, R), np.array(trajectory_weights(masked, T, R))
+        assert got.dtype == np.float32 and not got[~masked].any()
+        for weights, reveals, hides in zip(got, revealed, masked):
+            assert np.allclose(weights[hides], reveals.sum() / max(hides.sum(), 1), rtol=1e-5)
+        assert got.sum() == pytest.approx(n, rel=1e-5)
+
+
+def test_spread_has_the_mean_of_stepwise():
+    """Over all orders of 4 tokens, any log p(token | mask): the mean of both is the same sum."""
+    T, R, n = 3, 2, 4
+    table = np.random.default_rng(0).normal(size=(2,) * n + (n,))  # of each mask and token
+    totals = {"spread": 0.0, "stepwise": 0.0}
+    for order in itertools.permutations(range(n)):
+        masked = trajectory_masks(trajectories(n, T, R, Ranks(order)), T)
+        logp = np.stack([table[tuple(state.astype(int))] for state in masked])
+        for name in totals:
+            totals[name] += (diffusion.state_weights(masked, name, T, R) * logp).sum() / 24
+    assert totals["spread"] == pytest.approx(totals["stepwise"], rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["elbo", "elbo_stratified"])
+@pytest.mark.parametrize("n, N, R", [(1, 4, 1), (7, 4, 3), (20, 5, 1), (3, 8, 2)])
+def test_elbo(estimator, n, N, R):
+    """Each hidden token counts n/l / (N R); levels are of 1..n and, stratified, one of each N-th; masks favour no token."""
+    levels, hidden = [], np.zeros(n)
+    for key in range(400):
+        masked = diffusion.state_masks(n, estimator, N, R, generator(0, [key], "chosen"))
+        assert masked.shape == (diffusion.state_count(estimator, N, R), n) == (N * R, n)
+        level = masked.sum(1)
+        weight = diffusion.state_weights(masked, estimator, N, R)
+        assert weight.dtype == np.float32
+        np.testing.assert_allclose(weight, masked * (n / level / (N * R))[:, None], rtol=1e-6)
+        by_level = level.reshape(N, R)
+        assert (by_level == by_level[:, :1]).all()  # R masks of each
+        if estimator == "elbo_stratified":
+            assert all(int(i * n / N) < l <= np.ceil((i + 1) * n / N) for i, l in enumerate(by_level[:, 0]))
+        levels.extend(by_level[:, 0])
+        hidden += masked.sum(0)
+    assert min(levels) == 1 and max(levels) == n
+    share = np.bincount(levels, minlength=n + 1)[1:] / len(levels)
+    np.testing.assert_allclose(share, 1 / n, atol=5 * np.sqrt(1 / n / len(levels)))  # uniform, 5 sigma
+    np.testing.assert_allclose(hidden / hidden.sum(), 1 / n, atol=0.25 / n)
+
+
+@pytest.mark.parametrize("estimator, T, R", [("spread", 4, 5), ("stepwise", 20, 1), ("spread", 3, 2), ("elbo", 8, 1)])
+@pytest.mark.parametrize("n", [1, 2, 9, 40])
+def test_gradient_states(estimator, T, R, n):
+    """The mean factor of every state with weight is 1, of the others 0; k of them, or all if no more have weight."""
+    rng = generator(0, [n], "chosen")
+    masked = diffusion.state_masks(n, estimator, T, R, rng)
+    weight = diffusion.state_weights(masked, estimator, T, R)
+    live = weight.any(1)
+    for k in {1, 2, min(5, len(masked)), len(masked)}:
+        factors = np.stack([diffusion.gradient_states(masked, weight, k, rng) for _ in range(4000)])
+        taken = np.count_nonzero(factors, axis=1)
+        assert (taken == min(k, live.sum())).all() and factors.dtype == np.float32 and (factors >= 0).all()
+        assert not factors[:, ~live].any()
+        chance = (factors > 0).mean(0)
+        spread = np.sqrt(np.maximum(1 / np.maximum(chance, 1e-9) - 1, 0) / len(factors))  # of a mean factor
+        assert (np.abs(factors.mean(0) - live)[live] <= 5 * spread[live] + 1e-5).all()
+
+
+def test_gradient_states_spread_along_the_trajectory():
+    """Of 8 states of like weight 4 are drawn: one of every two neighbours by number of masks."""
+    masked = trajectory_masks(trajectories(8, 8, 1, generator(0, [1], "chosen")), 8)
+    for key in range(50):
+        factor = diffusion.gradient_states(masked, trajectory_weights(masked, 8, 1), 4, generator(key, [1], "chosen gradient"))
+        assert (factor.reshape(4, 2) > 0).sum(1).tolist() == [1] * 4 and set(factor) == {0, 2}
+
+
 # --- where the numbers come from --------------------------------------------------------------------------
 
 def test_noise_never_changes():
@@ -153,6 +230,13 @@ def test_noise_never_changes():
     masked, weight = sft_noise(6, generator(0, [1], "sft"))
     assert masked.tolist() == [True, True, False, True, False, True]
     np.testing.assert_allclose(weight, [0.20876758, 0.20876758, 0, 0.20876758, 0, 0.20876758], rtol=1e-6)
+    for name, want in (("elbo", "010111010 111111110 011001110 000100001"),
+                       ("elbo_stratified", "000001010 100110000 110111011 110101111")):
+        masked = diffusion.state_masks(9, name, 4, 1, generator(0, [1], "chosen"))
+        assert ["".join(map(str, row)) for row in masked.astype(int)] == want.split()
+    masked = diffusion.state_masks(9, "spread", 4, 2, generator(0, [1], "chosen"))
+    factor = diffusion.gradient_states(masked, diffusion.state_weights(masked, "spread", 4, 2), 3, generator(0, [1], "chosen gradient"))
+    assert factor.tolist() == pytest.approx([0.0, 0.0, 0.0, 0.0, 3.0, 3.0, 2.0])
 
 
 def test_keys():

@@ -105,7 +105,7 @@ def test_options_that_it_has_not_are_named(tiny, capsys):
 # --- likelihoods ------------------------------------------------------------------------------------------
 
 def test_likelihood_is_the_score(tiny):
-    """The stepwise score of the continuation's ids, summed here one state at a time; the same at every call."""
+    """The score of the continuation's ids, summed here one state at a time; the same at every call."""
     problem = problems(1)[0]
     [(value, says)] = tiny.loglikelihood([request(problem.prompt, problem.solution)], disable_tqdm=True)
     prompt = generate.prompt_ids(tiny.tokenizer, {"prompt": problem.prompt}, "here", "none")
@@ -115,14 +115,13 @@ def test_likelihood_is_the_score(tiny):
     total = 0.0
     for order in orders:  # (n,): the step at which each token is revealed
         for step in range(T):
-            revealed = torch.as_tensor(order == step)
-            if revealed.any():
-                hidden = torch.as_tensor(order >= step)
+            revealed, hidden = (order == step).sum(), torch.as_tensor(order >= step)
+            if revealed:
                 ids = torch.tensor(response).masked_fill(hidden, tiny.mask_id)
                 with torch.no_grad():
                     logits = tiny.model(torch.cat([torch.tensor(prompt), ids])[None]).logits[0, len(prompt):]
                 logps = logits.float().log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
-                total += float(logps[revealed].sum()) / R
+                total += float(logps[hidden].mean()) * revealed / R
     assert value == pytest.approx(total, abs=1e-3) and value < -0.1 and says is False
     assert tiny.loglikelihood([request(problem.prompt, problem.solution)], disable_tqdm=True) == [(value, False)]
 

@@ -75,7 +75,7 @@ def test_other_losses_of_a_pair(home, loss_type):
         want = max(0.0, 1 - beta * margin) if loss_type == "hinge" else (margin - 1 / (2 * beta)) ** 2
         loss = made.loss(item)(scores)
         assert float(loss) == pytest.approx(want, rel=1e-4)
-        _, *rewards, margins, accuracy, logp, _, _ = made.measure(item, loss, [score.detach()[None] for score in scores])
+        _, *rewards, margins, accuracy, logp, _, _ = made.measure(item, loss, [score.detach()[None] for score in scores]).tolist()
         assert rewards == pytest.approx([beta * moved / n[0], beta / n[1]], rel=1e-3) and margins == pytest.approx(beta * margin, rel=1e-3)
         assert accuracy == (margin > 0) and logp == pytest.approx(float(scores[0]))  # of the margin that the loss takes
         slope = -beta if loss_type == "hinge" else 2 * (margin - 1 / (2 * beta)) / n[0]
@@ -117,7 +117,7 @@ def test_gradient(home, index, epoch, smoothing, sft_weight):
         loss, scores = score.score_and_backward(
             model, made.responses(item), made.loss(item), states_per_forward, "cpu", backward)
         planned = 1 if states_per_forward >= 5 else 2 * -(-5 // states_per_forward) + bool(sft_weight)
-        assert len(backwards) == score.backward_passes(made.counts, states_per_forward) == planned
+        assert len(backwards) == score.backward_passes(made.counts, made.carrying, states_per_forward) == planned
         assert float(loss) == pytest.approx(want.item(), rel=1e-5)
         got = torch.cat([dict(model.named_parameters())[name].grad.flatten().double() for name in moved])
         assert float((got - true).norm() / true.norm()) < 1e-5, states_per_forward
@@ -140,6 +140,49 @@ def test_measure(home):
     assert made.measure((2, 1), torch.tensor(0.25), scores[::-1])[4] == float(ref_l - 1 - ref_w > ref_w + 3 - ref_l)
 
 
+@pytest.mark.parametrize("k, sft_weight", [(1, 0.0), (3, 0.3), (4, 0.0)])
+def test_gradient_of_part_of_the_states(home, k, sft_weight):
+    """backprop_steps: the loss is that of all states; the gradient is the sum over the states drawn, as the factors say, and
+    so many states a forward change nothing."""
+    item, index, epoch = (2, 3), 2, 3
+    made = preference(home, "--beta", 0.5, "--backprop_steps", k, "--sft_weight", sft_weight)
+    whole = preference(home, "--beta", 0.5, "--sft_weight", sft_weight)
+    model = checkpoint.load_model(str(home.model), torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():  # off the reference: the two slopes are not one half
+            parameter.mul_(1.1)
+    passes = []
+    loss, scores = score.score_and_backward(model, whole.responses(item), whole.loss(item), 1, "cpu", lambda loss: None)
+    factors = []
+    for name, masked, states in zip(("chosen", "rejected"), made.reference.masks(index, epoch % 2), whole.responses(item)):
+        rng = diffusion.generator(0, [token for ids in home.pairs[index] for token in ids], f"{name} gradient", epoch)
+        factors.append(diffusion.gradient_states(masked, states.weight, k, rng))
+        assert np.count_nonzero(factors[-1]) == k
+    parts = [score.state_scores(model, states, 5, "cpu") for states in whole.responses(item)]
+    totals = [part.sum().detach().requires_grad_() for part in parts]
+    slopes = torch.autograd.grad(whole.loss(item)(totals), totals)
+    weighted = sum(slope * (torch.from_numpy(factor) * part).sum() for slope, factor, part in zip(slopes, factors, parts))
+    weighted = weighted + (slopes[2] * parts[2].sum() if sft_weight else 0)
+    want = torch.autograd.grad(weighted, list(model.parameters()))
+    for states_per_forward in (1, 2, 5):
+        model.zero_grad()
+        passes = []
+
+        def backward(loss):
+            passes.append(loss)
+            loss.backward()
+        got, _ = score.score_and_backward(model, made.responses(item), made.loss(item), states_per_forward, "cpu", backward)
+        assert float(got) == pytest.approx(float(loss), rel=1e-5)
+        assert len(passes) == score.backward_passes(made.counts, made.carrying, states_per_forward) \
+            == 2 * -(-k // states_per_forward) + (sft_weight > 0)
+        for parameter, true in zip(model.parameters(), want):
+            torch.testing.assert_close(parameter.grad, true, rtol=1e-4, atol=1e-5 * float(true.abs().max()))
+    again, next_epoch = (made.responses((2, epoch))[0].graph.inputs for epoch in (3, 5))
+    assert (made.responses(item)[0].graph.inputs == again).all()
+    assert k == 4 or any((made.responses((2, 3))[0].graph.inputs != made.responses((2, 3 + 2 * i))[0].graph.inputs).any()
+                         for i in range(1, 5)), next_epoch
+
+
 def test_replayed_states(home):
     """Epoch e replays noise set e mod K, chosen and rejected each its own."""
     made = preference(home)
@@ -149,11 +192,12 @@ def test_replayed_states(home):
             rows = [plain.hidden([step >= 0 for step in reveal[0]], home.pairs[index][0], side)]
             rows += [plain.hidden([step >= s for step in steps], home.pairs[index][0], side) for steps in reveal for s in (1, 2)]
             assert states.inputs.tolist() == rows
-            assert np.allclose(states.weight[0, start:], [sum(steps[i] == 0 for steps in reveal) / R for i in range(len(side))])
+            n = len(side)  # what state 0 reveals, over all
+            assert np.allclose(states.weight[0, start:], sum(step == 0 for steps in reveal for step in steps) / R / n)
 
 
 def test_work():
-    made = objective.Preference(config.TrainArguments(), config.NoiseArguments(), None, None, MASK)
+    made = objective.Preference(config.TrainArguments(), config.NoiseArguments(estimator="spread"), None, None, MASK)
     assert made.work([(3, 0), (1, 0), (2, 1)]) == [((3, 0), 1 / 3), ((1, 0), 1 / 3), ((2, 1), 1 / 3)]
     assert made.counts == [16, 16]
 
@@ -277,8 +321,8 @@ def test_expected_nll(home):
     prompt, chosen, _ = home.pairs[4]
     logp = np.log(rng.dirichlet(np.ones(512), 40))  # by position
 
-    def model(input_ids, positions):
-        return SimpleNamespace(logits=torch.tensor(logp[positions.numpy() % input_ids.shape[1]]))
+    def model(input_ids, positions, targets):
+        return torch.tensor(logp[positions.numpy() % input_ids.shape[1], targets], dtype=torch.float32)
     response = chosen + [EOS] * 2
     want = np.mean([-logp[len(prompt) + i, token] for i, token in enumerate(response)])
     draws = [-float(score.state_scores(model, objective.sft_rows([(4, epoch)], data, 32, 0, MASK), 1, "cpu").sum())

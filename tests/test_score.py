@@ -46,17 +46,17 @@ def weights(model_dir):
 
 def fake_model(table):
     """A model whose log p at flat position i of a row with m masks is table(m, i % L), unnormalised."""
-    def forward(input_ids, positions):
+    def forward(input_ids, positions, targets):
         rows, length = input_ids.shape
         logits = [table(int((input_ids[i // length] == MASK).sum()), i % length) for i in positions.tolist()]
-        return SimpleNamespace(logits=torch.tensor(logits))
+        return torch.tensor(logits).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     return forward
 
 
-def scored(model, prompt, response, reveal, T, states_per_forward=4):
+def scored(model, prompt, response, reveal, T, states_per_forward=4, estimator="stepwise"):
     """diffusion_score of `reveal` (R, n)."""
     masked = diffusion.trajectory_masks(np.array(reveal), T)
-    weight = diffusion.trajectory_weights(masked, T, len(reveal))
+    weight = diffusion.state_weights(masked, estimator, T, len(reveal))
     with torch.no_grad():
         return score.diffusion_score(model, np.array(prompt), np.array(response), masked, weight, MASK, states_per_forward)
 
@@ -85,17 +85,21 @@ def test_by_hand():
     want = [math.log(1 / 2 * 1 / 8 * 1 / 4) / 2, math.log(1 / 10) / 2, math.log(1 / 5 * 1 / 16) / 2]  # by state
     assert got.tolist() == pytest.approx(want, abs=1e-6)
     assert float(got.sum()) == pytest.approx(-math.log(51200) / 2, abs=1e-6)
+    got = scored(fake_model(table), [0], [1, 2, 1], [[0, 1, 0], [1, 0, 1]], 2, estimator="spread")
+    want = [math.log(1 / 2 * 1 / 4 * 1 / 8) / 2, math.log(1 / 10) / 2, math.log(1 / 5 * 1 / 16) / 2]  # state 0: (2 + 1) / 3 of each
+    assert got.tolist() == pytest.approx(want, abs=1e-6)  # the others reveal all that they hide
 
 
 # More denoising steps than tokens, one token, 200 tokens, one step, one trajectory
+@pytest.mark.parametrize("estimator", ["stepwise", "spread"])
 @pytest.mark.parametrize("n, T, R", [(7, 4, 5), (1, 4, 3), (3, 8, 2), (200, 4, 2), (6, 1, 2), (12, 12, 1)])
-def test_naive_formula(model, weights, n, T, R):
+def test_naive_formula(model, weights, n, T, R, estimator):
     rng = np.random.default_rng(n)
     prompt, response = rng.integers(4, 512, 5), rng.integers(4, 512, n)
     reveal = rng.integers(0, T, (R, n))  # any assignment: some steps reveal nothing, step sizes differ
-    want = plain.score(weights, prompt, response, reveal.tolist(), T).item()
+    want = plain.score(weights, prompt, response, reveal.tolist(), T, estimator == "spread").item()
     for states_per_forward in (1, 3, 4, 16):
-        got = float(scored(model, prompt, response, reveal, T, states_per_forward).sum())
+        got = float(scored(model, prompt, response, reveal, T, states_per_forward, estimator).sum())
         assert got == pytest.approx(want, rel=1e-5), states_per_forward
 
 
@@ -114,7 +118,7 @@ def test_differentiable(model, weights):
     got = score.diffusion_score(model, np.array(prompt), np.array(response), masked,
                                 diffusion.trajectory_weights(masked, 2, 2), MASK, 2).sum()
     names, parameters = zip(*model.named_parameters())
-    want = torch.autograd.grad(plain.score(weights, prompt, response, reveal, 2), [weights[name] for name in names])
+    want = torch.autograd.grad(plain.score(weights, prompt, response, reveal, 2, spread=False), [weights[name] for name in names])
     for ours, theirs in zip(torch.autograd.grad(got, parameters), want):
         assert torch.allclose(ours.double(), theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()))
 
@@ -123,7 +127,8 @@ def test_only_response_tokens_are_masked():
     """Also where the prompt or the response holds the mask token itself."""
     prompt, response = np.array([9, MASK, 11]), np.array([8, 7, MASK, 6])
     reveal = np.array([[0, 1, 2, 2], [2, 0, 1, 0]])
-    states = score.trajectory_states(prompt, response, diffusion.trajectory_masks(reveal, 3), 3, 2, MASK)
+    masked = diffusion.trajectory_masks(reveal, 3)
+    states = score.response_states(prompt, response, masked, diffusion.trajectory_weights(masked, 3, 2), MASK)
     assert states.inputs.tolist() == [[9, 3, 11] + row for row in (
         [3, 3, 3, 3], [8, 3, 3, 3], [8, 7, 3, 3], [3, 7, 3, 6], [3, 7, 3, 6])]
     assert (states.targets == [9, 3, 11, 8, 7, 3, 6]).all()
@@ -135,8 +140,8 @@ def test_segments(n):
     """Always ceil(S / states_per_forward) forwards, none empty; every state that reveals is in one, the others in none
     but to keep a forward from being empty."""
     T, R = 6, 3
-    reveal = diffusion.trajectories(n, T, R, diffusion.generator(0, [n], "chosen"))
-    states = score.trajectory_states(np.array([5]), np.arange(4, 4 + n), diffusion.trajectory_masks(reveal, T), T, R, MASK)
+    masked = diffusion.state_masks(n, "spread", T, R, diffusion.generator(0, [n], "chosen"))
+    states = score.response_states(np.array([5]), np.arange(4, 4 + n), masked, diffusion.state_weights(masked, "spread", T, R), MASK)
     live = {i for i in range(16) if states.weight[i].any()}
     for size in (1, 3, 4, 16, 99):
         segments = [rows.tolist() for rows in states.segments(size)]
@@ -209,7 +214,7 @@ def test_meta(jobs, model_dir):
     data = json.loads((folder / "plain-2" / "meta.json").read_text())
     assert metas["no"]["depends_on"] == {
         "data": data["fingerprint"], "tokenizer": data["tokenizer"], "model": checkpoint.model_fingerprint(str(model_dir)),
-        "estimator": "stepwise", "order": "random", "block_length": None, "diffusion_steps": 4, "trajectories": 2, "noise_seed": 0,
+        "estimator": "spread", "order": "random", "block_length": None, "diffusion_steps": 4, "trajectories": 2, "noise_seed": 0,
         "dtype": "no"}
     assert metas["bf16"]["noise_sets"] == 1 and metas["bf16"]["states"] == 7 and metas["bf16"]["ranks"] == 2
     assert not list((folder / "plain-2").glob("ref-*/chunks*"))

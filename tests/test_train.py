@@ -38,7 +38,7 @@ RUN = flags(beta=0.05, learning_rate=0.01, lr_scheduler_type="cosine", warmup_ra
             eval_fraction=0.25, eval_steps=2)
 PLAIN = ("zero0", "zero2", "zero3")
 STAGES = (*PLAIN, "zero2_offload_4080", "zero3_offload_4080")
-KINDS = [(stage, kind) for stage in PLAIN for kind in ("joint", "cut", "bf16")] + [(stage, "cut") for stage in STAGES[3:]]
+KINDS = [(stage, kind) for stage in PLAIN for kind in ("joint", "cut", "auto", "bf16")] + [(stage, "cut") for stage in STAGES[3:]]
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,15 @@ def runs(request, home):
         jobs.append((name, "score", base + dtype + ["--states_per_forward", 3]))
     for stage in STAGES:
         path = ["--deepspeed", ds_config(folder / f"{stage}.json", stage, **ADAM)]
-        for cut, size in (("joint", 5), ("cut", 2)) if stage in PLAIN else (("cut", 2),):
+        for cut, size in (("joint", 5), ("cut", 2), ("auto", "auto")) if stage in PLAIN else (("cut", 2),):
             jobs.append((f"{stage}-{cut}", "train_dpo", base + FP32 + RUN + path + flags(
-                states_per_forward=size, output_dir=folder / f"{stage}-{cut}", gradient_checkpointing=cut == "cut",
+                states_per_forward=size, output_dir=folder / f"{stage}-{cut}", gradient_checkpointing=cut != "joint",
                 save_steps=int((stage, cut) == ("zero3", "joint")))))
         if stage in PLAIN:
             jobs.append((f"{stage}-bf16", "train_dpo", base + BF16 + RUN + path + flags(
                 states_per_forward=3, output_dir=folder / f"{stage}-bf16")))
+            jobs.append((f"{stage}-part", "train_dpo", base + FP32 + RUN + path + flags(
+                states_per_forward=2, backprop_steps=3, output_dir=folder / f"{stage}-part")))
     did = run_jobs(folder / "out", world, jobs)
     for name, ranks in did.items():
         assert [rank["error"] for rank in ranks] == [""] * world, name
@@ -128,6 +130,25 @@ def test_same_forwards_on_every_rank(runs):
             silent = 0 if segments == 1 else pairs * 2 * segments  # the scores before the loss
             assert counts[0] == [pairs * 2 * segments, evaluated + checked + silent, evaluated,
                                  pairs if segments == 1 else pairs * 2 * segments], name
+
+
+def test_auto(runs):
+    """The size that was tried and found is the run's, on every rank; the tries are forwards of their own."""
+    for stage in PLAIN:
+        assert json.loads((runs.folder / f"{stage}-auto" / "run.json").read_text())["arguments"]["states_per_forward"] == 5
+        auto, joint = (runs.did[f"{stage}-{kind}"][0] for kind in ("auto", "joint"))
+        assert auto["forwards"] > joint["forwards"] and auto["eval_forwards"] == joint["eval_forwards"]
+
+
+def test_part_of_the_states(runs):
+    """backprop_steps: the first loss is that of all states, the same at every stage; another gradient, of two segments a side."""
+    lines = {stage: log(runs.folder / f"{stage}-part") for stage in PLAIN}
+    for stage in PLAIN:
+        whole = log(runs.folder / f"{stage}-cut")
+        assert lines[stage][0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-6)
+        assert lines[stage][0]["grad_norm"] != pytest.approx(whole[0]["grad_norm"], rel=1e-3)
+        assert [line["grad_norm"] for line in lines[stage]] == pytest.approx([line["grad_norm"] for line in lines["zero0"]], rel=1e-4)
+        assert runs.did[f"{stage}-part"][0]["backwards"] == 3 * 4 * 2 * 2 < runs.did[f"{stage}-cut"][0]["backwards"]
 
 
 def test_first_step(runs):
@@ -261,6 +282,8 @@ def test_edited_scores(home, scored, tmp_path):
     (["--warmup_ratio", 2], "--warmup_ratio is 2"), (["--adam_beta1", 1.5], "--adam_beta1 is 1.5"),
     (["--max_steps", 0, "--num_train_epochs", 0], "expected one of them more than 0"), (["--num_train_epochs", "nan"], "expected one"),
     (["--sft_weight", 1, "--loss_type", "sft"], "leave it out with --loss_type sft"),
+    (["--backprop_steps", 6], "expected at most the 5 states"), (["--backprop_steps", -1], "--backprop_steps is -1"),
+    (["--states_per_forward", "many"], "expected a number or auto"), (["--states_per_forward", 0], "--states_per_forward is 0"),
     (["--eval_fraction", 0.99], "leaves no pair to train on"), (["--resume_from_checkpoint", "latest"], "holds no checkpoint"),
     (["--resume_from_checkpoint", "nowhere"], "not a checkpoint"), (["--deepspeed", "nowhere.json"], "nowhere.json")])
 def test_refusals(scored, tmp_path, capsys, argv, words):
@@ -288,11 +311,34 @@ def test_shipped_ds_configs(path):
     assert made["gradient_clipping"] == 0.5 and made["bf16"]["enabled"] and not list(engine.paths_of(made, "auto"))
 
 
+# Memory
+
+
+@pytest.mark.parametrize("free, other, want", [(1000, True, 16), (199, True, 8), (99, True, 4), (11, True, 1), (5, True, 1), (1000, False, 1)])
+def test_grow(monkeypatch, free, other, want):
+    """A size is tried where twice what the last took fits 0.8 of what is free, on every rank; 10 bytes a row here."""
+    tried = []
+    monkeypatch.setattr(engine, "memory_now", lambda device: (2**20, free))
+    monkeypatch.setattr(engine.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=2**10 + 10 * tried[-1] / 2**10))
+    ranks = SimpleNamespace(device=torch.device("cpu"), gather=lambda fits: [fits, other])
+    size, peak = engine.grow(score.sizes(16), lambda size: size, tried.append, ranks)
+    assert size == want == tried[-1] and peak == pytest.approx((2**20 + 10 * want) / 2**30)
+    assert tried == [1, 2, 4, 8, 16][:len(tried)]
+
+
+def test_memory_now():
+    """What is held grows by what is taken; what is free is within the machine."""
+    held, free = engine.memory_now(torch.device("cpu"))
+    block = np.ones(2**25)  # 256 MiB
+    assert engine.memory_now(torch.device("cpu"))[0] - held == pytest.approx(block.nbytes, rel=0.1)
+    assert 0 < free < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 # Stop and go on
 
 
 LONG = flags(diffusion_steps=T, trajectories=R, noise_sets=2, sft_weight=0.1, learning_rate=0.003, warmup_ratio=0.3,
-             num_train_epochs=2, gradient_accumulation_steps=2, states_per_forward=3, eval_fraction=0.3, eval_steps=3,
+             num_train_epochs=2, gradient_accumulation_steps=2, states_per_forward="auto", eval_fraction=0.3, eval_steps=3,
              save_steps=1, save_total_limit=0, beta=0.05)  # 5 pairs, 5 steps: the third crosses into the second epoch
 
 
