@@ -64,7 +64,7 @@ def recommend(rows):
 def draws_of(packed, index, side, design, draws, noise_seed):
     """Yields (masked, weight) of one response, `draws` times; the truth is the design (n, ...)."""
     for draw in range(draws):
-        rng = diffusion.generator(noise_seed, packed.content(index), f"{('chosen', 'rejected')[side]} calibration {design}", draw)
+        rng = diffusion.generator(noise_seed, packed.content(index), f"{diffusion.side_of(design[0], side)} calibration {design}", draw)
         masked = diffusion.state_masks(len(packed[index][1 + side]), *design, rng)
         yield masked, diffusion.state_weights(masked, *design)
 

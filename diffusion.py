@@ -23,12 +23,18 @@ EPSILON = 1e-3  # SFT masks with probability (1 - EPSILON) t + EPSILON (LLaDA's 
 def generator(noise_seed, tokens, side, noise_set=0):
     """The one source of randomness: Philox keyed by content, the same on any machine, in any order.
 
-    tokens: the ids that identify the example (prompt, chosen, rejected); side: "chosen", "rejected" or "sft", and what
-    else is drawn for it.
+    tokens: the ids that identify the example (prompt, chosen, rejected); side: "pair", "chosen", "rejected" or "sft", and
+    what else is drawn for it.
     """
     digest = hashlib.sha256(np.ascontiguousarray(tokens, dtype="<u4").tobytes())
     digest.update(f"|{noise_seed}|{side}|{noise_set}".encode())
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest()[:16], "little")))
+
+
+def side_of(estimator, side):
+    """The name of the noise of side 0, chosen, or 1, rejected. Trajectories are the pair's: what stands at the same places in
+    both responses is hidden alike, so that the difference of their scores has less noise."""
+    return ("chosen", "rejected")[side] if estimator.startswith("elbo") else "pair"
 
 
 def state_count(estimator, T, R):
@@ -97,7 +103,7 @@ def trajectories(n, T, R, rng, block_length=None):
     b = block_length or n
     start = np.arange(n) // b * b  # (n,) where the token's block starts
     size = np.minimum(b, n - start)  # (n,) tokens of that block
-    order = np.lexsort((rng.permutation(n), start))  # tokens by rank
+    order = np.lexsort((rng.random(n), start))  # tokens by rank; a shorter response takes the first of the same numbers
     inside = np.argsort(order) - start  # (n,) rank within the block
     shifted = start + (inside + np.arange(R)[:, None] * size // R) % size  # (R, n)
     cuts = n * np.arange(1, T) // T  # (T-1,) first rank of steps 1..T-1

@@ -97,8 +97,8 @@ class Preference:
         states = [score.replay(prompt, side, masked, self.noise, self.mask_id) for side, masked in zip(sides, masks)]
         if self.carrying != self.counts:  # drawn anew each epoch: no noise set's gradient rests on the same states for ever
             k, parts = self.args.backprop_steps, []
-            for name, masked, side in zip(("chosen", "rejected"), masks, states):
-                rng = diffusion.generator(self.noise.noise_seed, self.packed.content(index), f"{name} gradient", epoch)
+            for masked, side in zip(masks, states):  # by the same numbers: the same states of both
+                rng = diffusion.generator(self.noise.noise_seed, self.packed.content(index), "pair gradient", epoch)
                 parts.append(side.carrying(diffusion.gradient_states(masked, side.weight, k, rng), k))
             states = parts
         return states + ([sft_rows([item], self.packed, 0, self.noise.noise_seed, self.mask_id)] if self.args.sft_weight else [])

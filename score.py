@@ -198,7 +198,8 @@ def check(packed, model_args, noise_args):
 
 def draw(packed, index, side, noise_args, noise_set):
     """masked (S, n) of one response of a pair; side 0 is chosen, 1 rejected."""
-    rng = diffusion.generator(noise_args.noise_seed, packed.content(index), ("chosen", "rejected")[side], noise_set)
+    name = diffusion.side_of(noise_args.estimator, side)
+    rng = diffusion.generator(noise_args.noise_seed, packed.content(index), name, noise_set)
     n, T = len(packed[index][1 + side]), noise_args.diffusion_steps
     return diffusion.state_masks(n, noise_args.estimator, T, noise_args.trajectories, rng, block_length(noise_args))
 

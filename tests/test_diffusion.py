@@ -14,14 +14,14 @@ GRID = list(itertools.product((1, 2, 3, 4, 7, 20), (1, 2, 3, 5)))  # T, R
 
 
 class Ranks:
-    """Stands for a random generator: the permutation is given."""
+    """Stands for a random generator: the order of its numbers is given."""
 
     def __init__(self, rank):
         self.rank = np.array(rank)
 
-    def permutation(self, n):
+    def random(self, n):
         assert n == len(self.rank)
-        return self.rank
+        return self.rank / n
 
 
 def naive_reveal_step(rank, T, R):
@@ -141,6 +141,16 @@ def test_not_trajectories(states, T, R):
         trajectory_weights(np.array(states, bool), T, R)
 
 
+def test_a_pair_shares_its_noise():
+    """By the same numbers, tokens at the same places stand in the same order, whatever comes after."""
+    for n, m in ((40, 40), (40, 31), (7, 30)):
+        one, other = (trajectories(length, length, 1, generator(0, [1], "pair"))[0] for length in (n, m))
+        both = min(n, m)
+        assert (np.argsort(one[:both]) == np.argsort(other[:both])).all()
+    assert [diffusion.side_of("spread", side) for side in (0, 1)] == ["pair", "pair"] == [diffusion.side_of("stepwise", s) for s in (0, 1)]
+    assert [diffusion.side_of("elbo_stratified", side) for side in (0, 1)] == ["chosen", "rejected"]  # VRPO's are independent
+
+
 # --- what is spread, what is drawn by levels, which states carry the gradient -------------------------------
 
 @pytest.mark.parametrize("T, R", GRID)
@@ -222,8 +232,8 @@ def test_gradient_states_spread_along_the_trajectory():
 
 def test_noise_never_changes():
     """Numbers that this code has always drawn: other ones would silently change every run."""
-    assert trajectories(8, 4, 2, generator(0, [1, 2, 3], "chosen")).tolist() == [
-        [1, 3, 0, 3, 0, 2, 2, 1], [3, 1, 2, 1, 2, 0, 0, 3]]
+    assert trajectories(8, 4, 2, generator(0, [1, 2, 3], "pair")).tolist() == [
+        [1, 2, 3, 2, 3, 0, 1, 0], [3, 0, 1, 0, 1, 2, 3, 2]]
     rng = generator(7, np.array([5, 4000000000], np.uint32), "rejected", 2)
     assert rng.permutation(10).tolist() == [5, 3, 0, 1, 2, 9, 7, 4, 6, 8]
     assert rng.random(3).tolist() == [0.9305252408444894, 0.20554084288535968, 0.5677126724859032]

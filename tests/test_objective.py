@@ -154,8 +154,8 @@ def test_gradient_of_part_of_the_states(home, k, sft_weight):
     passes = []
     loss, scores = score.score_and_backward(model, whole.responses(item), whole.loss(item), 1, "cpu", lambda loss: None)
     factors = []
-    for name, masked, states in zip(("chosen", "rejected"), made.reference.masks(index, epoch % 2), whole.responses(item)):
-        rng = diffusion.generator(0, [token for ids in home.pairs[index] for token in ids], f"{name} gradient", epoch)
+    for masked, states in zip(made.reference.masks(index, epoch % 2), whole.responses(item)):
+        rng = diffusion.generator(0, [token for ids in home.pairs[index] for token in ids], "pair gradient", epoch)
         factors.append(diffusion.gradient_states(masked, states.weight, k, rng))
         assert np.count_nonzero(factors[-1]) == k
     parts = [score.state_scores(model, states, 5, "cpu") for states in whole.responses(item)]
@@ -184,7 +184,7 @@ def test_gradient_of_part_of_the_states(home, k, sft_weight):
 
 
 def test_replayed_states(home):
-    """Epoch e replays noise set e mod K, chosen and rejected each its own."""
+    """Epoch e replays noise set e mod K."""
     made = preference(home)
     for index, epoch in ((2, 0), (2, 1), (5, 2), (0, 5)):
         for states, side, reveal in zip(made.responses((index, epoch)), home.pairs[index][1:], home.reveal[epoch % 2][index]):
