@@ -5,7 +5,8 @@
 Every design (estimator, T, R) is drawn several times for some pairs, for the reference and for a policy under the same noise:
 --calibrate_policy, or the reference with each weight moved a little. The truth is the score in single-token steps, by
 elbo_stratified with up to 64 levels. What is recommended is the design that measures a mean over pairs best for its cost: the
-least (variance between pairs + variance of noise) * passes of the margin, of those whose bias is below their own noise.
+least (variance between pairs + variance of noise) * passes of the margin, of those whose bias is below the standard error of a
+step of STEP_PAIRS pairs, which that step has in any case.
 
 n response tokens, T denoising steps, R trajectories, S states, D draws.
 """
@@ -29,6 +30,7 @@ DESIGNS = [("spread", T, R) for T, R in ((2, 3), (2, 7), (3, 3), (4, 2), (4, 4),
 DESIGNS += [(name, N, 1) for name in ("elbo", "elbo_stratified") for N in (4, 8, 16)]
 DESIGNS += [("stepwise", 4, 5), ("stepwise", 20, 1)]
 LEVELS, MASKS, TRUTH_DRAWS = 64, 4, 2  # of the truth
+STEP_PAIRS = 16
 MOVED = 0.02  # a weight's move without a policy, in standard deviations of its tensor
 
 
@@ -56,8 +58,8 @@ def settle(packed, model_args, noise_args):
 
 
 def recommend(rows):
-    """The row of least `error`, of those whose bias of the margin is below its noise; of least bias where there is none."""
-    fair = [row for row in rows if row["margin_bias"] ** 2 <= row["margin_variance"]]
+    """The row of least `error`, of those with little bias of the margin; of least bias where there is none."""
+    fair = [row for row in rows if row["margin_bias"] ** 2 <= (row["between_pairs"] + row["margin_variance"]) / STEP_PAIRS]
     return min(fair, key=lambda row: row["error"]) if fair else min(rows, key=lambda row: row["margin_bias"])
 
 

@@ -47,8 +47,8 @@ class ModelArguments:
 @dataclass
 class NoiseArguments:
     estimator: Literal["auto", "stepwise", "spread", "elbo", "elbo_stratified"] = arg("auto", "auto: spread, and stepwise in blocks; diffusion.py says what each is")
-    diffusion_steps: str = arg(4, "T, denoising steps of a trajectory; auto: what score.py --calibrate recommends, trajectories too")
-    trajectories: int = arg(5, "R, rotated trajectories per response; 1 + R(T-1) states each cost a forward pass (elbo: R masks at each of T levels)")
+    diffusion_steps: str = arg(3, "T, denoising steps of a trajectory; auto: what score.py --calibrate recommends, trajectories too")
+    trajectories: int = arg(3, "R, rotated trajectories per response; 1 + R(T-1) states each cost a forward pass (elbo: R masks at each of T levels)")
     order: Literal["random", "blocks"] = arg("random", "order of revealing: random, or blocks from left to right and random inside (the sampler's --block_length)")
     block_length: int = arg(32, "order blocks: tokens of a block")
     noise_sets: int = arg(1, "K, draws of noise per pair; epoch e uses draw e mod K")

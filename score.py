@@ -1,7 +1,7 @@
 """The stepwise denoising score, its segmented gradient, and the reference job that writes a model's scores to disk.
 
     packed/ + model -> packed/ref-<key>/ (noise and reference scores; replayed by train_dpo.py)
-    python score.py --data packed --model_name_or_path M [--diffusion_steps 4] [--trajectories 5] [--deepspeed ds.json]
+    python score.py --data packed --model_name_or_path M [--diffusion_steps 3] [--trajectories 3] [--deepspeed ds.json]
     python score.py --data packed --calibrate             (which estimator, how many states: calibrate.py)
 
 S(x, y) = 1/R sum_r sum_s sum_{i: reveal_step_r[i] = s} log p(y_i | state before s, x)      (the guide's S_theta, rotated)

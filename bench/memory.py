@@ -1,12 +1,15 @@
-"""Peak memory of one pair's exact gradient against the number of states: constant with states_per_forward fixed.
+"""Peak memory of one pair's exact gradient against the number of states: flat with states_per_forward fixed.
 
-    python bench/memory.py [--states_per_forward 2] [--length 512] [--device cpu]
+    python bench/memory.py [--states 4 8 16 32 64] [--states_per_forward 2] [--length 512] [--device cpu] [--json FILE]
 
-Each row is a process of its own: peak memory over what the process held before the gradient (resident set on a CPU,
-allocated on a GPU), with states_per_forward as given and with all states in one graph.
+Each cell is a process of its own: peak memory over what the process held with its model and gradients (resident set on a CPU,
+allocated on a GPU), with states_per_forward as given and with all states in one graph; medians of --turns processes. The last
+line is the largest over the smallest of the first column.
 """
 import argparse
+import os
 import resource
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +19,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import diffusion  # noqa: E402
+import packed as disk  # noqa: E402
 import score  # noqa: E402
 from llada import LLaDAConfig, LLaDAModelLM  # noqa: E402
+
+# What is freed goes back at once: else the resident set shows the allocator's habits, which change with every allocation.
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def peak(device):
@@ -27,44 +34,55 @@ def peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def worker(steps, args):
-    """Print the growth of the peak, in MiB, of one pair's gradient with `steps` denoising steps."""
+def worker(states, args):
+    """Print the growth of the peak, in MiB, of one pair's gradient with so many states of one trajectory."""
     device = torch.device(args.device)
     torch.manual_seed(0)
     model = LLaDAModelLM(LLaDAConfig(d_model=256, n_layers=4, n_heads=8, mlp_hidden_size=768, vocab_size=8192)).to(device).train()
-    rng = np.random.default_rng(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    rng, made = np.random.default_rng(0), []
     prompt, n = rng.integers(10, 8000, args.length // 4), args.length - args.length // 4
-
-    def pair(T):
-        for _ in range(2):
-            masked = diffusion.state_masks(n, "stepwise", T, 1, rng)
-            yield score.response_states(prompt, rng.integers(10, 8000, n), masked, diffusion.state_weights(masked, "stepwise", T, 1), 3)
-    gradient = lambda T, per: score.score_and_backward(  # noqa: E731
-        model, list(pair(T)), lambda s: -torch.nn.functional.logsigmoid(s[0] - s[1]), per, device, lambda loss: loss.backward())
-    gradient(1, 1)  # gradients and buffers exist from here on
+    for _ in range(2):
+        masked = diffusion.state_masks(n, "spread", states, 1, rng)
+        weight = diffusion.state_weights(masked, "spread", states, 1)
+        made.append(score.response_states(prompt, rng.integers(10, 8000, n), masked, weight, 3))
     before = peak(device)
-    gradient(steps, args.states_per_forward or steps)
+    score.score_and_backward(model, made, lambda s: -torch.nn.functional.logsigmoid(s[0] - s[1]),
+                             args.states_per_forward or states, device, lambda loss: loss.backward())
     print(peak(device) - before)
+
+
+def measure(states, per, args):
+    """The median over the turns."""
+    command = [sys.executable, __file__, "--worker", str(states), "--states_per_forward", str(per), "--length", str(args.length),
+               "--device", args.device]
+    said = [subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | MALLOC).stdout for _ in range(args.turns)]
+    return statistics.median(float(text.split()[-1]) for text in said)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--states", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="numbers of states to try")
+    parser.add_argument("--states", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="numbers of states to try")
     parser.add_argument("--states_per_forward", type=int, default=2)
     parser.add_argument("--length", type=int, default=512, help="tokens of prompt and response")
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", help="write the table there")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         return worker(args.worker, args)
     print(f"{'states':>8}{f'{args.states_per_forward} a forward':>16}{'one graph':>16}   (peak MiB, {args.length} tokens, {args.device})")
+    table = []
     for states in args.states:
-        cells = []
-        for per in (args.states_per_forward, 0):
-            command = [sys.executable, __file__, "--worker", str(states), "--states_per_forward", str(per),
-                       "--length", str(args.length), "--device", args.device]
-            cells.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
-        print(f"{states:8d}{cells[0]:16.0f}{cells[1]:16.0f}", flush=True)
+        table.append({"states": states, "segmented_mib": measure(states, args.states_per_forward, args), "joint_mib": measure(states, 0, args)})
+        print(f"{states:8d}{table[-1]['segmented_mib']:16.0f}{table[-1]['joint_mib']:16.0f}", flush=True)
+    flat = [row["segmented_mib"] for row in table]
+    print(f"largest / smallest at {args.states_per_forward} a forward: {max(flat) / min(flat):.3f}")
+    if args.json:
+        disk.write_json(args.json, {"table": table, "largest_over_smallest": max(flat) / min(flat), "length": args.length,
+                                    "states_per_forward": args.states_per_forward, "device": args.device})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 The guide's loop, its pseudocode to the letter but for teacher forcing: a deep-copied reference, T forwards one after the other
 with their graph, logits of the whole row, a batch of one. Ours: reference scores from disk, states in batches, the head where a
 token is scored. Both take stepwise, T steps of one trajectory, of the same pair and the same masks. calibrated: ours again, with
-the design and k of CALIBRATED, whose gradient has less error (bench/estimators.py has both).
+the design and k of CALIBRATED, whose gradient has less error than 20 steps of one trajectory (bench/estimators.py has both).
 
 Each row's two or three workers run by turns, each in a process of its own: seconds are medians, memory is the peak above the
 process with its model. limit: the arithmetic that the gradient needs (forward, and twice that backward) at the rate of a large
@@ -32,10 +32,11 @@ from llada import LLaDAConfig, LLaDAModelLM  # noqa: E402
 from objective import preference_loss  # noqa: E402
 
 MASK, BETA = 3, 0.1
-CALIBRATED = ("spread", 4, 5, 4)  # estimator, T, R, k
+CALIBRATED = ("spread", 2, 3, 0)  # estimator, T, R, k
+PER_FORWARD = 4  # states a forward pass, of ours
 # T, prompt, response, V, width, layers; the first is the headline
 ROWS = [(20, 32, 96, 126464, 64, 2), (4, 32, 96, 126464, 64, 2), (20, 32, 96, 32000, 256, 4), (20, 64, 192, 8192, 256, 4)]
-QUICK = [(3, 4, 8, 512, 32, 1)]
+QUICK = [(3, 8, 24, 32000, 32, 1)]
 
 
 def build(V, width, layers, device):
@@ -139,7 +140,7 @@ def worker(kind, row, device, repeats):
         states = pair.states(*design)
         with torch.no_grad():
             refs = [float(score.state_scores(model, part, 4, device).sum()) for part in states]
-        run = lambda: pair.ours(states, refs, len(states[0].inputs))  # noqa: E731
+        run = lambda: pair.ours(states, refs, PER_FORWARD)  # noqa: E731
     wait(device)
     before = peak(device) - (sum(p.numel() * p.element_size() for p in reference.parameters()) if reference else 0)
     seconds = []
@@ -184,7 +185,8 @@ def main(argv=None):
     if args.worker:
         return worker(args.worker, args.row, torch.device(args.device), 2)
     estimator, T, R, k = CALIBRATED
-    print(f"ours: the same gradient; calibrated: {estimator}, T = {T}, R = {R}, k = {k}; {args.device}, {torch.get_num_threads()} thread(s)\n"
+    print(f"ours: the same gradient, {PER_FORWARD} states a forward; calibrated: {estimator}, T = {T}, R = {R}, k = {k or 'all'}; "
+          f"{args.device}, {torch.get_num_threads()} thread(s)\n"
           f"{'T':>3}{'prompt':>7}{'resp.':>6}{'V':>8}{'width':>6}{'layers':>7} | {'pairs/s: guide':>14}{'ours':>7}{'x':>6}{'calibr.':>9}{'x':>6}"
           f" | {'MiB: guide':>10}{'ours':>6}{'share':>7}{'calibr.':>8} | {'limit/step: ours':>16}{'calibr.':>8}")
     table = []

@@ -57,10 +57,10 @@ def test_measure():
 
 
 def test_recommend():
-    row = lambda error, bias, variance: {"error": error, "margin_bias": bias, "margin_variance": variance}  # noqa: E731
-    rows = [row(5, 0.1, 1.0), row(3, 0.2, 1.0), row(1, 2.0, 1.0)]
-    assert calibrate.recommend(rows) is rows[1]  # the third's bias is above its noise
-    assert calibrate.recommend([row(1, 3.0, 1.0), row(2, 1.5, 1.0)])["margin_bias"] == 1.5
+    row = lambda error, bias: {"error": error, "margin_bias": bias, "margin_variance": 4.0, "between_pairs": 12.0}  # noqa: E731
+    rows = [row(5, 0.1), row(3, 0.99), row(1, 1.01)]
+    assert calibrate.recommend(rows) is rows[1]  # the third's bias is above sqrt((4 + 12) / 16)
+    assert calibrate.recommend([row(1, 3.0), row(2, 1.5)])["margin_bias"] == 1.5
 
 
 def test_command(few, home, capsys):

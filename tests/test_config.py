@@ -31,7 +31,7 @@ def test_defaults(parse):
     got = parse(None)
     assert len(got) == sum(len(fields(group)) for group in config.GROUPS)  # no name is used twice
     assert {name: got[name] for name in ("diffusion_steps", "trajectories", "noise_sets", "beta", "learning_rate", "seed")} \
-        == {"diffusion_steps": 4, "trajectories": 5, "noise_sets": 1, "beta": 0.1, "learning_rate": 5e-7, "seed": 42}
+        == {"diffusion_steps": 3, "trajectories": 3, "noise_sets": 1, "beta": 0.1, "learning_rate": 5e-7, "seed": 42}
     assert parse("") == parse("# nothing\n") == got
 
 
@@ -98,7 +98,7 @@ def test_bare_bools(parse):
 def test_groups():
     """Only the groups asked for, in config's order; the others' flags are accepted all the same."""
     data, noise = config.parse(["--in", "x.jsonl", "--out", "y", "--beta", "9"], "x", config.DataArguments, config.NoiseArguments)
-    assert (data.preference_data_path, data.data) == ("x.jsonl", "y") and noise.trajectories == 5
+    assert (data.preference_data_path, data.data) == ("x.jsonl", "y") and noise.trajectories == 3
 
 
 def test_help_shows_the_groups_used(capsys):

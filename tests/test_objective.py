@@ -199,7 +199,7 @@ def test_replayed_states(home):
 def test_work():
     made = objective.Preference(config.TrainArguments(), config.NoiseArguments(estimator="spread"), None, None, MASK)
     assert made.work([(3, 0), (1, 0), (2, 1)]) == [((3, 0), 1 / 3), ((1, 0), 1 / 3), ((2, 1), 1 / 3)]
-    assert made.counts == [16, 16]
+    assert made.counts == [7, 7]
 
 
 # The split and the order
