@@ -39,15 +39,15 @@ class TargetLogps(torch.autograd.Function):
     def backward(ctx, grad):
         (x, targets, norms), weight = ctx.saved_tensors, ctx.weight
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_weight = None
         for rows in chunks(len(x), len(weight)):
             slope = (x[rows] @ weight.t()).float().sub_(norms[rows, None]).exp_()  # softmax (chunk, V)
             slope.scatter_add_(1, targets[rows, None], slope.new_full((len(slope), 1), -1.0))
             slope = slope.mul_(-grad[rows, None]).to(x.dtype)
             if grad_x is not None:
                 torch.mm(slope, weight, out=grad_x[rows])
-            if grad_weight is not None:
-                grad_weight.addmm_(slope.t(), x[rows])
+            if ctx.needs_input_grad[1]:
+                grad_weight = slope.t() @ x[rows] if grad_weight is None else grad_weight.addmm_(slope.t(), x[rows])
         return grad_x, grad_weight, None
 
 

@@ -3,13 +3,12 @@
     python bench/memory.py [--states 4 8 16 32 64] [--states_per_forward 2] [--length 512] [--device cpu] [--json FILE]
 
 Each cell is a process of its own: peak memory over what the process held with its model and gradients (resident set on a CPU,
-allocated on a GPU), with states_per_forward as given and with all states in one graph; medians of --turns processes. The last
-line is the largest over the smallest of the first column.
+allocated on a GPU), with states_per_forward as given and with all states in one graph. The last line is the largest over the
+smallest of the first column.
 """
 import argparse
 import os
 import resource
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -54,11 +53,10 @@ def worker(states, args):
 
 
 def measure(states, per, args):
-    """The median over the turns."""
+    """MiB of one cell."""
     command = [sys.executable, __file__, "--worker", str(states), "--states_per_forward", str(per), "--length", str(args.length),
                "--device", args.device]
-    said = [subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | MALLOC).stdout for _ in range(args.turns)]
-    return statistics.median(float(text.split()[-1]) for text in said)
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | MALLOC).stdout.split()[-1])
 
 
 def main(argv=None):
@@ -66,7 +64,6 @@ def main(argv=None):
     parser.add_argument("--states", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="numbers of states to try")
     parser.add_argument("--states_per_forward", type=int, default=2)
     parser.add_argument("--length", type=int, default=512, help="tokens of prompt and response")
-    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="write the table there")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)

@@ -33,7 +33,7 @@ one_seed() {
         # 2. tokens, noise, reference scores
         "$python" data_prep.py --reuse --in "$folder/prefs.jsonl" --out "$folder/packed" --model_name_or_path "$from" $shared
         "$python" score.py --data "$folder/packed" $shared
-        # 3. DPO; from the same start SFT on the chosen, with as many forward-backward tokens (some 27 epochs), and with the
+        # 3. DPO; from the same start SFT on the chosen, with as many forward-backward tokens (some 12 epochs), and with the
         # number of steps that served best on the problems of seed 9 (25 of 25, 50, 100, 170 and as many)
         "$python" train_dpo.py --data "$folder/packed" --output_dir "$folder/dpo" $shared \
             --learning_rate 1e-4 --num_train_epochs 1 --gradient_accumulation_steps 16 --eval_fraction 0.1

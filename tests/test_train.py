@@ -38,7 +38,7 @@ RUN = flags(beta=0.05, learning_rate=0.01, lr_scheduler_type="cosine", warmup_ra
             eval_fraction=0.25, eval_steps=2)
 PLAIN = ("zero0", "zero2", "zero3")
 STAGES = (*PLAIN, "zero2_offload_4080", "zero3_offload_4080")
-KINDS = [(stage, kind) for stage in PLAIN for kind in ("joint", "cut", "auto", "bf16")] + [(stage, "cut") for stage in STAGES[3:]]
+KINDS = [(stage, kind) for stage in PLAIN for kind in ("joint", "cut", "auto", "bf16")] + [(stage, kind) for stage in STAGES[3:] for kind in ("cut", "auto")]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def runs(request, home):
         jobs.append((name, "score", base + dtype + ["--states_per_forward", 3]))
     for stage in STAGES:
         path = ["--deepspeed", ds_config(folder / f"{stage}.json", stage, **ADAM)]
-        for cut, size in (("joint", 5), ("cut", 2), ("auto", "auto")) if stage in PLAIN else (("cut", 2),):
+        for cut, size in (("joint", 5), ("cut", 2), ("auto", "auto")) if stage in PLAIN else (("cut", 2), ("auto", "auto")):
             jobs.append((f"{stage}-{cut}", "train_dpo", base + FP32 + RUN + path + flags(
                 states_per_forward=size, output_dir=folder / f"{stage}-{cut}", gradient_checkpointing=cut != "joint",
                 save_steps=int((stage, cut) == ("zero3", "joint")))))
