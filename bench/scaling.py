@@ -28,7 +28,7 @@ import packed as disk  # noqa: E402
 import score  # noqa: E402
 from objective import preference_loss  # noqa: E402
 
-STATES, LENGTHS, PAIRS = (4, 8, 16, 32), (64, 128, 256, 512), (40, 120, 200)
+STATES, LENGTHS, PAIRS = (4, 8, 16, 32), (64, 128, 256, 512), (100, 250, 400)
 SHAPE = (8192, 256, 4)  # V, width, layers
 QUICK = ((2, 4), (8, 16), (2, 4)), (512, 32, 1)
 PER_FORWARD = 4
