@@ -178,7 +178,7 @@ def test_dropout_is_zero(monkeypatch):
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9,
         hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2))
     forward = BertForMaskedLM.forward
-    monkeypatch.setattr(BertForMaskedLM, "forward", lambda self, input_ids, positions=None: forward(self, input_ids))
+    monkeypatch.setattr(BertForMaskedLM, "forward", lambda self, input_ids, positions=None, targets=None: forward(self, input_ids))
     monkeypatch.setattr(checkpoint, "fill", lambda model, _: seen.extend(
         module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)))
     checkpoint.load_model("x", torch.float32)
