@@ -4,9 +4,8 @@
 
 Every design (estimator, T, R) is drawn several times for some pairs, for the reference and for a policy under the same noise:
 --calibrate_policy, or the reference with each weight moved a little. The truth is the score in single-token steps, by
-elbo_stratified with up to 64 levels. What is recommended is the design that measures a mean over pairs best for its cost: the
-least (variance between pairs + variance of noise) * passes of the margin, of those whose bias is below the standard error of a
-step of STEP_PAIRS pairs, which that step has in any case.
+elbo_stratified with up to 64 levels. What is recommended is the least noise at equal cost, variance of the margin times passes, of
+the designs whose bias is below the standard error of a step of STEP_PAIRS pairs, which that step has in any case.
 
 n response tokens, T denoising steps, R trajectories, S states, D draws.
 """
@@ -58,9 +57,9 @@ def settle(packed, model_args, noise_args):
 
 
 def recommend(rows):
-    """The row of least `error`, of those with little bias of the margin; of least bias where there is none."""
+    """The row of least noise at equal cost, of those with little bias of the margin; of least bias where there is none."""
     fair = [row for row in rows if row["margin_bias"] ** 2 <= (row["between_pairs"] + row["margin_variance"]) / STEP_PAIRS]
-    return min(fair, key=lambda row: row["error"]) if fair else min(rows, key=lambda row: row["margin_bias"])
+    return min(fair, key=lambda row: row["noise_x_cost"]) if fair else min(rows, key=lambda row: row["margin_bias"])
 
 
 def draws_of(packed, index, side, design, draws, noise_seed):
@@ -145,9 +144,9 @@ def run(packed, model_args, noise_args, args, mask_id, ranks):
     for (name, T, R), a, b, second, count in zip(DESIGNS, policy, reference, seconds, passes):
         found = measure(a, b, policy[-1], reference[-1])
         rows.append({"estimator": name, "diffusion_steps": T, "trajectories": R, "passes": count, "seconds": second, **found,
-                     "error": (found["between_pairs"] + found["margin_variance"]) * count})
+                     "noise_x_cost": found["margin_variance"] * count})
     rows = [{name: value if isinstance(value, (str, int)) else float(value) for name, value in row.items()} for row in rows]
-    if not all(0 < row["error"] < float("inf") for row in rows):
+    if not all(0 < row["noise_x_cost"] < float("inf") for row in rows):
         raise InputError(f"--calibrate: the scores of {args.calibrate_policy or 'the moved model'} are those of the reference, or not finite; "
                          "expected a model trained from it")
     if ranks.first:
@@ -163,13 +162,13 @@ def run(packed, model_args, noise_args, args, mask_id, ranks):
 
 
 def show(rows, best):
-    """The table: passes a response, seconds a response and model, and cost times error against the best's."""
+    """The table: passes a response, seconds a response and model, and noise times cost against the best's."""
     print(f"{'estimator':<16}{'T':>4}{'R':>4}{'passes':>8}{'seconds':>9}   score: {'variance':>8}{'bias':>9}   "
-          f"margin: {'variance':>8}{'bias':>9}{'error x cost':>14}")
+          f"margin: {'variance':>8}{'bias':>9}{'noise x cost':>14}")
     for row in sorted(rows, key=lambda row: row["passes"]):
         print(f"{row['estimator']:<16}{row['diffusion_steps']:4d}{row['trajectories']:4d}{row['passes']:8.1f}{row['seconds']:9.3f}   "
               f"{row['score_variance']:15.3g}{row['score_bias']:+9.2g}   {row['margin_variance']:16.3g}{row['margin_bias']:9.2g}"
-              f"{row['error'] / best['error']:14.2f}" + ("  <- recommended" if row is best else ""))
+              f"{row['noise_x_cost'] / best['noise_x_cost']:14.2f}" + ("  <- recommended" if row is best else ""))
 
 
 def plot(rows, path):

@@ -176,11 +176,11 @@ def block_length(noise_args):
 def check(packed, model_args, noise_args):
     """Fill in what is auto; refuse arguments that make no score, and arrays that another tokenizer made. Returns the mask id."""
     model_args.model_name_or_path = model_args.model_name_or_path or packed.meta["model_name_or_path"]
-    if noise_args.estimator == "auto":
+    if noise_args.estimator == "auto" and noise_args.diffusion_steps != "auto":  # else the calibration says it, too
         noise_args.estimator = "stepwise" if noise_args.order == "blocks" else "spread"
     if noise_args.order == "blocks" and noise_args.diffusion_steps == "auto":
         raise InputError("--diffusion_steps auto is measured in random order; give --order blocks a number")
-    if noise_args.order == "blocks" and noise_args.estimator != "stepwise":
+    if noise_args.order == "blocks" and noise_args.estimator not in ("stepwise", "auto"):
         raise InputError(f"--estimator {noise_args.estimator} counts on random order; --order blocks goes with stepwise")
     for name, value in (("diffusion_steps", noise_args.diffusion_steps), ("trajectories", noise_args.trajectories),
                         ("noise_sets", noise_args.noise_sets), ("block_length", noise_args.block_length),

@@ -57,7 +57,7 @@ def test_measure():
 
 
 def test_recommend():
-    row = lambda error, bias: {"error": error, "margin_bias": bias, "margin_variance": 4.0, "between_pairs": 12.0}  # noqa: E731
+    row = lambda noise, bias: {"noise_x_cost": noise, "margin_bias": bias, "margin_variance": 4.0, "between_pairs": 12.0}  # noqa: E731
     rows = [row(5, 0.1), row(3, 0.99), row(1, 1.01)]
     assert calibrate.recommend(rows) is rows[1]  # the third's bias is above sqrt((4 + 12) / 16)
     assert calibrate.recommend([row(1, 3.0), row(2, 1.5)])["margin_bias"] == 1.5
@@ -78,7 +78,7 @@ def test_command(few, home, capsys):
         assert row["score_variance"] > 0 and row["margin_variance"] > 0 and row["seconds"] > 0
         states = 4 if row["estimator"].startswith(("elbo", "stepwise")) else 1 + 2 * (row["diffusion_steps"] - 1)
         assert 1 <= row["passes"] <= states
-        assert row["error"] == pytest.approx((row["between_pairs"] + row["margin_variance"]) * row["passes"])
+        assert row["noise_x_cost"] == pytest.approx(row["margin_variance"] * row["passes"])
     best = calibrate.recommend(table["rows"])
     assert call(score.main, "--data", data, "--diffusion_steps", "auto", "--use_mixed_precision", "no") == 0
     [meta] = data.glob("ref-*/meta.json")
@@ -87,6 +87,13 @@ def test_command(few, home, capsys):
         == [best[name] for name in ("estimator", "diffusion_steps", "trajectories")]
     arguments = train_dpo.prepare(["--data", str(data), "--diffusion_steps", "auto", "--use_mixed_precision", "no"])[3]
     assert arguments["diffusion_steps"] == best["diffusion_steps"] and arguments["estimator"] == best["estimator"]
+    table["rows"][4] |= {"noise_x_cost": 1e-9, "margin_bias": 0.0}  # another winner: auto takes its estimator, too
+    path.write_text(json.dumps(table))
+    assert call(score.main, "--data", data, "--diffusion_steps", "auto", "--use_mixed_precision", "no") == 0
+    assert {json.loads(meta.read_text())["depends_on"]["estimator"] for meta in data.glob("ref-*/meta.json")} \
+        == {best["estimator"], "elbo_stratified"}
+    assert train_dpo.prepare(["--data", str(data), "--diffusion_steps", "auto", "--use_mixed_precision", "no"])[3]["estimator"] \
+        == "elbo_stratified"
     noise = config.NoiseArguments(estimator="elbo", diffusion_steps="auto")
     model_args = config.ModelArguments(model_name_or_path=str(home[1]), use_mixed_precision="no")
     calibrate.settle(packed.Packed(data), model_args, noise)
