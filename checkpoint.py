@@ -1,25 +1,32 @@
 """Find, load, fingerprint and save models and tokenizers. Strict: every tensor is accounted for by name and shape.
 
     model folder or hub name -> load_tokenizer(...), load_model(...) -> save_model(...) -> Hugging Face folder
+    python checkpoint.py merge runs/NAME/final OUT                      a LoRA adapter into its base model
+    python checkpoint.py convert SMDM.safetensors OUT --tokenizer T     SMDM's file to a folder (and back: FOLDER SMDM.safetensors)
 
 Under ZeRO-3 the model is built partitioned (zero.Init) and filled one tensor at a time, so that an 8B model is never
 whole in host memory twice. No remote code runs unless trust_remote_code is given; weights are safetensors only.
 """
+import argparse
 import contextlib
-import inspect
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import jinja2
 import torch
+import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer
 from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
-import llada  # noqa: F401  registers model_type llada
+import families
+import lora
+import smdm
 from packed import InputError, fingerprint, read_json
 
 disable_progress_bar()  # ours are few and honest; this one would only flash by
@@ -27,13 +34,17 @@ DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}  # by use_mixed_precision
 
 
 def model_folder(name):
-    """The local folder of a model: `name` itself, or its download from the hub."""
+    """The local folder of a model or an adapter: `name` itself, or its download from the hub."""
     if not name:
         raise InputError("no model given; add --model_name_or_path FOLDER_OR_HUB_NAME")
     if os.path.isdir(name):
-        if not (Path(name) / "config.json").is_file():
-            raise InputError(f"{name}: holds no config.json; expected a Hugging Face model folder")
+        if not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise InputError(f"{name}: holds no config.json; expected a Hugging Face model folder"
+                             + (" (SMDM's files: python checkpoint.py convert)" if any(Path(name).glob("mdm-*.safetensors")) else ""))
         return Path(name)
+    if smdm.is_original(name):
+        raise InputError(f"{name}: a file, expected a model folder; run: python checkpoint.py convert {name} "
+                         f"models/{Path(name).stem} --tokenizer TinyLlama/TinyLlama_v1.1")
     if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"{name}: no such model folder (and not a hub name such as GSAI-ML/LLaDA-8B-Instruct)")
     from huggingface_hub import snapshot_download
@@ -43,8 +54,15 @@ def model_folder(name):
         raise InputError(f"{name}: neither a local folder nor to be had from the hub ({type(error).__name__})") from None
 
 
-def load_config(name, trust_remote_code=False):
+def base_folder(name):
+    """The folder of a model's whole weights: an adapter's base, else the model's own."""
     folder = model_folder(name)
+    adapter = lora.read(folder)
+    return model_folder(adapter.get("base_model_name_or_path")) if adapter else folder
+
+
+def load_config(name, trust_remote_code=False):
+    folder = base_folder(name)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
@@ -59,9 +77,15 @@ def load_tokenizer(name, trust_remote_code=False, **kwargs):
         raise InputError(f"{folder}: its tokenizer.model needs a tokenizer_config.json beside it that names tokenizer_class "
                          "(LlamaTokenizer for SMDM), or it would be read wrongly")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
+        told = read_json(folder / "tokenizer_config.json", "downloading the model again") if (folder / "tokenizer_config.json").exists() else {}
+        if same := families.TOKENIZERS.get(told.get("tokenizer_class")):
+            tokenizer = getattr(transformers, same).from_pretrained(folder, **kwargs)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+        tokenizer.eos_token = tokenizer.sep_token  # BERT's and its kin: what ends a text
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: its tokenizer names no eos_token, which ends every response; "
                          "add it to tokenizer_config.json")
@@ -119,13 +143,28 @@ def end_token_id(tokenizer, template):
     return tokenizer.eos_token_id
 
 
-def mask_token_id(config, tokenizer):
-    """The mask's id, from config.json's mask_token_id or the tokenizer's mask_token; never guessed."""
-    found = getattr(config, "mask_token_id", None)
+def mask_token_id(config, tokenizer, given=None):
+    """The mask's id: `given` (--mask_token_id), else config.json's mask_token_id, else the tokenizer's mask_token; never guessed."""
+    found = given if given is not None else getattr(config, "mask_token_id", None)
     found = tokenizer.mask_token_id if found is None else found
     if found is None:
-        raise InputError("the model names no mask token: set mask_token_id in its config.json")
+        raise InputError("the model names no mask token: give --mask_token_id, or set mask_token_id in its config.json")
     return int(found)
+
+
+def prefix_ids(tokenizer, template):
+    """Ids that the tokenizer puts before a text that no template renders, such as Llama's bos or BERT's [CLS]."""
+    if uses_chat(tokenizer, template):
+        return []
+    whole, bare = tokenizer("x")["input_ids"], encode(tokenizer, "x")
+    place = next(i for i in range(len(whole)) if whole[i:i + len(bare)] == bare)
+    return whole[:place]
+
+
+def prompt_ids(tokenizer, prompt, template):
+    """The ids of prompt_text(): what comes before a response, in training and in sampling alike."""
+    ids, prefix = encode(tokenizer, prompt_text(tokenizer, prompt, template)), prefix_ids(tokenizer, template)
+    return ids if ids[:len(prefix)] == prefix else prefix + ids  # a text of lm_eval's may hold it already
 
 
 def tokenizer_fingerprint(tokenizer):
@@ -152,11 +191,16 @@ def weight_files(folder):
 
 def model_fingerprint(name):
     """Of config.json and, per weight file, header, size and 64 sampled blocks of 64 KiB: seconds at 8B."""
-    folder = model_folder(name)
+    folder, model = base_folder(name), model_folder(name)
     volatile = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "auto_map")
     config = read_json(folder / "config.json", "downloading the model again")
     parts = [{key: value for key, value in config.items() if key not in volatile}]
-    for file_name, path in weight_files(folder).items():
+    files = weight_files(folder)
+    if model != folder:  # an adapter: its numbers, and those of its base
+        adapter = lora.read(model)
+        parts.append([adapter.get(key) for key in ("r", "lora_alpha")])
+        files["adapter"] = model / "adapter_model.safetensors"
+    for file_name, path in files.items():
         size = path.stat().st_size
         with open(path, "rb") as file:
             header = file.read(min(int.from_bytes(file.read(8), "little"), size))
@@ -167,34 +211,37 @@ def model_fingerprint(name):
     return fingerprint(*parts)
 
 
-def load_model(name, dtype, ds_config=None, trust_remote_code=False):
-    """The model in training mode with dropout 0, weights loaded strictly; partitioned as `ds_config` says.
+def load_model(name, dtype, ds_config=None, trust_remote_code=False, shift_logits="auto"):
+    """The model in training mode with dropout 0, weights loaded strictly, an adapter merged; partitioned as `ds_config` says.
 
     dtype: torch dtype of every parameter. ds_config: the resolved DeepSpeed configuration, or None for a plain model.
-    Raises InputError naming the tensor that is unknown, missing or of another shape.
+    shift_logits: yes, no or auto (families.shifted). Raises InputError naming the tensor that is unknown, missing or of another shape.
     """
-    folder, config = model_folder(name), load_config(name, trust_remote_code)
+    folder, config = base_folder(name), load_config(name, trust_remote_code)
+    if trust_remote_code and getattr(config, "auto_map", None) and config.model_type not in families.KNOWN:
+        print(f"warning: {folder} brings its own code, and --trust_remote_code lets it do whatever you may do on this machine",
+              file=sys.stderr, flush=True)
     for field in [key for key in config.to_dict() if "dropout" in key or key in ("attn_pdrop", "resid_pdrop", "embd_pdrop")]:
         if isinstance(getattr(config, field, None), float):
             setattr(config, field, 0.0)  # a reference and a policy that draw dropout never agree
-    build = contextlib.nullcontext()
+    shift, build = families.shifted(config, shift_logits), contextlib.nullcontext()
+    if config.model_type in families.CAUSAL:
+        config.shift_logits = shift  # saved with the model: the next script need not be told
     if ds_config and ds_config["zero_optimization"]["stage"] == 3:
         import deepspeed
         build = deepspeed.zero.Init(config_dict_or_path=ds_config)  # its own dtype argument is ignored on a CPU
     with no_init_weights(), build:
-        model = AutoModelForMaskedLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.tie_weights()  # no_init_weights leaves that out, too
-    if "targets" not in inspect.signature(model.forward).parameters:
-        raise InputError(f"{folder}: model_type {config.model_type} is not supported; expected llada")
+        model = families.build(config, dtype, shift, trust_remote_code)
     fill(model, folder)
+    if (adapter := model_folder(name)) != folder:
+        lora.merge(model, adapter, writing)
     return model.train()
 
 
 @torch.no_grad()
 def fill(model, folder):
     """Copy every tensor of the folder's safetensors into the model, one at a time."""
-    parameters = dict(model.named_parameters()) | dict(model.named_buffers())  # tied names appear once
-    aliases = set(model.state_dict().keys()) - parameters.keys()
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())  # tied: by every name
     with contextlib.ExitStack() as stack:
         where = {}
         for path in weight_files(folder).values():
@@ -202,50 +249,129 @@ def fill(model, folder):
                 file = stack.enter_context(safe_open(path, framework="pt"))
             except Exception as error:  # safetensors raises its own class for a torn header
                 raise InputError(f"{path}: not a readable safetensors file ({error}); download it again") from None
-            where.update({key: (file, path) for key in file.keys()})
-        check_tensors(parameters, aliases, where, folder)
-        for key, parameter in parameters.items():
-            if key in where:
-                copy_into(parameter, where[key][0].get_tensor(key))
+            where.update({families.checkpoint_name(key): (file, key, path) for key in file.keys()})
+        where.pop(None, None)
+        check_tensors(parameters, where, folder)
+        for name, (file, key, _) in where.items():
+            with writing(parameters[name]) as mine:
+                if mine:
+                    parameters[name].copy_(file.get_tensor(key))
 
 
-def check_tensors(parameters, aliases, where, folder):
-    if unknown := sorted(where.keys() - parameters.keys() - aliases):
+def check_tensors(parameters, where, folder):
+    if unknown := sorted(where.keys() - parameters.keys()):
         raise InputError(f"{folder}: tensor {unknown[0]} ({len(unknown)} in all) is not part of this architecture")
-    if missing := sorted(key for key, value in parameters.items() if key not in where and value.requires_grad):
+    have = {id(parameters[name]) for name in where}
+    if missing := sorted(name for name, value in parameters.items() if id(value) not in have and value.requires_grad):
         raise InputError(f"{folder}: tensor {missing[0]} ({len(missing)} in all) is missing")
-    for key, parameter in parameters.items():
-        want = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        got = tuple(where[key][0].get_slice(key).get_shape()) if key in where else want
+    for name, (file, key, path) in where.items():
+        want = tuple(getattr(parameters[name], "ds_shape", parameters[name].shape))
+        got = tuple(file.get_slice(key).get_shape())
         if got != want:
-            raise InputError(f"{where[key][1]}: tensor {key} has shape {list(got)}, expected {list(want)}")
+            raise InputError(f"{path}: tensor {key} has shape {list(got)}, expected {list(want)}")
 
 
-def copy_into(parameter, tensor):
-    """Fill a parameter, whole or partitioned by ZeRO-3 (rank 0 fills it, the engine deals it out)."""
+@contextlib.contextmanager
+def writing(parameter):
+    """Context in which a parameter may be changed; yields whether by this rank. One that ZeRO-3 has cut is whole in it, and
+    what rank 0 makes of it is dealt out again."""
     if not hasattr(parameter, "ds_id"):
-        parameter.copy_(tensor)
+        yield True
         return
     import deepspeed
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        if torch.distributed.get_rank() == 0:
-            parameter.copy_(tensor)
+        yield torch.distributed.get_rank() == 0
 
 
-def save_model(folder, model, state_dict, source, tokenizer, card):
+def save_model(folder, model, state_dict, source, tokenizer, card, mask_id=None):
     """Write a Hugging Face folder (config, safetensors, tokenizer, README.md): all of it, or nothing.
 
-    state_dict: whole tensors by name, as the engine gathers them. source: the model folder that training started from.
+    state_dict: whole tensors by name, as the engine gathers them. source: the model folder that training started from; what
+    its config.json says stays said. mask_id: noted there if the source left it to the tokenizer or the command line.
     """
     folder = Path(folder)
     work = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     model.save_pretrained(work, state_dict={key: value.contiguous() for key, value in state_dict.items()})
     tokenizer.save_pretrained(work)
-    saved, original = json.loads((work / "config.json").read_text()), json.loads((Path(source) / "config.json").read_text())
-    saved.update({key: original[key] for key in ("auto_map", "architectures") if key in original})
-    (work / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
+    saved = json.loads((work / "config.json").read_text())
+    original = json.loads((Path(source) / "config.json").read_text()) if source else {}
+    kept = {key: value for key, value in original.items() if key not in ("transformers_version", "torch_dtype", "dtype")}
+    noted = {} if mask_id is None else {"mask_token_id": mask_id}
+    (work / "config.json").write_text(json.dumps(saved | noted | kept, indent=2) + "\n")
     (work / "README.md").write_text(card, encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(work, folder)
+
+
+# --- command line: merge, convert ---
+
+def merge(adapter, out, dtype):
+    """A LoRA adapter into its base model: a Hugging Face folder of whole weights."""
+    if not lora.read(model_folder(adapter)):
+        raise InputError(f"{adapter}: holds no adapter_config.json; expected the folder of an adapter")
+    source, model = base_folder(adapter), load_model(adapter, DTYPES[dtype])
+    card = f"---\nlibrary_name: transformers\ntags: [diffusion-language-model]\n---\n{adapter}, merged into {source}.\n"
+    save_model(out, model, dict(model.named_parameters()), source, load_tokenizer(adapter), card)
+    print(f"{out}: {adapter} merged into {source}\nnext: python generate.py --model_name_or_path {out} --prompt '...'", flush=True)
+
+
+def convert(source, out, tokenizer, heads):
+    """An original file of SMDM to a Hugging Face folder, or such a folder back to a file."""
+    if smdm.is_original(source):
+        if not tokenizer:
+            raise InputError("--tokenizer is missing: SMDM's is TinyLlama's; give a folder or TinyLlama/TinyLlama_v1.1")
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tensors = load_file(source)
+        config = smdm.config_of({name: tuple(tensor.shape) for name, tensor in tensors.items()}, heads)
+        ours = smdm.from_original(tensors, config.n_heads)
+        with torch.device("meta"):
+            model = smdm.SMDMModelLM(config)
+        check_shapes(source, ours, {name: tuple(value.shape) for name, value in model.state_dict().items()})
+        save_model(out, model, ours, None, tokenizer, f"{Path(source).name} of SMDM, under LLaDA's tensor names.\n")
+    else:
+        config = load_config(source)
+        if config.model_type != "smdm" or lora.read(model_folder(source)):
+            raise InputError(f"{source}: expected an original .safetensors file of SMDM, or a folder that was made of one (an "
+                             "adapter is to be merged first)")
+        tensors = {key: value for path in weight_files(model_folder(source)).values() for key, value in load_file(path).items()}
+        temporary = f"{out}.tmp"
+        save_file(smdm.to_original(tensors, config.n_heads), temporary)
+        os.replace(temporary, out)
+    print(f"{out}: {source} converted", flush=True)
+
+
+def check_shapes(path, got, want):
+    """Refuse tensors {name: tensor} that are not of the shapes `want`."""
+    for name in sorted(got.keys() | want.keys()):
+        have = tuple(got[name].shape) if name in got else None
+        if have != want.get(name):
+            raise InputError(f"{path}: {name} has shape {have}, expected {want.get(name)} (tensors by LLaDA's names)")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("merge", help="a LoRA adapter into its base model")
+    one.add_argument("adapter", help="folder of the adapter, such as runs/NAME/final")
+    one.add_argument("out", help="folder to write")
+    one.add_argument("--use_mixed_precision", choices=DTYPES, default="bf16", help="bf16: bfloat16 weights; no: float32")
+    two = commands.add_parser("convert", help="SMDM's .safetensors to a folder, or such a folder to a .safetensors")
+    two.add_argument("source")
+    two.add_argument("out")
+    two.add_argument("--tokenizer", help="folder or hub name of the tokenizer, TinyLlama/TinyLlama_v1.1 (to a folder)")
+    two.add_argument("--n_heads", type=int, help="attention heads, for a width that SMDM released no model of")
+    args = parser.parse_args(argv)
+    if os.path.exists(args.out):
+        raise InputError(f"{args.out}: exists already; remove it or name another")
+    if args.command == "merge":
+        merge(args.adapter, args.out, args.use_mixed_precision)
+    else:
+        convert(args.source, args.out, args.tokenizer, args.n_heads)
+    return 0
+
+
+if __name__ == "__main__":
+    import config as arguments
+    arguments.run(main)

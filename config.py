@@ -36,8 +36,14 @@ class DataArguments:
 @dataclass
 class ModelArguments:
     model_name_or_path: Optional[str] = arg(None, "model folder or hub name: the policy's start and the reference; when not given, the one that packed the data; data_prep: examples/tiny")
-    trust_remote_code: bool = arg(False, "run code that comes with the model (never needed for LLaDA)")
+    trust_remote_code: bool = arg(False, "run code that comes with the model (needed for none of the families that README names)")
+    mask_token_id: Optional[int] = arg(None, "the mask's id, where neither config.json nor the tokenizer says it, or says another")
+    end_token_id: Optional[int] = arg(None, "what ends a response; default: the chat template's end of turn, else eos")
+    shift_logits: Literal["auto", "yes", "no"] = arg("auto", "logits at i - 1 predict token i; auto: as config.json or the family says")
     use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights, float32 scores; no: float32")
+    lora_r: int = arg(0, "rank of LoRA adapters; 0: every weight is trained")
+    lora_alpha: float = arg(32, "LoRA: their product counts alpha / r")
+    lora_targets: str = arg("auto", "LoRA: auto, every linear layer of the blocks; or names such as q_proj,v_proj")
     gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
     states_per_forward: str = arg("auto", "states of one response that share a forward pass; auto: as many as fit, tried on the longest pair")
     deepspeed: Optional[str] = arg(None, "ds_configs/*.json: where parameters and optimizer live")
@@ -95,8 +101,12 @@ class CalibrateArguments:
 @dataclass
 class SampleArguments:
     model_name_or_path: Optional[str] = arg(None, "model folder or hub name", "--model")
-    trust_remote_code: bool = arg(False, "run code that comes with the model (never needed for LLaDA)")
+    trust_remote_code: bool = arg(False, "run code that comes with the model (needed for none of the families that README names)")
+    mask_token_id: Optional[int] = arg(None, "the mask's id, where neither config.json nor the tokenizer says it, or says another")
+    end_token_id: Optional[int] = arg(None, "what ends a response, besides eos; default: the chat template's end of turn")
+    shift_logits: Literal["auto", "yes", "no"] = arg("auto", "logits at i - 1 predict token i; auto: as config.json or the family says")
     use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights; no: float32")
+    deepspeed: Optional[str] = arg(None, "a ds_config of ZeRO-3: weights are streamed from the host, for a model larger than the card")
     device: str = arg("auto", "auto, cpu, cuda or cuda:N")
     template: Literal["auto", "chat", "none"] = arg("auto", "auto: the tokenizer's chat template if it has one")
     gen_length: int = arg(64, "tokens of a response, at most")

@@ -22,6 +22,7 @@ import numpy as np
 
 import checkpoint
 import config
+import families
 import packed
 from packed import InputError
 from rows import Malformed, find_columns, parse_columns, preference, read_rows, shorten, source_sha256
@@ -41,7 +42,6 @@ class Encoder:
     tokenizer: object
     response_tokenizer: object
     template: str        # "chat" or "none"
-    bos: list            # ids before a prompt that no template renders
     end: int
     mask: int
     special: re.Pattern  # the special tokens' strings
@@ -59,17 +59,16 @@ class Encoder:
         if found := next(filter(None, map(self.special.search, (*said, chosen, rejected))), None):
             return "special token in the text", found.group(), [[]] * 3
         try:
-            text = checkpoint.prompt_text(self.tokenizer, prompt, self.template)
+            ids = [checkpoint.prompt_ids(self.tokenizer, prompt, self.template)]
         except InputError as error:  # the template refuses this row's messages
             return "malformed", str(error), [[]] * 3
-        ids = [self.bos + checkpoint.encode(self.tokenizer, text)]
         for side in (chosen, rejected):
             side = side.strip() if self.strips else side
             ids.append(checkpoint.encode(self.response_tokenizer, side) + [self.end])
         if ids[1] == ids[2]:
             return "chosen equals rejected", "", [[]] * 3
         if (length := len(ids[0]) + max(map(len, ids[1:]))) > self.max_length:
-            return "too long", f"{length} tokens, max_length {self.max_length}", [[]] * 3
+            return "too long", f"{length} tokens, of at most {self.max_length}", [[]] * 3
         return "", "", ids
 
 
@@ -79,16 +78,16 @@ def make_encoder(args, model_args, tokenizer):
     response_tokenizer = checkpoint.response_tokenizer(name, tokenizer, remote)
     response_tokenizer.model_max_length = sys.maxsize
     chat = checkpoint.uses_chat(tokenizer, args.template)
-    end = checkpoint.end_token_id(tokenizer, args.template)
-    mask = checkpoint.mask_token_id(checkpoint.load_config(name, remote), tokenizer)
-    bos = tokenizer.bos_token_id
-    adds_bos = not chat and bos is not None and tokenizer("x")["input_ids"][0] == bos
+    end = checkpoint.end_token_id(tokenizer, args.template) if model_args.end_token_id is None else model_args.end_token_id
+    model_config = checkpoint.load_config(name, remote)
+    mask = checkpoint.mask_token_id(model_config, tokenizer, model_args.mask_token_id)
+    most = min(args.max_length, families.longest(model_config) or args.max_length)
     strips = False
     if chat:
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": " @answer@ "}]
         strips = " @answer@ " not in checkpoint.render(tokenizer, messages)
-    return Encoder(tokenizer, response_tokenizer, "chat" if chat else "none", [bos] if adds_bos else [], end, mask,
-                   special_pattern(tokenizer, {mask, end}), strips, args.max_length)
+    return Encoder(tokenizer, response_tokenizer, "chat" if chat else "none", end, mask,
+                   special_pattern(tokenizer, {mask, end}), strips, most)
 
 
 def special_pattern(tokenizer, ids):
@@ -185,7 +184,7 @@ def default_model(folder, reuse):
     return os.path.relpath(EXAMPLE) if EXAMPLE.is_dir() else None
 
 
-def up_to_date(args, tokenizer, mend):
+def up_to_date(args, model_args, tokenizer, mend):
     """Whether args.data is complete and is what these arguments would make; with no source given, just complete."""
     source = args.preference_data_path
     if not (Path(args.data) / "meta.json").exists():
@@ -207,6 +206,7 @@ def up_to_date(args, tokenizer, mend):
         return True
     wanted = {"tokenizer": tokens, "columns": parse_columns(args.columns), "max_length": args.max_length,
               "template": "chat" if checkpoint.uses_chat(tokenizer, args.template) else "none"}
+    wanted |= {name: value for name in ("mask_token_id", "end_token_id") if (value := getattr(model_args, name)) is not None}
     wanted["source_sha256"] = source_sha256(source, args.split)
     return all(meta.get(key) == value for key, value in wanted.items())
 
@@ -227,6 +227,12 @@ def pieces(tokenizer, ids, most=40):
         said = [*show(ids[:most // 2]), f" ... ({len(ids) - most} more) ... ", *show(ids[-most // 2:])]
     mark = "·" if any("|" in piece for piece in said) else "|"
     return mark + mark.join(said) + mark
+
+
+def token(tokenizer, number):
+    """A token's text and id; the mask of some models is no word of the tokenizer."""
+    text = tokenizer.convert_ids_to_tokens(number) if number < len(tokenizer) else None
+    return f"{number}" if text is None else f"{text} ({number})"
 
 
 def summary(args, kept, left_out, tokenizer):
@@ -260,7 +266,7 @@ def main(argv=None):
         raise InputError(f"{folder}: expected a folder for the packed arrays, found a file")
     name = model_args.model_name_or_path = model_args.model_name_or_path or default_model(folder, reuse)
     tokenizer = checkpoint.load_tokenizer(name, model_args.trust_remote_code)
-    if reuse and up_to_date(args, tokenizer, MEND.format(data=args.data, model=name)):
+    if reuse and up_to_date(args, model_args, tokenizer, MEND.format(data=args.data, model=name)):
         print(f"{folder}: {packed.read_json(folder / 'meta.json', '')['pairs']} pairs, up to date")
         return
     encoder = make_encoder(args, model_args, tokenizer)
@@ -283,6 +289,9 @@ def main(argv=None):
         "rows": len(rows), "kept": len(kept), "dropped": dropped,
         "end_token_id": encoder.end, "pad_token_id": tokenizer.eos_token_id, "mask_token_id": encoder.mask})
     print(f"form: {form}")
+    print(f"template: {encoder.template}; mask: {token(tokenizer, encoder.mask)}; end of a response: {token(tokenizer, encoder.end)}")
+    if encoder.max_length < args.max_length:
+        print(f"{name} reads at most {encoder.max_length} tokens, less than --max_length {args.max_length}")
     print("\n".join(summary(args, kept, left_out, tokenizer)))
     print(f"next: python score.py --data {folder} --model_name_or_path {name}")
 

@@ -208,9 +208,11 @@ def whole(parameter, modifier_rank=None):
 
 
 def gather_weights(engine, ranks):
-    """{name: whole CPU tensor} of the engine's parameters on rank 0, {} elsewhere; one parameter at a time."""
+    """{name: whole CPU tensor} of the parameters that the engine trains, on rank 0, {} elsewhere; one parameter at a time."""
     weights = {}
     for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue  # under LoRA: the base
         with whole(parameter):
             if ranks.first:
                 weights[name] = parameter.detach().to("cpu", copy=True)

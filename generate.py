@@ -33,10 +33,11 @@ import jsonlines
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import config
+import families
 import tasks
-from checkpoint import (DTYPES, encode, end_token_id, load_model, load_tokenizer, mask_token_id, prompt_text,
-                        response_tokenizer)
+from checkpoint import DTYPES, end_token_id, load_model, load_tokenizer, mask_token_id, response_tokenizer
 from config import SampleArguments, arg
 from packed import InputError, check_out, replacing
 
@@ -153,7 +154,7 @@ def generate(model, prompts, sample, mask_id, eos=None, eot=None, keys=None):
     sample: SampleArguments after check(). eos, eot: ids that end a text; after the first, some ids may still be masks.
     keys: B numbers that key the noise with sample.seed (default 0..B-1), so that no response depends on its batch.
     """
-    (B, P), device = prompts.shape, next(model.parameters()).device
+    (B, P), device = prompts.shape, model.device
     draws = [row_generator(sample.seed, key) for key in (range(B) if keys is None else keys)]
     ends = torch.tensor(sorted({eos, eot} - {None}), dtype=torch.long, device=device)
     x = torch.full((B, P + sample.gen_length), mask_id, dtype=torch.long, device=device)  # (B, L)
@@ -212,9 +213,24 @@ def load(sample):
     """(model, tokenizer) of sample, after check(): the model in eval mode, its dtype and device as sample says."""
     tokenizer = load_tokenizer(sample.model_name_or_path, sample.trust_remote_code)
     with memory_of(sample.device):
+        if sample.deepspeed:
+            return streamed(sample), tokenizer
         model = load_model(sample.model_name_or_path, DTYPES[sample.use_mixed_precision],
-                           trust_remote_code=sample.trust_remote_code)
+                           trust_remote_code=sample.trust_remote_code, shift_logits=sample.shift_logits)
         return model.eval().to(sample.device), tokenizer
+
+
+def streamed(sample):
+    """The model under ZeRO-3: each pass takes the weights over the bus once, whatever the batch, so --batch_size is to be large."""
+    import engine  # deepspeed's import is slow, and nothing else here needs it
+    import score
+    if engine.read_ds_config(sample.deepspeed)["zero_optimization"]["stage"] != 3:
+        raise InputError(f"--deepspeed {sample.deepspeed}: sampling streams weights with ZeRO stage 3 only; leave it out, or name "
+                         "ds_configs/zero3_offload_4080.json")
+    ranks = engine.start()
+    if ranks.world > 1 or ranks.device.type != sample.device.split(":")[0]:
+        raise InputError(f"--deepspeed with --device {sample.device} on {ranks.world} rank(s): sampling streams to the one {ranks.device}")
+    return score.load(sample, ranks).eval()
 
 
 def respond(model, tokenizer, prompts, sample, *, keys=None, finished=lambda replies: None):
@@ -224,8 +240,13 @@ def respond(model, tokenizer, prompts, sample, *, keys=None, finished=lambda rep
     (default: its index). A text ends before the first eos or end-of-turn; special tokens are left out.
     finished: called after each batch with its {index: Response}.
     """
-    mask_id = mask_token_id(model.config, tokenizer)
-    eos, eot = tokenizer.eos_token_id, end_token_id(tokenizer, "auto")
+    model_config = getattr(model, "module", model).config  # an engine's is DeepSpeed's
+    mask_id = mask_token_id(model_config, tokenizer, sample.mask_token_id)
+    eos, eot = tokenizer.eos_token_id, end_token_id(tokenizer, "auto") if sample.end_token_id is None else sample.end_token_id
+    most, needed = families.longest(model_config), max(map(len, prompts), default=0) + sample.gen_length
+    if most and needed > most:
+        raise InputError(f"{sample.model_name_or_path} reads at most {most} tokens; the longest prompt with --gen_length "
+                         f"{sample.gen_length} has {needed}")
     decoder = response_tokenizer(sample.model_name_or_path, tokenizer, sample.trust_remote_code)
     keys = range(len(prompts)) if keys is None else keys
     responses = [None] * len(prompts)
@@ -273,7 +294,7 @@ def prompt_ids(tokenizer, row, place, template):
                for each in messages):
         raise InputError(f'{place}: expected a "prompt", a string or a list of {{"role", "content"}} messages')
     try:
-        return encode(tokenizer, prompt_text(tokenizer, prompt, template))
+        return checkpoint.prompt_ids(tokenizer, prompt, template)
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
 

@@ -7,6 +7,7 @@ N scored positions, D width, V vocabulary.
 """
 import torch
 from torch import nn
+from torch.nn import functional
 
 CHUNK_BYTES = 256 * 2**20  # of float32 logits; a bfloat16 model holds half as much again while it casts them
 
@@ -18,45 +19,51 @@ def chunks(N, V):
 
 
 class TargetLogps(torch.autograd.Function):
-    """log softmax(x W')[target] in float32: x (N, D), weight (V, D), targets (N,) int64 -> (N,) float32.
+    """log softmax(x W' + b)[target] in float32: x (N, D), weight (V, D), bias (V,) or None, targets (N,) int64 -> (N,) float32.
 
     d logp_i / d logits_i = onehot(target_i) - softmax(logits_i).
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, bias, targets):
         logps, norms = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))  # (N,)
         for rows in chunks(len(x), len(weight)):
-            logits = (x[rows] @ weight.t()).float()  # (chunk, V); in place from here on
+            logits = functional.linear(x[rows], weight, bias).float()  # (chunk, V); in place from here on
             picked, top = logits.gather(1, targets[rows, None])[:, 0], logits.amax(1)
             norms[rows] = logits.sub_(top[:, None]).exp_().sum(1).log_() + top
             logps[rows] = picked - norms[rows]
         ctx.save_for_backward(x, targets, norms)
-        ctx.weight = weight  # by reference: under ZeRO-3 it is empty until the backward pass gathers it again
+        ctx.weight, ctx.bias = weight, bias  # by reference: under ZeRO-3 empty until the backward pass gathers them again
         return logps
 
     @staticmethod
     def backward(ctx, grad):
-        (x, targets, norms), weight = ctx.saved_tensors, ctx.weight
+        (x, targets, norms), weight, bias = ctx.saved_tensors, ctx.weight, ctx.bias
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = None
+        grad_weight = grad_bias = None
         for rows in chunks(len(x), len(weight)):
-            slope = (x[rows] @ weight.t()).float().sub_(norms[rows, None]).exp_()  # softmax (chunk, V)
+            slope = functional.linear(x[rows], weight, bias).float().sub_(norms[rows, None]).exp_()  # softmax (chunk, V)
             slope.scatter_add_(1, targets[rows, None], slope.new_full((len(slope), 1), -1.0))
-            slope = slope.mul_(-grad[rows, None]).to(x.dtype)
+            slope = slope.mul_(-grad[rows, None])
+            if ctx.needs_input_grad[2]:
+                grad_bias = slope.sum(0) if grad_bias is None else grad_bias.add_(slope.sum(0))
+            slope = slope.to(x.dtype)
             if grad_x is not None:
                 torch.mm(slope, weight, out=grad_x[rows])
             if ctx.needs_input_grad[1]:
                 grad_weight = slope.t() @ x[rows] if grad_weight is None else grad_weight.addmm_(slope.t(), x[rows])
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype), None
 
 
 class Head(nn.Linear):
-    """The output projection. A module of its own, so that ZeRO-3 gathers its weight once for all chunks."""
+    """The output projection. A module of its own, so that ZeRO-3 gathers its weight once for all chunks.
+
+    An nn.Linear of another model, with a bias or without, becomes one by `linear.__class__ = Head` (families.py).
+    """
 
     def __init__(self, width, words):
         super().__init__(width, words, bias=False)
 
     def forward(self, x, targets=None):
         """x (..., D) -> logits (..., V); with targets (N,), x (N, D) -> their log-probabilities (N,) float32."""
-        return super().forward(x) if targets is None else TargetLogps.apply(x, self.weight, targets)
+        return super().forward(x) if targets is None else TargetLogps.apply(x, self.weight, self.bias, targets)

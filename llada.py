@@ -79,6 +79,10 @@ class LLaDAConfig(PreTrainedConfig):
         """Rows of embedding and head: embedding_size where given (it may exceed vocab_size; logits are not cut)."""
         return self.embedding_size or self.vocab_size
 
+    @property
+    def head_rows(self):
+        return self.rows
+
 
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
@@ -143,7 +147,7 @@ class LLaDAModel(nn.Module):
             wte=nn.Embedding(config.rows, config.d_model),
             blocks=nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
             ln_f=RMSNorm(config.d_model, config.rms_norm_eps),
-            ff_out=Head(config.d_model, config.rows),
+            ff_out=Head(config.d_model, config.head_rows),
         ))
 
 
@@ -183,6 +187,9 @@ class LLaDAModelLM(PreTrainedModel):
     def set_output_embeddings(self, head):
         self.model.transformer.ff_out = head
 
+    def rotary(self, length, device):
+        return rotary(length, self.config.d_model // self.config.n_heads, self.config.rope_theta, device)
+
     def forward(self, input_ids, attention_mask=None, positions=None, targets=None):
         """input_ids (B, L); attention_mask (B, L), 1 = real; positions (N,) flat indices b * L + i.
 
@@ -191,7 +198,7 @@ class LLaDAModelLM(PreTrainedModel):
         Positions are counted by index: padding on the left shifts them.
         """
         x = self.model.transformer.wte(input_ids)  # (B, L, D)
-        cos, sin = rotary(input_ids.shape[1], self.config.d_model // self.config.n_heads, self.config.rope_theta, x.device)
+        cos, sin = self.rotary(input_ids.shape[1], x.device)
         bias = None
         if attention_mask is not None and not attention_mask.bool().all():
             off = attention_mask[:, None, None, :] == 0  # by key column; finfo.min, so that an empty row is no NaN

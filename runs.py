@@ -34,7 +34,7 @@ class Run:
 
     @property
     def finished(self):
-        return (self.final / "config.json").exists()
+        return any((self.final / name).exists() for name in ("config.json", "adapter_config.json"))
 
     def saved(self):
         """Complete checkpoints, oldest first: [(step, path)]."""

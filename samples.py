@@ -16,7 +16,7 @@ from tqdm import tqdm
 import generate
 from packed import InputError, fingerprint, replacing
 
-APART = ("model_name_or_path", "batch_size", "device", "trust_remote_code")  # change no response
+APART = ("model_name_or_path", "batch_size", "device", "trust_remote_code", "deepspeed")  # change no response
 
 
 def header(sampling, model, k=1):

@@ -26,6 +26,7 @@ import checkpoint
 import config
 import diffusion
 import engine
+import families
 import packed as disk
 from packed import InputError
 
@@ -161,7 +162,8 @@ def depends_on(packed, model_args, noise_args):
             "tokenizer": packed.meta["tokenizer"], "estimator": noise_args.estimator, "order": noise_args.order,
             "block_length": block_length(noise_args), "diffusion_steps": noise_args.diffusion_steps,
             "trajectories": noise_args.trajectories, "noise_seed": noise_args.noise_seed,
-            "dtype": model_args.use_mixed_precision}
+            "mask_token_id": packed.meta["mask_token_id"], "shift_logits": families.shifted(checkpoint.load_config(model_args.model_name_or_path, model_args.trust_remote_code),
+                                             model_args.shift_logits), "dtype": model_args.use_mixed_precision}
 
 
 def state_count(noise_args):
@@ -193,7 +195,13 @@ def check(packed, model_args, noise_args):
                          f"python data_prep.py --in {packed.meta['source']} --out {packed.folder} "
                          f"--model_name_or_path {model_args.model_name_or_path}")
     model_config = checkpoint.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
-    return checkpoint.mask_token_id(model_config, tokenizer)
+    mask_id = checkpoint.mask_token_id(model_config, tokenizer, model_args.mask_token_id)
+    if mask_id != packed.meta["mask_token_id"]:
+        if model_args.mask_token_id is not None:
+            raise InputError(f"{packed.folder}: packed with the mask {packed.meta['mask_token_id']}, not --mask_token_id {mask_id}; "
+                             "give that flag to data_prep.py, too")
+        mask_id = packed.meta["mask_token_id"]
+    return mask_id
 
 
 def draw(packed, index, side, noise_args, noise_set):
@@ -270,7 +278,7 @@ def load(model_args, ranks, name=None):
     """The model of the arguments (or another, `name`) ready to be scored with: streamed under ZeRO-3, else plain."""
     ds_config = engine.scoring_config(engine.read_ds_config(model_args.deepspeed), model_args)
     model = checkpoint.load_model(name or model_args.model_name_or_path, checkpoint.DTYPES[model_args.use_mixed_precision], ds_config,
-                                  model_args.trust_remote_code)
+                                  model_args.trust_remote_code, model_args.shift_logits)
     streamed = ds_config["zero_optimization"]["stage"] == 3  # else the model fits: no engine is needed
     return engine.build(model, ds_config) if streamed else model.to(ranks.device)
 

@@ -19,6 +19,7 @@ import calibrate
 import checkpoint
 import config
 import engine
+import lora
 import packed as disk
 import runs
 import score
@@ -177,6 +178,9 @@ def prepare(argv):
     mask_id = score.check(packed, model_args, noise_args)
     if noise_args.diffusion_steps == "auto":
         calibrate.settle(packed, model_args, noise_args)
+    if lora.read(checkpoint.model_folder(model_args.model_name_or_path)):
+        raise InputError(f"{model_args.model_name_or_path}: an adapter, expected whole weights to start from; run: python checkpoint.py "
+                         f"merge {model_args.model_name_or_path} OUT, and score and train with --model_name_or_path OUT")
     wanted = score.depends_on(packed, model_args, noise_args)
     if args.loss_type == "sft":
         objective = SFT(args, noise_args, packed, mask_id)
@@ -195,7 +199,7 @@ def prepare(argv):
 
 def save_checkpoint(job, run, step, num_tokens):
     """Engine, step (which is the schedule's and the data's place) and counters. Nothing draws from a global RNG."""
-    job.policy.save_checkpoint(str(run.checkpoints), tag=run.temporary(step), save_latest=False)
+    job.policy.save_checkpoint(str(run.checkpoints), tag=run.temporary(step), save_latest=False, exclude_frozen_parameters=True)
     dist.barrier()
     if job.ranks.first:
         run.keep(step, {"step": step, "num_tokens": num_tokens, "world": job.ranks.world}, job.args.save_total_limit)
@@ -208,7 +212,8 @@ def load_checkpoint(job, path):
     if state["world"] != job.ranks.world:
         raise InputError(f"{path}: was saved by {state['world']} ranks, this run has {job.ranks.world}; "
                          f"start it with {state['world']}")
-    loaded, _ = job.policy.load_checkpoint(str(path.parent), tag=path.name)
+    every = all(parameter.requires_grad for parameter in job.policy.module.parameters())  # LoRA's are saved without their base
+    loaded, _ = job.policy.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=every)
     if loaded is None:
         raise InputError(f"{path}: DeepSpeed cannot load it; choose another checkpoint with --resume_from_checkpoint")
     engine.recount(job.policy, state["step"])
@@ -285,9 +290,14 @@ def main(argv=None):
     backwards = passes(1 if auto else states_per_forward)
     ds_config = engine.training_config(ds_config, args, model_args, backwards, model_args.deepspeed)
     source = model_args.model_name_or_path
-    model = checkpoint.load_model(source, checkpoint.DTYPES[model_args.use_mixed_precision], ds_config, model_args.trust_remote_code)
-    if model_args.gradient_checkpointing:  # non-reentrant: the only kind that ZeRO-3 bears with several forwards a step
+    model = checkpoint.load_model(source, checkpoint.DTYPES[model_args.use_mixed_precision], ds_config, model_args.trust_remote_code,
+                                  model_args.shift_logits)
+    if model_args.gradient_checkpointing and model.supports_gradient_checkpointing:  # (ALBERT's does not) non-reentrant: the only kind that ZeRO-3 bears with several forwards a step
         model.activation_checkpointing_enable({"use_reentrant": False})
+    if model_args.lora_r:
+        model, said = lora.add(model, model_args.lora_r, model_args.lora_alpha, model_args.lora_targets, args.seed, source)
+        if ranks.first:
+            print(said, flush=True)
     stream = Stream(train_pairs, args.seed, rows, objective.lengths)
     job = Job(args, engine.build(model, ds_config), objective, stream, ranks, states_per_forward)
 
@@ -317,8 +327,13 @@ def main(argv=None):
     weights = engine.gather_weights(job.policy, ranks)
     if ranks.first:
         tokenizer = checkpoint.load_tokenizer(source, model_args.trust_remote_code)
-        checkpoint.save_model(run.final, model, weights, checkpoint.model_folder(source), tokenizer, card(arguments, evaluation))
-        print(f"{run.final}: the aligned model, in Hugging Face format\n"
+        if model_args.lora_r:
+            lora.save(run.final, model, weights, tokenizer, lora.card_of(card(arguments, evaluation), source))
+        else:
+            checkpoint.save_model(run.final, model, weights, checkpoint.model_folder(source), tokenizer, card(arguments, evaluation),
+                                  objective.mask_id)
+        print(f"{run.final}: " + (f"the adapter, in peft's format (python checkpoint.py merge {run.final} OUT makes one model of it)"
+                                  if model_args.lora_r else "the aligned model, in Hugging Face format") + "\n"
               f"next: python generate.py --model_name_or_path {run.final} --prompt '...'", flush=True)
     dist.barrier()
     dist.destroy_process_group()

@@ -129,10 +129,10 @@ def test_wrong_config(make_llada, tmp_path, change, words):
 
 
 def test_another_architecture(tmp_path):
-    """Known to transformers, unknown here."""
+    """Known to transformers, but no mask predictor."""
     (tmp_path / "config.json").write_text(json.dumps({
-        "model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}))
-    refused(lambda: load(tmp_path), "model_type bert", "expected llada")
+        "model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 9}))
+    refused(lambda: load(tmp_path), "model_type gpt2", "--trust_remote_code")
 
 
 def test_no_remote_code(make_llada, tmp_path):

@@ -118,7 +118,8 @@ def test_cli_packs_what_sentencepiece_says(tiny, tmp_path):
     meta = got.meta
     assert (meta["end_token_id"], meta["pad_token_id"], meta["mask_token_id"], meta["template"]) == (EOS, EOS, MASK, "none")
     assert meta["source_sha256"] == packed.file_sha256(tiny.parent / "prefs.jsonl") and meta["dropped"] == {}
-    form, *lines = done.stdout.splitlines()
+    form, found, *lines = done.stdout.splitlines()
+    assert found == "template: none; mask: <mask> (3); end of a response: </s> (2)"
     assert form == "form: prompt, chosen, rejected" and "200 rows, 200 kept, 0 dropped" in lines[0] and lines[1].split() == ["tokens", "min", "50%", "90%", "99%", "max"]
     assert [line.split()[0] for line in lines[2:5]] == ["prompt", "chosen", "rejected"]
     assert "|Question|:|" in lines[6] and lines[7].endswith("|</s>|") and "\\n|####|" in lines[7]

@@ -1,0 +1,131 @@
+"""Low-rank adapters (Hu et al., arXiv 2106.09685) on the linear layers of the blocks, by peft; the base stays as it is.
+
+    train_dpo.py --lora_r 16 -> runs/NAME/final (adapter_config.json, adapter_model.safetensors: peft's format)
+    generate.py --model runs/NAME/final          (added to its base while loading)
+    python checkpoint.py merge runs/NAME/final OUT
+
+W' = W + alpha / r * B A, A (r, in) random, B (out, r) zero at first: the policy starts as the reference, which is the base.
+No dropout: policy and reference would never agree, and a gradient added up segment by segment would not be the loss's.
+"""
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import families
+from packed import InputError, read_json
+
+PREFIX = "base_model.model."  # of a tensor's name in peft's files
+
+
+def read(folder):
+    """adapter_config.json of an adapter's folder; None where there is none."""
+    path = Path(folder) / "adapter_config.json"
+    return read_json(path, "saving the adapter again") if path.is_file() else None
+
+
+def pattern(model, targets="auto"):
+    """(regular expression, names) of the block's linear layers that `targets` names: auto, all of them; or leaves such as
+    q_proj,v_proj, each of which must match."""
+    linears = families.block_linears(model)
+    parts = {name: re.match(r"(.*?)\.\d+\.(.+)", name).groups() for name in linears}  # (path of the blocks, path inside)
+    if targets != "auto":
+        chosen = {}
+        for target in filter(None, (word.strip() for word in targets.split(","))):
+            found = {name: part for name, part in parts.items() if f".{part[1]}".endswith(f".{target}")}
+            if not found:
+                known = ",".join(sorted({inside.rpartition(".")[2] for _, inside in parts.values()}))
+                raise InputError(f"--lora_targets {target}: matches no linear layer of the blocks; there are {known} (auto: all)")
+            chosen |= found
+        parts = chosen
+    if not parts:
+        raise InputError("--lora_targets: the model's blocks hold no linear layer that it matches")
+    groups = {}
+    for before, inside in parts.values():
+        groups.setdefault(before, set()).add(re.sub(r"\b\d+\b", "#", inside))
+    text = "|".join(rf"{re.escape(before)}\.\d+\.({'|'.join(re.escape(each) for each in sorted(inside))})"
+                    for before, inside in sorted(groups.items())).replace(r"\#", r"\d+")
+    assert {name for name in linears if re.fullmatch(text, name)} == set(parts), text
+    return text, sorted(parts)
+
+
+def add(model, r, alpha, targets, seed, source):
+    """The model with adapters, which alone require a gradient, and a line that says so. Peft's names them `default`."""
+    import peft
+    if r < 1 or alpha <= 0:
+        raise InputError(f"--lora_r is {r} and --lora_alpha {alpha}; expected at least 1, and more than 0")
+    text, names = pattern(model, targets)
+    base = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    torch.manual_seed(seed)  # of A
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's reading of a name that transformers renames
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(
+            r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=text, bias="none", base_model_name_or_path=str(source)),
+            autocast_adapter_dtype=False)
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * len(names), f"{len(trained)} tensors to train for {len(names)} layers"
+    count = sum(parameter.numel() for parameter in trained)
+    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+    return wrapped, (f"LoRA: r {r}, alpha {alpha:g}, {len(names)} layers ({leaves}), {count:,} of {base + count:,} parameters "
+                     f"to train ({100 * count / (base + count):.2f}%); every dropout is 0")
+
+
+def save(folder, model, tensors, tokenizer, card):
+    """Write an adapter's folder in peft's format: all of it, or nothing. tensors: {name in the model: whole CPU tensor}."""
+    folder = Path(folder)
+    work = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    adapter = model.peft_config["default"]
+    adapter.inference_mode = True
+    adapter.save_pretrained(work)
+    save_file({name.replace(".default.", "."): tensor.contiguous() for name, tensor in tensors.items()},
+              work / "adapter_model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(work)
+    (work / "README.md").write_text(card, encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(work, folder)
+
+
+@torch.no_grad()
+def merge(model, folder, writing):
+    """Add the adapter of `folder` to its base `model`, in place, in float32, rounded once.
+
+    writing(parameter): checkpoint.writing, a context in which one rank may change it.
+    """
+    config, path = read(folder), Path(folder) / "adapter_model.safetensors"
+    if config.get("peft_type") != "LORA" or any(config.get(key) for key in (
+            "use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")) or config.get("bias") != "none":
+        raise InputError(f"{folder}/adapter_config.json: expected plain LoRA (no DoRA, rsLoRA, patterns, biases or whole modules)")
+    scale, linears = config["lora_alpha"] / config["r"], dict(model.named_modules())
+    try:
+        file = safe_open(path, framework="pt")
+    except Exception as error:  # safetensors raises its own class for a torn header
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+    with file:
+        names = set(file.keys())
+        found = {name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")}
+        wanted = {f"{PREFIX}{name}.lora_{side}.weight" for name in found for side in "AB"}
+        if strange := sorted((names ^ wanted) | {name for name in found if name not in linears}):
+            raise InputError(f"{path}: tensor {strange[0]} does not belong to an adapter of this model")
+        for name in sorted(found):
+            a, b = (file.get_tensor(f"{PREFIX}{name}.lora_{side}.weight").float() for side in "AB")
+            weight = linears[name].weight
+            if (len(b), a.shape[1]) != tuple(getattr(weight, "ds_shape", weight.shape)):
+                raise InputError(f"{path}: the adapter of {name} is for a layer of {[len(b), a.shape[1]]}, "
+                                 f"not {list(getattr(weight, 'ds_shape', weight.shape))}")
+            with writing(weight) as mine:
+                if mine:
+                    weight.copy_(weight.float() + scale * (b @ a).to(weight.device))
+
+
+def card_of(text, source):
+    """The model card of an adapter: peft's library, and the base by name."""
+    return text.replace("library_name: transformers", f"library_name: peft\nbase_model: {json.dumps(str(source))}", 1)
