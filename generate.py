@@ -230,7 +230,9 @@ def streamed(sample):
     ranks = engine.start()
     if ranks.world > 1 or ranks.device.type != sample.device.split(":")[0]:
         raise InputError(f"--deepspeed with --device {sample.device} on {ranks.world} rank(s): sampling streams to the one {ranks.device}")
-    return score.load(sample, ranks).eval()
+    model = score.load(sample, ranks)
+    model.eval()  # an engine's returns nothing
+    return model
 
 
 def respond(model, tokenizer, prompts, sample, *, keys=None, finished=lambda replies: None):
