@@ -36,7 +36,7 @@ CALIBRATED = ("spread", 2, 3, 0)  # estimator, T, R, k
 PER_FORWARD = 4  # states a forward pass, of ours
 # T, prompt, response, V, width, layers; the first is the headline
 ROWS = [(20, 32, 96, 126464, 64, 2), (4, 32, 96, 126464, 64, 2), (20, 32, 96, 32000, 256, 4), (20, 64, 192, 8192, 256, 4)]
-QUICK = [(3, 8, 24, 32000, 32, 1)]
+QUICK = [(12, 8, 24, 32000, 32, 1)]
 
 
 def build(V, width, layers, device):

@@ -30,10 +30,10 @@ def bench(name, tmp_path, *argv, code=0):
 
 
 def test_step(tmp_path):
-    """The same gradient as the guide's loop (the bench asserts it); memory at toy size is noise."""
+    """The same gradient as the guide's loop (the bench asserts it), less memory."""
     table, _ = bench("step", tmp_path, "--quick", "--turns", "1")
     assert set(table["headline"]) == {"speedup", "memory_ratio", "calibrated_speedup"}
-    assert all(value > 0 for value in table["headline"].values())
+    assert table["headline"]["speedup"] > 0 and table["headline"]["calibrated_speedup"] > 0 and table["headline"]["memory_ratio"] < 1
     [row] = table["table"]
     assert row["ours"]["limit"] < row["ours"]["seconds"]  # nothing is faster than its arithmetic
 

@@ -333,7 +333,7 @@ def test_whole_job_with_the_real_tokenizer(shared, tmp_path, capsys, make, mask)
     data, run = tmp_path / "packed", tmp_path / "run"
     call(data_prep.main, "--in", tmp_path / "prefs.jsonl", *flags(out=data, model_name_or_path=model))
     said = capsys.readouterr().out
-    assert "12 rows, 12 kept" in said and f"({mask})" in said or f"mask: {mask}" in said
+    assert "12 rows, 12 kept" in said and (f"({mask})" in said or f"mask: {mask}" in said)
     prompt = checkpoint.prompt_ids(checkpoint.load_tokenizer(str(model)), json.loads(rows[0])["prompt"], "auto")
     assert data_prep.packed.Packed(data)[0][0].tolist() == prompt  # the sampler's prompt is the trained one
     states = flags(data=data, diffusion_steps=2, trajectories=1, use_mixed_precision="no")
