@@ -11,14 +11,12 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
 import jinja2
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 from transformers.initialization import no_init_weights
@@ -27,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 import families
 import lora
 import smdm
-from packed import InputError, fingerprint, read_json
+from packed import InputError, fingerprint, open_tensors, read_json, replacing_folder
 
 disable_progress_bar()  # ours are few and honest; this one would only flash by
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}  # by use_mixed_precision
@@ -245,10 +243,7 @@ def fill(model, folder):
     with contextlib.ExitStack() as stack:
         where = {}
         for path in weight_files(folder).values():
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-            except Exception as error:  # safetensors raises its own class for a torn header
-                raise InputError(f"{path}: not a readable safetensors file ({error}); download it again") from None
+            file = stack.enter_context(open_tensors(path))
             where.update({families.checkpoint_name(key): (file, key, path) for key in file.keys()})
         where.pop(None, None)
         check_tensors(parameters, where, folder)
@@ -289,20 +284,15 @@ def save_model(folder, model, state_dict, source, tokenizer, card, mask_id=None)
     state_dict: whole tensors by name, as the engine gathers them. source: the model folder that training started from; what
     its config.json says stays said. mask_id: noted there if the source left it to the tokenizer or the command line.
     """
-    folder = Path(folder)
-    work = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    model.save_pretrained(work, state_dict={key: value.contiguous() for key, value in state_dict.items()})
-    tokenizer.save_pretrained(work)
-    saved = json.loads((work / "config.json").read_text())
-    original = json.loads((Path(source) / "config.json").read_text()) if source else {}
-    kept = {key: value for key, value in original.items() if key not in ("transformers_version", "torch_dtype", "dtype")}
-    noted = {} if mask_id is None else {"mask_token_id": mask_id}
-    (work / "config.json").write_text(json.dumps(saved | noted | kept, indent=2) + "\n")
-    (work / "README.md").write_text(card, encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(work, folder)
+    with replacing_folder(folder) as work:
+        model.save_pretrained(work, state_dict={key: value.contiguous() for key, value in state_dict.items()})
+        tokenizer.save_pretrained(work)
+        saved = json.loads((work / "config.json").read_text())
+        original = json.loads((Path(source) / "config.json").read_text()) if source else {}
+        kept = {key: value for key, value in original.items() if key not in ("transformers_version", "torch_dtype", "dtype")}
+        noted = {} if mask_id is None else {"mask_token_id": mask_id}
+        (work / "config.json").write_text(json.dumps(saved | noted | kept, indent=2) + "\n")
+        (work / "README.md").write_text(card, encoding="utf-8")
 
 
 # --- command line: merge, convert ---

@@ -235,6 +235,11 @@ def streamed(sample):
     return model
 
 
+def config_of(model):
+    """The configuration of load()'s model; an engine's own is DeepSpeed's."""
+    return getattr(model, "module", model).config
+
+
 def respond(model, tokenizer, prompts, sample, *, keys=None, finished=lambda replies: None):
     """A Response to each of `prompts`, lists of ids; in batches of prompts of one length, so that nothing is padded.
 
@@ -242,7 +247,7 @@ def respond(model, tokenizer, prompts, sample, *, keys=None, finished=lambda rep
     (default: its index). A text ends before the first eos or end-of-turn; special tokens are left out.
     finished: called after each batch with its {index: Response}.
     """
-    model_config = getattr(model, "module", model).config  # an engine's is DeepSpeed's
+    model_config = config_of(model)
     mask_id = mask_token_id(model_config, tokenizer, sample.mask_token_id)
     eos, eot = tokenizer.eos_token_id, end_token_id(tokenizer, "auto") if sample.end_token_id is None else sample.end_token_id
     most, needed = families.longest(model_config), max(map(len, prompts), default=0) + sample.gen_length

@@ -44,7 +44,7 @@ class MaskedDiffusion(LM):
         generate.check(checked)
         self.model, self.tokenizer = generate.load(checked)
         self._device = torch.device(checked.device)
-        self.mask_id = checkpoint.mask_token_id(getattr(self.model, "module", self.model).config, self.tokenizer, checked.mask_token_id)
+        self.mask_id = checkpoint.mask_token_id(generate.config_of(self.model), self.tokenizer, checked.mask_token_id)
         self.response_tokenizer = checkpoint.response_tokenizer(
             sample.model_name_or_path, self.tokenizer, sample.trust_remote_code)
 

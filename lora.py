@@ -8,18 +8,15 @@ W' = W + alpha / r * B A, A (r, in) random, B (out, r) zero at first: the policy
 No dropout: policy and reference would never agree, and a gradient added up segment by segment would not be the loss's.
 """
 import json
-import os
 import re
-import shutil
 import warnings
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 import families
-from packed import InputError, read_json
+from packed import InputError, open_tensors, read_json, replacing_folder
 
 PREFIX = "base_model.model."  # of a tensor's name in peft's files
 
@@ -78,20 +75,15 @@ def add(model, r, alpha, targets, seed, source):
 
 def save(folder, model, tensors, tokenizer, card):
     """Write an adapter's folder in peft's format: all of it, or nothing. tensors: {name in the model: whole CPU tensor}."""
-    folder = Path(folder)
-    work = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     adapter = model.peft_config["default"]
     adapter.inference_mode = True
-    adapter.save_pretrained(work)
-    save_file({name.replace(".default.", "."): tensor.contiguous() for name, tensor in tensors.items()},
-              work / "adapter_model.safetensors", metadata={"format": "pt"})
-    tokenizer.save_pretrained(work)
-    (work / "README.md").write_text(card, encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(work, folder)
+    with replacing_folder(folder) as work:
+        work.mkdir(parents=True)
+        adapter.save_pretrained(work)
+        save_file({name.replace(".default.", "."): tensor.contiguous() for name, tensor in tensors.items()},
+                  work / "adapter_model.safetensors", metadata={"format": "pt"})
+        tokenizer.save_pretrained(work)
+        (work / "README.md").write_text(card, encoding="utf-8")
 
 
 @torch.no_grad()
@@ -105,11 +97,7 @@ def merge(model, folder, writing):
             "use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")) or config.get("bias") != "none":
         raise InputError(f"{folder}/adapter_config.json: expected plain LoRA (no DoRA, rsLoRA, patterns, biases or whole modules)")
     scale, linears = config["lora_alpha"] / config["r"], dict(model.named_modules())
-    try:
-        file = safe_open(path, framework="pt")
-    except Exception as error:  # safetensors raises its own class for a torn header
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
-    with file:
+    with open_tensors(path) as file:
         names = set(file.keys())
         found = {name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")}
         wanted = {f"{PREFIX}{name}.lora_{side}.weight" for name in found for side in "AB"}

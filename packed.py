@@ -10,10 +10,12 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 
 FORMAT = 1
 
@@ -44,6 +46,26 @@ def replacing(path, mode="w"):
     except BaseException:
         os.unlink(name)
         raise
+
+
+@contextlib.contextmanager
+def replacing_folder(folder):
+    """A temporary neighbour of `folder`, not yet made; renamed over it when the block ends without an exception."""
+    folder = Path(folder)
+    work = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    yield work
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(work, folder)
+
+
+def open_tensors(path):
+    """The safetensors file at `path`, opened; InputError if it is torn or none."""
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # safetensors raises its own class for a torn header
+        raise InputError(f"{path}: not a readable safetensors file ({error}); download it again") from None
 
 
 def check_out(path):

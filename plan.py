@@ -5,7 +5,7 @@
 
 Host bytes per parameter are what DeepSpeed 0.19.8 allocates under ZeRO-3 with both offloads: the parameter (b, 2 in bfloat16), for a
 trained one master and moments (12 in float32, 6 with bfloat16 states), its gradient twice, as it is accumulated (b) and as the optimizer
-reads it (4, or 2): 20 or 12 in all, 16 with bfloat16 masters and float32 moments. bench/plan.py compares it with measured peaks.
+reads it (4, or 2): 20 or 12 in all, 16 with bfloat16 masters and float32 moments. bench/planned.py compares it with measured peaks.
 Activations and times are estimates from above, of pairs of --max_length tokens.
 
 N parameters, D width, L tokens, V vocabulary, S states, b bytes of a parameter.

@@ -158,12 +158,13 @@ def fit_reference(model, packed, noise_args, mask_id, ranks):
 
 def depends_on(packed, model_args, noise_args):
     """What reference scores depend on: they are replayed only in a run that says the same."""
+    model_config = checkpoint.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
     return {"data": packed.meta["fingerprint"], "model": checkpoint.model_fingerprint(model_args.model_name_or_path),
             "tokenizer": packed.meta["tokenizer"], "estimator": noise_args.estimator, "order": noise_args.order,
             "block_length": block_length(noise_args), "diffusion_steps": noise_args.diffusion_steps,
             "trajectories": noise_args.trajectories, "noise_seed": noise_args.noise_seed,
-            "mask_token_id": packed.meta["mask_token_id"], "shift_logits": families.shifted(checkpoint.load_config(model_args.model_name_or_path, model_args.trust_remote_code),
-                                             model_args.shift_logits), "dtype": model_args.use_mixed_precision}
+            "mask_token_id": packed.meta["mask_token_id"], "shift_logits": families.shifted(model_config, model_args.shift_logits),
+            "dtype": model_args.use_mixed_precision}
 
 
 def state_count(noise_args):
@@ -194,13 +195,10 @@ def check(packed, model_args, noise_args):
         raise InputError(f"{packed.folder}: packed with another tokenizer than {model_args.model_name_or_path}'s; run: "
                          f"python data_prep.py --in {packed.meta['source']} --out {packed.folder} "
                          f"--model_name_or_path {model_args.model_name_or_path}")
-    model_config = checkpoint.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
-    mask_id = checkpoint.mask_token_id(model_config, tokenizer, model_args.mask_token_id)
-    if mask_id != packed.meta["mask_token_id"]:
-        if model_args.mask_token_id is not None:
-            raise InputError(f"{packed.folder}: packed with the mask {packed.meta['mask_token_id']}, not --mask_token_id {mask_id}; "
-                             "give that flag to data_prep.py, too")
-        mask_id = packed.meta["mask_token_id"]
+    mask_id = packed.meta["mask_token_id"]  # data_prep.py settled it
+    if model_args.mask_token_id not in (None, mask_id):
+        raise InputError(f"{packed.folder}: packed with the mask {mask_id}, not --mask_token_id {model_args.mask_token_id}; "
+                         "give that flag to data_prep.py, too")
     return mask_id
 
 

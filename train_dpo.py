@@ -292,7 +292,8 @@ def main(argv=None):
     source = model_args.model_name_or_path
     model = checkpoint.load_model(source, checkpoint.DTYPES[model_args.use_mixed_precision], ds_config, model_args.trust_remote_code,
                                   model_args.shift_logits)
-    if model_args.gradient_checkpointing and model.supports_gradient_checkpointing:  # (ALBERT's does not) non-reentrant: the only kind that ZeRO-3 bears with several forwards a step
+    if model_args.gradient_checkpointing and model.supports_gradient_checkpointing:  # ALBERT does not
+        # non-reentrant: the only kind that ZeRO-3 bears with several forwards a step
         model.activation_checkpointing_enable({"use_reentrant": False})
     if model_args.lora_r:
         model, said = lora.add(model, model_args.lora_r, model_args.lora_alpha, model_args.lora_targets, args.seed, source)

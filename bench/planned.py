@@ -1,6 +1,6 @@
 """plan.py's memory against the peak of a real run: DeepSpeed's ZeRO with offload, its CPU Adam, two steps of DPO, on this CPU.
 
-    python bench/plan.py [--layers 16] [--width 1024] [--steps 2]
+    python bench/planned.py [--layers 16] [--width 1024] [--steps 2]
 
 A LLaDA of 300M random parameters is made, two of the example's pairs are scored and trained on, once per row. Without a card all of
 plan.py's items are host memory; measured is the peak resident memory of the training process above what it held before the model
