@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import checkpoint
 import config
+import generate
 import packed
 from llada import LLaDAConfig, LLaDAModelLM
 
@@ -70,6 +71,13 @@ def ds_config(path, base, **adam):
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     path.write_text(json.dumps(settings))
     return str(path)
+
+
+def settings(**options):
+    """SampleArguments on the CPU, checked and filled in."""
+    sample = config.SampleArguments(device="cpu", **options)
+    generate.check(sample)
+    return sample
 
 
 def flags(**values):
