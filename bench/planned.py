@@ -1,0 +1,109 @@
+"""Planned memory against measured: a run of train_dpo.py under DeepSpeed's CPU Adam, two steps, on the CPU.
+
+    python bench/planned.py [--ds zero3_offload_4080 zero3_offload_bf16_states zero2_offload_4080] [--length 128] [--json FILE]
+
+A random LLaDA of 336M parameters (its vocabulary small), so 6.7 GB at 20 bytes each; peak resident memory above what the process
+held with everything imported, at the last step and at the end, when the weights are gathered and saved. On a CPU card and host
+are one memory: plan.py's items are added up. The name is not plan.py, which would stand in the way of the module.
+"""
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import checkpoint  # noqa: E402
+import config  # noqa: E402
+import engine  # noqa: E402
+import packed as disk  # noqa: E402
+import plan  # noqa: E402
+import small  # noqa: E402
+
+# What is freed goes back at once: else the resident set shows the allocator's habits.
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def make(folder, args):
+    """The model and four pairs of the full length."""
+    import torch
+    from llada import LLaDAConfig, LLaDAModelLM
+    torch.manual_seed(0)
+    LLaDAModelLM(LLaDAConfig(
+        d_model=args.width, n_layers=args.layers, n_heads=8, mlp_hidden_size=4 * args.width, vocab_size=small.VOCAB,
+        max_sequence_length=4096, mask_token_id=small.MASK, bos_token_id=1, eos_token_id=small.EOS, pad_token_id=small.EOS,
+    )).to(torch.bfloat16).save_pretrained(folder / "model")
+    for path in (ROOT / "examples" / "tiny").glob("token*"):
+        (folder / "model" / path.name).write_bytes(path.read_bytes())
+    prompt = args.length // 4
+    pairs = small.make_pairs([(prompt, args.length - prompt, args.length - prompt)] * 4)
+    small.pack(folder / "packed", pairs, folder / "model")
+
+
+def worker(argv):
+    """Train; print the GiB held before and the peak."""
+    import train_dpo
+    held = engine.memory_now(engine.torch.device("cpu"))[0]
+    train_dpo.main(argv)
+    print("measured", held / 2**30, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def run(script, argv, folder):
+    """What a script of ours, or this one's worker, prints."""
+    env = os.environ | small.ENV | MALLOC
+    done = subprocess.run([sys.executable, script, *argv], env=env, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{script} failed:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def measure(name, folder, args):
+    """One row: GiB planned and measured, while training and at the end."""
+    argv = small.flags(data=folder / "packed", model_name_or_path=folder / "model", diffusion_steps=2, trajectories=1,
+                       states_per_forward=1, max_length=args.length, output_dir=folder / name, max_steps=2, eval_fraction=0.25,
+                       gradient_accumulation_steps=1, deepspeed=f"ds_configs/{name}.json")
+    run(ROOT / "score.py", argv, folder)
+    said = run(__file__, ["--worker", *argv], folder).split()
+    held, peak = (float(word) for word in said[said.index("measured") + 1:][:2])
+    training = max(row["host_peak_gib"] for row in small.log(folder / name))
+    data_args, model_args, noise_args, train_args = config.parse(argv, "", *config.GROUPS)
+    noise_args.estimator = "spread"
+    made = plan.plan(checkpoint.load_config(str(folder / "model")), data_args, model_args, noise_args, train_args,
+                     engine.read_ds_config(model_args.deepspeed), plan.Machine(1e3, 1e3, one_memory=True))
+    planned = sum(item.size for item in made.items) / 2**30
+    saving = sum(item.size for item in made.items if "saved" in item.name) / 2**30
+    passing = sum(item.size for item in made.items if item.name in plan.PASSING or item.name.startswith("activations")) / 2**30
+    print(plan.table(made))
+    return {"ds_config": name, "parameters": made.parameters, "planned": planned - saving, "measured": training - held,
+            "ratio": (planned - saving) / (training - held), "planned_end": planned - passing, "measured_end": peak - held,
+            "ratio_end": (planned - passing) / (peak - held)}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--worker"]:
+        return worker(argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ds", nargs="+", default=["zero3_offload_4080", "zero3_offload_bf16_states", "zero2_offload_4080"])
+    parser.add_argument("--length", type=int, default=128, help="tokens of prompt and response")
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--json", help="write the table there")
+    args = parser.parse_args(argv)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder), args)
+        for name in args.ds:
+            rows.append(measure(name, Path(folder), args))
+            print("{ds_config}: training {planned:.2f} GiB planned, {measured:.2f} measured, ratio {ratio:.3f}; with the end "
+                  "{planned_end:.2f}, {measured_end:.2f}, {ratio_end:.3f}".format(**rows[-1]), flush=True)
+    if args.json:
+        disk.write_json(args.json, {"table": rows, "length": args.length})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
