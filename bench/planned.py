@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import checkpoint  # noqa: E402
 import config  # noqa: E402
 import engine  # noqa: E402
+import footprint  # noqa: E402
 import packed as disk  # noqa: E402
 import plan  # noqa: E402
 import small  # noqa: E402
@@ -75,7 +76,7 @@ def measure(name, folder, args):
                      engine.read_ds_config(model_args.deepspeed), plan.Machine(1e3, 1e3, one_memory=True))
     planned = sum(item.size for item in made.items) / 2**30
     saving = sum(item.size for item in made.items if "saved" in item.name) / 2**30
-    passing = sum(item.size for item in made.items if item.name in plan.PASSING or item.name.startswith("activations")) / 2**30
+    passing = sum(item.size for item in made.items if item.name.startswith(footprint.PASSING)) / 2**30
     print(plan.table(made))
     return {"ds_config": name, "parameters": made.parameters, "planned": planned - saving, "measured": training - held,
             "ratio": (planned - saving) / (training - held), "planned_end": planned - passing, "measured_end": peak - held,

@@ -11,8 +11,9 @@ from small import ROOT, refusal
 import checkpoint
 import config
 import engine
+import footprint
 import plan
-from llada import LLaDAConfig, LLaDAModelLM
+from llada import LLaDAConfig, LLaDAModelLM, rotary
 
 PARAMETERS = 8_015_581_184  # LLaDA-8B: 2 * 126464 * 4096 + 32 * 218,112,000 + 4096
 LLADA_8B = {"model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288,
@@ -90,7 +91,8 @@ def test_verdict_names_what_to_change(folder):
 
 def test_states_per_forward(folder):
     """auto takes more on a larger card, and a pair is then read over the bus less often."""
-    small, large = (planned(folder, "zero3_offload_4080", "--max_length", "4096", machine=plan.Machine(gib, 256)) for gib in (16, 80))
+    small, large = (planned(folder, "zero3_offload_4080", "--max_length", "4096", machine=plan.Machine(gib, 256))
+                    for gib in (16, 80))
     assert small.states_per_forward < large.states_per_forward == 7 and small.bus > large.bus
     assert small.total("card") < 16 * 2**30 < large.total("card")
 
@@ -118,12 +120,11 @@ def test_activations(dtype, e, checkpointing):
             held[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
         return tensor
 
-    shape = plan.shape(model_config, config.parse([], "", config.ModelArguments)[0])
+    shape = footprint.shape(model_config, config.parse([], "", config.ModelArguments)[0])
     tokens = B * L
     ids = torch.randint(0, 512, (B, L))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         x = model.model.transformer.wte(ids)
-        from llada import rotary
         cos, sin = rotary(L, width // 4, 1e4, "cpu")
         weights |= {cos.untyped_storage().data_ptr(), sin.untyped_storage().data_ptr()}
         for block in model.model.transformer.blocks:
@@ -133,12 +134,13 @@ def test_activations(dtype, e, checkpointing):
     flight = tokens * 3 * e * inner
     ends = tokens * ((4 if e == 2 else 0) + 4 * e) * width
     want = tokens * layers * e * width + one - (tokens * e * width if e == 4 else 0) if checkpointing else saved
-    got = plan.activations(shape, B, L, e, checkpointing) - flight - ends
+    got = footprint.activations(shape, B, L, e, checkpointing) - flight - ends
     assert got == pytest.approx(want, rel=0.05)
 
 
 def test_command_line(folder, capsys):
-    argv = ["--model_name_or_path", folder, "--deepspeed", str(ROOT / "ds_configs" / "zero3_offload_4080.json"), "--gpu_gib", "16"]
+    ds_config = ROOT / "ds_configs" / "zero3_offload_4080.json"
+    argv = ["--model_name_or_path", folder, "--deepspeed", str(ds_config), "--gpu_gib", "16"]
     assert plan.main([*argv, "--host_gib", "256"]) == 0
     said = capsys.readouterr().out
     assert "8,015,581,184 parameters" in said and said.splitlines()[-1].startswith("FITS")
