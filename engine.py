@@ -147,6 +147,9 @@ def training_config(config, args, model_args, backwards, path):
         "optimizer.params.betas": ([args.adam_beta1, args.adam_beta2], "adam_beta1, adam_beta2"),
         "optimizer.params.weight_decay": (args.weight_decay, "weight_decay"),
     }
+    if str(config.get("optimizer", {}).get("type")).lower() == "adafactor":
+        raise InputError(f"{path}: optimizer.type Adafactor is refused: ZeRO gives an optimizer flat vectors, without the rows and columns "
+                         'that it factors, so that it would save nothing; write "AdamW" (ds_configs/README.md: bytes per parameter)')
     config = resolve(config, values, path)
     config.pop("train_batch_size", None)
     # To DeepSpeed each backward is one accumulation step: ZeRO-2's offload allocates its accumulation buffer only when

@@ -31,11 +31,14 @@ if [ ${#flags[@]} = 0 ] && [ ! -f packed/meta.json ]; then
     flags=(--config_file configs/tiny.yaml)
 fi
 
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+read -r gpus exact < <("$python" -c 'import torch; print(torch.cuda.device_count(), int(torch.__version__ >= "2.13"))')
 ranks=${ranks:-$((gpus > 0 ? gpus : 1))}
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || die "--num_gpus is '$ranks', expected a number from 1"
 [ "$gpus" = 0 ] || [ "$ranks" -le "$gpus" ] || die "--num_gpus $ranks: this machine has $gpus"
 [ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((($(nproc) + ranks - 1) / ranks)))}
+# Page-locked memory as large as asked, and given back: else torch rounds it up to powers of two, tens of GiB at 8B.
+[ "$gpus" = 0 ] || [ "$exact" = 0 ] || [ -n "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ] ||
+    export PYTORCH_ALLOC_CONF=pinned_max_cached_size_mb:1
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
 run() { # a script of ours under DeepSpeed's launcher, on $ranks ranks

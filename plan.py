@@ -1,304 +1,238 @@
-"""Whether a run fits this machine, before the night: memory by item, the bus, the time of a pair. No weights are loaded.
+"""Does the run fit, and how long does a pair take: memory of card and host by item, bus, arithmetic. No weights are read.
 
-    config.json + arguments + ds_config -> a table and a verdict
-    python plan.py --config_file configs/llada_8b_lora_4080.yaml [--gpu_gib 16] [--host_gib 64]
+    the arguments of train_dpo.py + config.json -> a table and a verdict; exit code 0 if it fits, 1 if not
+    python plan.py --config_file configs/llada_8b_lora_4080.yaml [--gpu_gib 16] [--host_gib 64] [--ranks 1]
 
-Host bytes per parameter are what DeepSpeed 0.19.8 allocates under ZeRO-3 with both offloads: the parameter (b, 2 in bfloat16), for a
-trained one master and moments (12 in float32, 6 with bfloat16 states), its gradient twice, as it is accumulated (b) and as the optimizer
-reads it (4, or 2): 20 or 12 in all, 16 with bfloat16 masters and float32 moments. bench/planned.py compares it with measured peaks.
-Activations and times are estimates from above, of pairs of --max_length tokens.
+What each item weighs is in footprint.py; here it is added up, timed and judged. The host's bytes are of all ranks. Of a model of
+the hub config.json alone is fetched. train_dpo.py prints the verdict when it starts.
 
-N parameters, D width, L tokens, V vocabulary, S states, b bytes of a parameter.
+L length, D width, S states; rows: sequences in one graph; e: bytes of a weight, 2 in bf16.
 """
+import copy
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
+import torch
+
+import checkpoint
 import config
 import diffusion
-from config import arg
-from head import CHUNK_BYTES
+import engine
+import families
+from footprint import Item, Machine, activations, card_items, host_items, logits, offload, shape, states
 from packed import InputError
+from score import backward_passes, sizes
 
-GIB = 2**30
-CARD = (97.5e12, 0.5)  # RTX 4080: bfloat16 tensor flop/s with float32 accumulation (NVIDIA's Ada white paper), and what we count on
+DS_CONFIGS = Path(__file__).parent / "ds_configs"
+AUTO_STEPS = config.NoiseArguments.diffusion_steps  # T that stands for --diffusion_steps auto, whose calibration is not known before the run; main says so
 
 
 @dataclass
 class PlanArguments:
-    gpu_gib: float = arg(16.0, "the card's memory, GiB; 0: no card, all is host memory")
-    host_gib: Optional[float] = arg(None, "the machine's memory, GiB; default: this machine's")
-    bus_gbs: float = arg(25.0, "host to card, 1e9 bytes/s (PCIe 4.0 x16 gives some 25 of 32)")
-    tflops: float = arg(CARD[0] * CARD[1] / 1e12, "what the card does, 1e12 flop/s; default: half of an RTX 4080's bfloat16 rate")
-    ranks: int = arg(1, "cards on this machine")
-
-
-class Anatomy(NamedTuple):
-    """What of a config.json memory depends on."""
-
-    parameters: int
-    layers: int
-    width: int
-    linears: list  # (in, out) of the linear layers of all blocks, which LoRA adapts, by name of the leaf: [(name, in, out)]
-    words: int  # rows of the head
-    head: int  # parameters of the head's matrix
-    reach: int  # floats of a block's widest token, recomputed and kept for its backward pass
+    gpu_gib: float = config.arg(0, "the card's memory in GiB; 0: this machine's card, or 16 where there is none")
+    host_gib: float = config.arg(0, "the host's memory in GiB; 0: this machine's")
+    tflops: float = config.arg(49, "what the card does, 1e12 operations a second; default: half of an RTX 4080's peak of 97.5 in "
+                               "bf16 with float32 sums (NVIDIA Ada GPU Architecture, appendix A), a planning number")
+    pcie_gbs: float = config.arg(25, "the bus's rate in 1e9 bytes a second; default: about what PCIe 4.0 x16 gives of 31.5")
+    ranks: int = config.arg(1, "cards, all in this host")
 
 
 class Plan(NamedTuple):
-    anatomy: Anatomy
-    trained: int
-    states: int  # of a response
+    items: list
+    machine: Machine
+    parameters: int
+    trainable: int
     states_per_forward: int
-    gpu: dict  # item: bytes
-    host: dict
-    bus: float  # bytes a pair
-    seconds: float  # a pair
+    bus: float  # bytes per optimizer step and rank
+    flops: float  # per pair
+    seconds: float  # per pair and rank
     fits: bool
-    advice: str
+    verdict: str
+
+    def total(self, place):
+        """Bytes."""
+        return sum(item.size for item in self.items if item.place == place)
 
 
-# --- the model, from its config.json ---
+def work(noise_args, train_args):
+    """(states of each response, those with a gradient): of a pair, or of a batch under loss_type sft."""
+    if train_args.loss_type == "sft":
+        rows = train_args.per_device_train_batch_size
+        return [rows], [rows]
+    steps = noise_args.diffusion_steps if noise_args.diffusion_steps != "auto" else AUTO_STEPS
+    S, extra = diffusion.state_count(noise_args.estimator, steps, noise_args.trajectories), [1] * bool(train_args.sft_weight)
+    return [S, S] + extra, [train_args.backprop_steps or S] * 2 + extra
 
-def read_config(name):
-    """config.json of a folder, or of the hub's model `name`, as a dict; that file alone is downloaded."""
-    if not name:
-        raise InputError("no model given; add --model_name_or_path FOLDER_OR_HUB_NAME")
-    path = Path(name) / "config.json"
-    if not path.exists() and not os.path.exists(name) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+
+def rows(counts, carrying, size):
+    """Sequences in one graph."""
+    return sum(counts) if backward_passes(counts, carrying, size) == 1 else min(size, max(carrying))
+
+
+def costs(shape, counts, carrying, size, length, ds, model_args, train_args):
+    """(bytes over the bus per optimizer step, FLOPs per pair). At most: every sequence has `length` tokens, all scored,
+    and ZeRO-3 fetches every parameter for every pass. Matrices: 2 operations an element and token, twice that backward;
+    attention 4 L D a token and layer."""
+    joint = backward_passes(counts, carrying, size) == 1
+    segments = lambda parts: sum(math.ceil(part / size) for part in parts)  # noqa: E731
+    plain, graph = 0 if joint else sum(counts), sum(carrying)
+    body = length * (2 * shape.linear + shape.layers * 4 * length * shape.width)
+    lora, again = bool(shape.frozen), int(model_args.gradient_checkpointing)
+    back = (1 if lora else 2) + again
+    flops = plain * (body + 2 * length * shape.head) + graph * (body * (1 + back) + 2 * length * shape.head * (3 if lora else 4))
+    s, zero, trained = states(ds, model_args), ds["zero_optimization"], sum(shape.trained)
+    batch = 1 if train_args.loss_type == "sft" else train_args.per_device_train_batch_size
+    pairs = batch * train_args.gradient_accumulation_steps
+    backwards = train_args.gradient_accumulation_steps * batch * backward_passes(counts, carrying, size)
+    bus = 0
+    if zero["stage"] == 3 and offload(ds, "offload_param")[0]:
+        bus += s.weight * (trained + sum(shape.frozen)) * pairs * ((0 if joint else segments(counts)) + 2 * segments(carrying))
+    if zero["stage"] and offload(ds, "offload_optimizer")[0]:  # sums go up and down; then the gradient, then the weights
+        back_up = 0 if offload(ds, "offload_param")[0] else s.weight
+        bus += trained * (s.weight * (2 * backwards - 1) + s.gradient + back_up)
+    return bus, flops / (batch if train_args.loss_type != "sft" else counts[0])
+
+
+def plan(model_config, data_args, model_args, noise_args, train_args, ds, machine, advise=True):
+    """The Plan of a run. ds: as engine.read_ds_config gives it. advise: look for what to change if it does not fit."""
+    sized, e = shape(model_config, model_args), states(ds, model_args).weight
+    counts, carrying = work(noise_args, train_args)
+    fixed = card_items(sized, ds, model_args, machine)
+    room = machine.gpu_gib * 2**30 - sum(item.size for item in fixed)
+    graph = lambda size: (  # noqa: E731
+        activations(sized, rows(counts, carrying, size), data_args.max_length, e, model_args.gradient_checkpointing),
+        logits(sized, rows(counts, carrying, size), data_args.max_length, e))
+    size = counts[0] if train_args.loss_type == "sft" else model_args.states_per_forward
+    if size == "auto":
+        size = max([1] + [some for some in sizes(counts[0]) if sum(graph(some)) < engine.ROOM * room])
+    held, words = graph(size)
+    items = fixed + [Item("card", f"activations of {rows(counts, carrying, size)} x {data_args.max_length} tokens", held),
+                     Item("card", "logits", words)] + host_items(sized, ds, model_args, machine)
+    bus, flops = costs(sized, counts, carrying, size, data_args.max_length, ds, model_args, train_args)
+    pairs = train_args.per_device_train_batch_size * train_args.gradient_accumulation_steps
+    made = Plan(items, machine, sum(sized.frozen or sized.trained), sum(sized.trained), size, bus, flops,
+                max(flops / (machine.tflops * 1e12), bus / pairs / (machine.pcie_gbs * 1e9)), True, "")
+    card, host = (made.total(place) / 2**30 for place in ("card", "host"))
+    wanted = [("host", card + host, machine.host_gib)] if machine.one_memory else [
+        ("card", card, machine.gpu_gib), ("host", host, machine.host_gib)]
+    over = [f"the {place} needs {need:.1f} GiB and has {have:.1f}" for place, need, have in wanted if need > have]
+    if not over:
+        return made._replace(verdict="FITS: " + ", ".join(f"{place} {need:.1f} of {have:.1f} GiB" for place, need, have in wanted))
+    verdict = "DOES NOT FIT: " + ", ".join(over)
+    if advise:
+        verdict += "; " + advice(made, model_config, data_args, model_args, noise_args, train_args, ds)
+    return made._replace(fits=False, verdict=verdict)
+
+
+def advice(made, model_config, data_args, model_args, noise_args, train_args, ds):
+    """The first change, or two, with which it fits; else what the machine lacks."""
+    tries, small = [], copy.copy(model_args)
+    small.states_per_forward, small.gradient_checkpointing = 1, True
+    modest = "--states_per_forward 1" + ("" if model_args.gradient_checkpointing else " --gradient_checkpointing true")
+    tries.append((modest, small, ds))
+    files = [(path, engine.read_ds_config(path)) for path in sorted(DS_CONFIGS.glob("zero[23]_offload*.json"))]
+    tries += [(f"--deepspeed ds_configs/{path.name}{more}", args, other)
+              for args, more in ((model_args, ""), (small, f" {modest}")) for path, other in files]
+    if made.machine.rounded:
+        unlocked = lambda other: json.loads(json.dumps(other).replace('"pin_memory": true', '"pin_memory": false'))  # noqa: E731
+        tries += [(f"a copy of ds_configs/{path.name} with pin_memory false{more}", args, unlocked(other))
+                  for args, more in ((model_args, ""), (small, f" and {modest}")) for path, other in files]
+    adapted = copy.copy(small)
+    adapted.lora_r = adapted.lora_r or 16
+    tries += [(f"--lora_r {adapted.lora_r} --deepspeed ds_configs/{path.name} {modest}", adapted, other) for path, other in files]
+    least = made
+    for words, args, other in tries:
+        found = plan(model_config, data_args, args, noise_args, train_args, other, made.machine, advise=False)
+        if found.fits:
+            return f"it fits with {words}"
+        least = min(least, found, key=lambda each: each.total("card") + each.total("host"))
+    card, host = (math.ceil(least.total(place) / 2**30) for place in ("card", "host"))
+    return (f"nothing in ds_configs/ makes it fit; the least found needs a card of {card} GiB and {host} GiB of host memory: "
+            "a shorter --max_length, a smaller model, or a larger machine")
+
+
+def stuck(ds, learning_rate):
+    """What to know of master weights in bf16, or "". AdamW moves a weight by about the learning rate, and bf16's 8 bits round that
+    away on weights whose spacing is more than twice it."""
+    if not ds.get("bf16", {}).get("bf16_master_weights_and_grads"):
+        return ""
+    return (f"master weights in bf16 round a step of {learning_rate:g} away on every weight above {256 * learning_rate:.2g}, which is "
+            "nearly all of them at DPO's learning rates; LoRA, or float32 masters (ds_configs/zero3_offload_4080.json), learn there")
+
+
+def at_start(groups, ds, ranks):
+    """Lines for a run's start, of this machine. groups: config.GROUPS' arguments; ranks: engine.Ranks."""
+    cuda, here = ranks.device.type == "cuda", int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+    card = torch.cuda.get_device_properties(ranks.device).total_memory / 2**30 if cuda else math.inf
+    share = torch.cuda.get_per_process_memory_fraction(ranks.device) if cuda else 1
+    machine = Machine(share * card, memory_total(), ranks=here, one_memory=not cuda,
+                      rounded="pinned_max_cached_size_mb" not in os.environ.get("PYTORCH_ALLOC_CONF", ""))
+    model_config = checkpoint.load_config(groups[1].model_name_or_path, groups[1].trust_remote_code)
+    if groups[1].trust_remote_code and model_config.model_type not in families.KNOWN:
+        return "plan: none, for the model brings its own code"
+    lines = [f"plan: {plan(model_config, *groups, ds, machine, advise=cuda).verdict}"]
+    return "\n".join(lines + [f"warning: {words}" for words in [stuck(ds, groups[3].learning_rate)] if words])
+
+
+def read_config(name, trust_remote_code):
+    """The config of a local folder, or of a model of the hub, of which config.json alone is downloaded."""
+    if name and not os.path.exists(name) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from huggingface_hub import hf_hub_download
         try:
-            path = hf_hub_download(name, "config.json")
+            name = os.path.dirname(hf_hub_download(name, "config.json"))
         except Exception as error:  # the hub's client raises dozens of kinds
-            raise InputError(f"{name}: its config.json is neither in a local folder nor to be had from the hub ({type(error).__name__}); "
-                             "put it in a folder and give --model_name_or_path FOLDER") from None
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected a model's config.json") from None
+            raise InputError(f"{name}: its config.json is neither in a local folder nor to be had from the hub "
+                             f"({type(error).__name__}); put it in a folder and give --model_name_or_path FOLDER") from None
+    return checkpoint.load_config(name, trust_remote_code)
 
 
-def anatomy(fields):
-    """The Anatomy of a config.json. LLaDA, SMDM, Qwen2, Qwen3 and Llama by arithmetic; others are built without memory, which is slower."""
-    kind = fields.get("model_type")
-    try:
-        if kind in ("llada", "smdm"):
-            return llada_like(fields)
-        if kind in ("Dream", "a2d-qwen2", "a2d-qwen3", "a2d-llama", "qwen2", "qwen3", "llama"):
-            return llama_like(fields, kind)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"config.json: {error} is missing or no number; expected a whole config.json of model_type {kind}") from None
-    return built(fields)
+def table(plan):
+    """What main prints."""
+    lines = []
+    for place, have in (("card", plan.machine.gpu_gib), ("host", plan.machine.host_gib)):
+        lines += [f"{place:62}   GiB"]
+        lines += [f"  {item.name:58}{item.size / 2**30:8.2f}" for item in plan.items if item.place == place]
+        lines += [f"  {'in all, of ' + format(have, '.1f'):58}{plan.total(place) / 2**30:8.2f}"]
+    return "\n".join(lines + [
+        f"{plan.parameters:,} parameters, {plan.trainable:,} trained; {plan.states_per_forward} states a forward",
+        f"at most {plan.bus / 1e9:.1f} GB over the bus an optimizer step and rank, {plan.flops / 1e12:.1f} TFLOP a pair",
+        f"planned: {plan.seconds:.1f} s a pair of the longest length, the slower of {plan.machine.tflops:g} TFLOP/s and "
+        f"{plan.machine.pcie_gbs:g} GB/s"])
 
 
-def llada_like(fields):
-    D, layers, heads = fields["d_model"], fields["n_layers"], fields["n_heads"]
-    kv = D // heads * (fields.get("n_kv_heads") or heads)
-    hidden = fields.get("mlp_hidden_size") or int(fields.get("mlp_ratio", 4) * D)
-    rows = fields.get("embedding_size") or fields["vocab_size"]
-    words = fields.get("head_size") or rows
-    block = [("q_proj", D, D), ("k_proj", D, kv), ("v_proj", D, kv), ("attn_out", D, D), ("ff_proj", D, hidden), ("up_proj", D, hidden),
-             ("ff_out", hidden, D)]
-    beside = 2 * D + (D + 2 * kv if fields.get("include_qkv_bias") else 0)
-    return summed(layers, D, block, beside, rows, words, bool(fields.get("weight_tying")))
-
-
-def llama_like(fields, kind):
-    D, layers, heads = fields["hidden_size"], fields["num_hidden_layers"], fields["num_attention_heads"]
-    hd = fields.get("head_dim") or D // heads
-    q, kv, hidden = heads * hd, hd * (fields.get("num_key_value_heads") or heads), fields["intermediate_size"]
-    block = [("q_proj", D, q), ("k_proj", D, kv), ("v_proj", D, kv), ("o_proj", q, D), ("gate_proj", D, hidden), ("up_proj", D, hidden),
-             ("down_proj", hidden, D)]
-    qwen2 = kind in ("Dream", "a2d-qwen2", "qwen2")
-    beside = 2 * D + (q + 2 * kv if qwen2 else 0) + (2 * hd if kind.endswith("qwen3") else 0)
-    return summed(layers, D, block, beside, fields["vocab_size"], fields["vocab_size"], bool(fields.get("tie_word_embeddings")))
-
-
-def summed(layers, D, block, beside, rows, words, tied):
-    inside = sum(a * b for _, a, b in block) + beside
-    N = layers * inside + rows * D + D + (0 if tied else words * D)
-    reach = 10 * D + 2 * sum(b for _, _, b in block)  # norms and residuals in float32 too, each product and what it becomes
-    return Anatomy(N, layers, D, block * layers, words, words * D, reach)
-
-
-def built(fields):
-    """Through transformers, on the meta device."""
-    import torch
-    import families
-    from transformers import AutoConfig
-    try:
-        made = AutoConfig.for_model(**fields)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"config.json: {' '.join(str(error).split())[:200]}") from None
-    with torch.device("meta"):
-        model = families.build(made, torch.bfloat16, families.shifted(made))
-    linears = [(name.rpartition(".")[2], a, b) for name, (a, b) in families.block_linears(model).items()]
-    head, layers = model.get_output_embeddings().weight, made.num_hidden_layers
-    D = made.hidden_size
-    per_layer = sum(b for _, _, b in linears) // max(1, len(linears) // 6) or D
-    return Anatomy(sum(value.numel() for value in model.parameters()), layers, D, linears, head.shape[0], head.numel(), 10 * D + 2 * per_layer)
-
-
-# --- memory ---
-
-def trained_parameters(body, model_args):
-    """Parameters with a gradient, and an optimizer's state."""
-    if not model_args.lora_r:
-        return body.parameters
-    leaves = None if model_args.lora_targets == "auto" else {word.strip().rpartition(".")[2] for word in model_args.lora_targets.split(",")}
-    chosen = [(a, b) for name, a, b in body.linears if leaves is None or name in leaves]
-    if not chosen:
-        raise InputError(f"--lora_targets {model_args.lora_targets}: matches no linear layer; there are "
-                         f"{','.join(sorted({name for name, _, _ in body.linears}))} (auto: all)")
-    return model_args.lora_r * sum(a + b for a, b in chosen)
-
-
-def fixed_items(body, trained, model_args, ds, ranks):
-    """(gpu, host) bytes by item that do not depend on the states of a forward."""
-    b = 2 if model_args.use_mixed_precision == "bf16" else 4
-    zero, N, bf16 = ds.get("zero_optimization", {}), body.parameters, ds.get("bf16", {})
-    stage = zero.get("stage", 0)
-    cpu = {name: zero.get(name, {}).get("device") == "cpu" for name in ("offload_param", "offload_optimizer")}
-    master = 2 if bf16.get("bf16_master_weights_and_grads") else 4
-    moment = 2 if bf16.get("bf16_optimizer_states") else 4
-    share = trained / (ranks if stage else 1)
-    gpu, host = {}, {}
-    live = max(body.head, min(N, int(zero.get("stage3_max_live_parameters", 1e9)))) + min(N, int(zero.get("stage3_prefetch_bucket_size", 5e7)))
-    if stage == 3:
-        (host if cpu["offload_param"] else gpu)["parameters"] = N * b / (1 if cpu["offload_param"] else ranks)
-        gpu["parameters in use"] = min(N, live) * b
-    else:
-        gpu["parameters"] = N * b
-    there = host if cpu["offload_optimizer"] else gpu
-    times = ranks if there is host else 1  # the ranks share one host
-    there["master weights"] = share * master * times
-    there["moments"] = share * 2 * moment * times
-    there["gradients, the optimizer's"] = share * master * times
-    there["gradients, accumulated"] = share * b * times
-    if stage in (0, 1) or trained == N:
-        gpu["gradients on their way"] = trained * b if stage < 2 else (
-            2 * int(zero.get("reduce_bucket_size", 5e8)) + (body.head if stage == 3 else 0)) * b
-    gpu["CUDA, libraries"], host["Python, libraries"] = 0.7 * GIB, 1.0 * GIB * ranks
-    host["whole weights while saving"] = trained * b
-    return gpu, host, b
-
-
-def forward_items(body, size, joint, tokens, scored, model_args, trained, b):
-    """Bytes of one forward of `size` states and its backward pass, by item. joint: of both responses in one graph."""
-    rows = size * tokens
-    kept = body.layers * rows * (body.width if model_args.gradient_checkpointing else body.reach) * b * (2 if joint else 1)
-    words = 1.5 if b == 2 else 1.0
-    chunk = min(CHUNK_BYTES, 4 * body.words * size * scored)
-    return {"activations": kept + rows * body.reach * b, "logits": 2 * words * chunk,
-            "head's gradient": body.head * b if trained == body.parameters else 0}
-
-
-def plan(fields, data_args, model_args, noise_args, train_args, ds, machine):
-    """The Plan of a run. fields: config.json's; ds: the ds_config; machine: PlanArguments, host_gib filled in."""
-    body = anatomy(fields)
-    trained = trained_parameters(body, model_args)
-    T, R = noise_args.diffusion_steps, noise_args.trajectories
-    S = 1 if train_args.loss_type == "sft" else diffusion.state_count(
-        "spread" if noise_args.estimator == "auto" else noise_args.estimator, 3 if T == "auto" else T, R)
-    gpu, host, b = fixed_items(body, trained, model_args, ds, machine.ranks)
-    tokens, scored = data_args.max_length, data_args.max_length * 3 // 4
-    room, asked = machine.gpu_gib * GIB, model_args.states_per_forward
-    wanted = [train_args.per_device_train_batch_size] if S == 1 else [S, math.ceil(S / 2), 4, 2, 1] if asked == "auto" else [min(asked, S)]
-    for size in wanted:
-        moving = forward_items(body, size, 1 < S == size, tokens, scored, model_args, trained, b)
-        if room and sum(gpu.values()) + sum(moving.values()) <= room:
-            break
-    gpu |= moving
-    bus, seconds = cost(body, trained, S, size, tokens, scored, model_args, ds, machine, b)
-    fits, advice = verdict(gpu, host, model_args, train_args, ds, machine, size, trained == body.parameters)
-    return Plan(body, trained, S, size, gpu, host, bus, seconds, fits, advice)
-
-
-def cost(body, trained, S, size, tokens, scored, model_args, ds, machine, b):
-    """(bytes over the bus, seconds) of one pair: a forward of both responses without a graph, and segments with one."""
-    segments = math.ceil(S / size)
-    joint = segments == 1  # both responses in one graph: the score is not taken first
-    forwards = 2 * segments * (1 if joint else 2)
-    backwards = 1 if joint else 2 * segments
-    zero = ds.get("zero_optimization", {})
-    streamed = zero.get("stage") == 3 and zero.get("offload_param", {}).get("device") == "cpu"
-    again = forwards + backwards * (2 if joint else 1)  # each backward pass fetches the weights once more
-    bus = (again * body.parameters * b if streamed else 0) + (backwards * trained * b if zero.get("offload_optimizer") else 0)
-    rows = 2 * S * tokens
-    inner = sum(x * y for _, x, y in body.linears) + 2 * tokens * body.width * body.layers  # multiplications of a token, attention's too
-    passes = (3 if trained == body.parameters else 2) + bool(model_args.gradient_checkpointing) + (0 if joint else 1)
-    flops = 2 * passes * rows * inner + 2 * (passes + 1) * 2 * S * scored * body.head
-    return bus, max(flops / (machine.tflops * 1e12), bus / (machine.bus_gbs * 1e9))
-
-
-def verdict(gpu, host, model_args, train_args, ds, machine, size, full):
-    """(fits, what to change or to know)."""
-    need, has = sum(gpu.values()) / GIB, machine.gpu_gib
-    memory = sum(host.values()) / GIB + (0 if has else need)
-    stage, states = ds.get("zero_optimization", {}).get("stage", 0), ds.get("bf16", {})
-    if has and need > has:
-        if stage < 3:
-            return False, f"the card needs {need:.1f} GiB of {has:.0f}; take ds_configs/zero3_offload_4080.json, which streams the weights"
-        if size > 1:
-            return False, f"the card needs {need:.1f} GiB of {has:.0f}; take --states_per_forward 1"
-        return False, (f"the card needs {need:.1f} GiB of {has:.0f}; take a smaller --max_length"
-                       + (" or --lora_r 16" if full else "") + ("" if model_args.gradient_checkpointing else ", and --gradient_checkpointing"))
-    if memory > 0.95 * machine.host_gib:
-        more = f"the host needs {memory:.0f} GiB of {machine.host_gib:.0f}; "
-        if full:
-            return False, more + "take --lora_r 16, or a machine with more memory"
-        return False, more + ("take a machine with more memory" if stage == 3 else "take ds_configs/zero3_offload_4080.json")
-    if states.get("bf16_master_weights_and_grads"):
-        return True, (f"but masters in bfloat16 round a step of {train_args.learning_rate:g} away on every weight above "
-                      f"{256 * train_args.learning_rate:.2g}; LoRA, or float32 masters, learn at such rates")
-    return True, ""
-
-
-# --- what is printed ---
-
-def line(made, machine):
-    """The verdict in one line."""
-    gpu = f"card {sum(made.gpu.values()) / GIB:.1f} of {machine.gpu_gib:.0f} GiB, " if machine.gpu_gib else ""
-    host = sum(made.host.values()) + (0 if machine.gpu_gib else sum(made.gpu.values()))
-    return (f"plan: {'FITS' if made.fits else 'DOES NOT FIT'}: {gpu}host {host / GIB:.1f} of {machine.host_gib:.0f} GiB"
-            + (f"; {made.advice}" if made.advice else ""))
-
-
-def table(made, machine, ds_name):
-    rows = [f"{made.anatomy.parameters:,} parameters, {made.trained:,} trained; {made.states} states a response, "
-            f"{made.states_per_forward} a forward; {ds_name or 'no ds_config'}"]
-    for name, items in (("card" if machine.gpu_gib else "with the host's, for there is no card", made.gpu), ("host", made.host)):
-        rows.append(f"{name:32s}{sum(items.values()) / GIB:8.2f} GiB")
-        rows += [f"  {item:30s}{size / GIB:8.2f}" for item, size in sorted(items.items(), key=lambda pair: -pair[1]) if size >= 0.005 * GIB]
-    rows.append(f"a pair: {made.bus / 1e9:.1f} GB over the bus, at most {made.seconds:.1f} s as planned, {3600 / made.seconds:.0f} pairs/h "
-                f"({machine.tflops:.0f} Tflop/s, {machine.bus_gbs:.0f} GB/s; not measured)")
-    return "\n".join(rows)
-
-
-def host_gib():
-    [total] = [int(words.split()[1]) for words in Path("/proc/meminfo").read_text().splitlines() if words.startswith("MemTotal")]
-    return total * 2**10 / GIB
-
-
-def read_ds(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); see ds_configs/README.md") from None
+def memory_total():
+    """GiB of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def main(argv=None):
-    *groups, machine = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS, PlanArguments)
-    machine.host_gib = machine.host_gib or host_gib()
-    if machine.ranks < 1 or machine.tflops <= 0 or machine.bus_gbs <= 0:
-        raise InputError(f"--ranks {machine.ranks}, --tflops {machine.tflops}, --bus_gbs {machine.bus_gbs}: expected more than 0")
-    model_args = groups[1]
-    made = plan(read_config(model_args.model_name_or_path), *groups, read_ds(model_args.deepspeed), machine)
-    print(table(made, machine, model_args.deepspeed))
-    print(line(made, machine))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    *groups, own = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS, PlanArguments)
+    data_args, model_args, noise_args, train_args = groups
+    for name, least in (("gpu_gib", 0), ("host_gib", 0), ("tflops", 1e-9), ("pcie_gbs", 1e-9), ("ranks", 1)):
+        if not least <= getattr(own, name) < math.inf:
+            wanted = "1 or more" if name == "ranks" else "a positive number"
+            raise InputError(f"--{name} is {getattr(own, name)}, expected {wanted}")
+    for name, value in (("states_per_forward", model_args.states_per_forward), ("max_length", data_args.max_length)):
+        if value != "auto" and value < 1:
+            raise InputError(f"--{name} is {value}, expected at least 1")
+    here = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 16.0
+    machine = Machine(own.gpu_gib or here, own.host_gib or memory_total(), own.tflops, own.pcie_gbs, own.ranks,
+                      rounded=torch.__version__ < "2.13")  # from there on launch.sh can tell torch not to
+    model_config = read_config(model_args.model_name_or_path, model_args.trust_remote_code)
+    ds = engine.read_ds_config(model_args.deepspeed)
+    made = plan(model_config, data_args, model_args, noise_args, train_args, ds, machine)
+    if noise_args.diffusion_steps == "auto":
+        print(f"--diffusion_steps auto: planned with {AUTO_STEPS}, before its calibration")
+    print(table(made))
+    if words := stuck(ds, train_args.learning_rate):
+        print(f"warning: {words}")
+    print(made.verdict, flush=True)
     return 0 if made.fits else 1
 
 

@@ -11,7 +11,6 @@ import math
 import time
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -21,12 +20,15 @@ import config
 import engine
 import lora
 import packed as disk
+import plan
 import runs
 import score
 import tasks
 from objective import SFT, Preference, Stream, split
 from packed import InputError
 
+SCORED = ("data", "model_name_or_path", "shift_logits", "use_mixed_precision", "estimator", "diffusion_steps", "trajectories", "order",
+          "block_length", "noise_sets", "noise_seed", "deepspeed")  # what the reference scores were made with
 GUARD = {"bf16": 2e-2, "no": 1e-4}  # |policy - reference| per token that a first step may show
 
 
@@ -172,7 +174,7 @@ def check(args):
 
 def prepare(argv):
     """Read the arguments and everything on disk that the run replays; refuse what cannot be right."""
-    data_args, model_args, noise_args, args = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS)
+    groups = data_args, model_args, noise_args, args = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS)
     check(args)
     packed = disk.Packed(data_args.data)
     mask_id = score.check(packed, model_args, noise_args)
@@ -185,16 +187,11 @@ def prepare(argv):
     if args.loss_type == "sft":
         objective = SFT(args, noise_args, packed, mask_id)
     else:
-        mend = (f"python score.py --data {data_args.data} --model_name_or_path {model_args.model_name_or_path} "
-                f"--estimator {noise_args.estimator} --diffusion_steps {noise_args.diffusion_steps} --trajectories {noise_args.trajectories} "
-                f"--order {noise_args.order} --block_length {noise_args.block_length} "
-                f"--noise_sets {noise_args.noise_sets} --noise_seed {noise_args.noise_seed} "
-                f"--use_mixed_precision {model_args.use_mixed_precision}"
-                + (f" --deepspeed {model_args.deepspeed}" if model_args.deepspeed else ""))
+        values = {"data": data_args.data} | vars(model_args) | vars(noise_args)
+        mend = " ".join(["python score.py"] + [f"--{name} {values[name]}" for name in SCORED if values[name] is not None])
         objective = Preference(args, noise_args, packed, disk.Reference(packed, wanted, noise_args.noise_sets, mend), mask_id)
-    arguments = {name: value for group in (data_args, model_args, noise_args, args)
-                 for name, value in dataclasses.asdict(group).items()}
-    return model_args, args, objective, arguments, wanted
+    arguments = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+    return groups, objective, arguments, wanted
 
 
 def save_checkpoint(job, run, step, num_tokens):
@@ -264,31 +261,8 @@ def progress(line, steps):
                                f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"])
 
 
-def main(argv=None):
-    # 1. what is on disk, and whether this run is finished, unfinished or new
-    model_args, args, objective, arguments, wanted = prepare(argv)
-    packed, run = objective.packed, runs.Run(args.output_dir)
-    run.check_same(arguments, wanted)
-    if run.finished:
-        print(f"{run.final}: this run is finished; another needs another --output_dir", flush=True)
-        return 0
-    checkpoint_path = run.start_from(args.resume_from_checkpoint)
-    train_pairs, held = split(packed, args.eval_fraction, args.seed)
-    ds_config = engine.read_ds_config(model_args.deepspeed)
-
-    # 2. the policy in its engine
-    ranks = engine.start()
-    rows = args.per_device_train_batch_size
-    per_step = rows * args.gradient_accumulation_steps * ranks.world
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(train_pairs) / per_step)
-    pieces = args.gradient_accumulation_steps * len(objective.work([(0, 0)] * rows))
-    states_per_forward = rows if args.loss_type == "sft" else model_args.states_per_forward
-    if states_per_forward == "auto" and checkpoint_path:  # as it began: the same sums to the last digit
-        states_per_forward = run.arguments()["states_per_forward"]
-    auto = states_per_forward == "auto"
-    passes = lambda size: pieces * score.backward_passes(objective.counts, objective.carrying, size)  # noqa: E731
-    backwards = passes(1 if auto else states_per_forward)
-    ds_config = engine.training_config(ds_config, args, model_args, backwards, model_args.deepspeed)
+def start_policy(model_args, args, ds_config, ranks):
+    """The engine of the model that training starts from, with LoRA's adapters if asked for."""
     source = model_args.model_name_or_path
     model = checkpoint.load_model(source, checkpoint.DTYPES[model_args.use_mixed_precision], ds_config, model_args.trust_remote_code,
                                   model_args.shift_logits)
@@ -299,9 +273,54 @@ def main(argv=None):
         model, said = lora.add(model, model_args.lora_r, model_args.lora_alpha, model_args.lora_targets, args.seed, source)
         if ranks.first:
             print(said, flush=True)
-    stream = Stream(train_pairs, args.seed, rows, objective.lengths)
-    job = Job(args, engine.build(model, ds_config), objective, stream, ranks, states_per_forward)
+    return engine.build(model, ds_config)
 
+
+def save_final(job, run, model_args, arguments, evaluation):
+    """final/: the model, or LoRA's adapter alone."""
+    source, weights = model_args.model_name_or_path, engine.gather_weights(job.policy, job.ranks)
+    if job.ranks.first:
+        model, text = job.policy.module, card(arguments, evaluation)
+        tokenizer = checkpoint.load_tokenizer(source, model_args.trust_remote_code)
+        if model_args.lora_r:
+            lora.save(run.final, model, weights, tokenizer, lora.card_of(text, source))
+            said = f"the adapter, in peft's format (python checkpoint.py merge {run.final} OUT makes one model of it)"
+        else:
+            checkpoint.save_model(run.final, model, weights, checkpoint.model_folder(source), tokenizer, text, job.objective.mask_id)
+            said = "the aligned model, in Hugging Face format"
+        print(f"{run.final}: {said}\nnext: python generate.py --model_name_or_path {run.final} --prompt '...'", flush=True)
+    dist.barrier()
+
+
+def main(argv=None):
+    # 1. what is on disk, and whether this run is finished, unfinished or new
+    groups, objective, arguments, wanted = prepare(argv)
+    _, model_args, _, args = groups
+    run = runs.Run(args.output_dir)
+    run.check_same(arguments, wanted)
+    if run.finished:
+        print(f"{run.final}: this run is finished; another needs another --output_dir", flush=True)
+        return 0
+    checkpoint_path = run.start_from(args.resume_from_checkpoint)
+    train_pairs, held = split(objective.packed, args.eval_fraction, args.seed)
+    ds_config = engine.read_ds_config(model_args.deepspeed)
+
+    # 2. the policy in its engine
+    ranks, rows = engine.start(), args.per_device_train_batch_size
+    if ranks.first:
+        print(plan.at_start(groups, ds_config, ranks), flush=True)
+    per_step = rows * args.gradient_accumulation_steps * ranks.world
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(train_pairs) / per_step)
+    pieces = args.gradient_accumulation_steps * len(objective.work([(0, 0)] * rows))
+    passes = lambda size: pieces * score.backward_passes(objective.counts, objective.carrying, size)  # noqa: E731
+    states_per_forward = rows if args.loss_type == "sft" else model_args.states_per_forward
+    if states_per_forward == "auto" and checkpoint_path:  # as it began: the same sums to the last digit
+        states_per_forward = run.arguments()["states_per_forward"]
+    auto = states_per_forward == "auto"
+    backwards = passes(1 if auto else states_per_forward)
+    policy = start_policy(model_args, args, engine.training_config(ds_config, args, model_args, backwards, model_args.deepspeed), ranks)
+    stream = Stream(train_pairs, args.seed, rows, objective.lengths)
+    job = Job(args, policy, objective, stream, ranks, states_per_forward)
     if auto:
         job = fit(job)
         backwards = passes(job.states_per_forward)
@@ -311,8 +330,8 @@ def main(argv=None):
     # 3. start or go on
     start, num_tokens = load_checkpoint(job, checkpoint_path) if checkpoint_path else (0, 0)
     if ranks.first:
-        print(f"{source}: {len(train_pairs)} pairs to train on, {len(held)} held out, {steps} steps of {per_step} pairs, "
-              f"{sum(objective.counts)} states a pair, {backwards} backward passes a step"
+        print(f"{model_args.model_name_or_path}: {len(train_pairs)} pairs to train on, {len(held)} held out, {steps} steps of "
+              f"{per_step} pairs, {sum(objective.counts)} states a pair, {backwards} backward passes a step"
               + (f"; going on after step {start} ({checkpoint_path})" if start else ""), flush=True)
     if not start and args.loss_type != "sft":
         gap = check_reference(job, model_args.use_mixed_precision)
@@ -325,18 +344,7 @@ def main(argv=None):
 
     # 4. the loop, and what comes out
     evaluation = train(job, run, held, start, steps, backwards, num_tokens)
-    weights = engine.gather_weights(job.policy, ranks)
-    if ranks.first:
-        tokenizer = checkpoint.load_tokenizer(source, model_args.trust_remote_code)
-        if model_args.lora_r:
-            lora.save(run.final, model, weights, tokenizer, lora.card_of(card(arguments, evaluation), source))
-        else:
-            checkpoint.save_model(run.final, model, weights, checkpoint.model_folder(source), tokenizer, card(arguments, evaluation),
-                                  objective.mask_id)
-        print(f"{run.final}: " + (f"the adapter, in peft's format (python checkpoint.py merge {run.final} OUT makes one model of it)"
-                                  if model_args.lora_r else "the aligned model, in Hugging Face format") + "\n"
-              f"next: python generate.py --model_name_or_path {run.final} --prompt '...'", flush=True)
-    dist.barrier()
+    save_final(job, run, model_args, arguments, evaluation)
     dist.destroy_process_group()
     return 0
 

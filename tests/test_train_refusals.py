@@ -105,7 +105,8 @@ def test_refusals(scored, tmp_path, capsys, argv, words):
 @pytest.mark.parametrize("change, words", [
     ({"gradient_clipping": 2.0}, "max_grad_norm"), ({"bf16": {"enabled": True}}, "use_mixed_precision"),
     ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps"), ({"sparse": "auto"}, '"sparse"'),
-    ({"fp16": {"enabled": True}}, "fp16"), ({"zero_optimization": {"stage": 5}}, "stage is 5")])
+    ({"fp16": {"enabled": True}}, "fp16"), ({"zero_optimization": {"stage": 5}}, "stage is 5"),
+    ({"optimizer": {"type": "Adafactor"}}, "without the rows and columns")])
 def test_one_home_for_a_value(scored, tmp_path, capsys, change, words):
     """A literal of the ds_config that contradicts the run is refused, and names both."""
     path = tmp_path / "ds.json"
