@@ -174,8 +174,10 @@ def prepare(argv):
     data_args, model_args, noise_args, args = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS)
     check(args)
     packed = disk.Packed(data_args.data)
+    if args.loss_type != "sft":
+        packed.need_pairs()
     mask_id = score.check(packed, model_args, noise_args)
-    if noise_args.diffusion_steps == "auto":
+    if noise_args.diffusion_steps == "auto" and args.loss_type != "sft":  # which takes no steps
         calibrate.settle(packed, model_args, noise_args)
     wanted = score.depends_on(packed, model_args, noise_args)
     if args.loss_type == "sft":
