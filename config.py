@@ -23,10 +23,11 @@ def arg(default, help, *aliases):
 
 @dataclass
 class DataArguments:
-    preference_data_path: Optional[str] = arg(None, "preferences: a .jsonl, .json or .parquet file, or a data set of the hub, org/name", "--in")
+    task: Literal["preferences", "sft"] = arg("preferences", "what is packed: preferences, or prompts with one response each, for --loss_type sft")
+    preference_data_path: Optional[str] = arg(None, "preferences, or rows of --task sft: a .jsonl, .json or .parquet file, or a data set of the hub, org/name", "--in")
     split: str = arg("train", "split of a hub data set")
     data: str = arg("packed", "folder of the packed arrays", "--out")
-    columns: Optional[str] = arg(None, "other column names, e.g. prompt=question,chosen=response_j,rejected=response_k")
+    columns: Optional[str] = arg(None, "other column names, e.g. prompt=question,chosen=response_j,rejected=response_k; with --task sft, prompt=question,response=solution")
     max_length: int = arg(1024, "longest prompt + response, in tokens; longer pairs are left out and listed")
     template: Literal["auto", "chat", "none"] = arg("auto", "auto: the tokenizer's chat template if it has one")
     on_bad_row: Literal["stop", "skip"] = arg("stop", "a malformed row stops the job, or is listed and skipped")
@@ -64,7 +65,7 @@ class NoiseArguments:
 @dataclass
 class TrainArguments:
     output_dir: str = arg("runs/default", "folder of the run")
-    loss_type: Literal["sigmoid", "ipo", "hinge", "sft"] = arg("sigmoid", "sigmoid: DPO; ipo; hinge; sft: masked-diffusion NLL of chosen alone")
+    loss_type: Literal["sigmoid", "ipo", "hinge", "sft"] = arg("sigmoid", "sigmoid: DPO; ipo; hinge; sft: masked-diffusion NLL of chosen alone, or of --task sft's responses")
     beta: float = arg(0.1, "DPO temperature")
     label_smoothing: float = arg(0.0, "probability that a preference is wrong (conservative DPO), 0 to 0.5")
     backprop_steps: int = arg(0, "k, states of a response that carry the gradient, unbiased; the others give the score alone, at a third of the cost; 0: all")

@@ -1,13 +1,14 @@
-"""Preference rows to token ids on disk.
+"""Preference rows, or SFT rows, to token ids on disk.
 
-Input: prefs.jsonl. Output: packed/ (tokens.npy, bounds.npy, lines.npy, meta.json, rejects.jsonl; see packed.py).
+Input: prefs.jsonl or sft.jsonl. Output: packed/ (tokens.npy, bounds.npy, lines.npy, meta.json, rejects.jsonl; see packed.py).
 
     python data_prep.py --in prefs.jsonl --out packed --model_name_or_path M
     python data_prep.py --in prefs.json --columns prompt=question,chosen=response_j,rejected=response_k ...
+    python data_prep.py --task sft --in sft.jsonl --out packed-sft --model_name_or_path M
 
-The forms that a row may have are in rows.py. Prompt and response are made into ids separately and joined; every response
-ends in the end token. Nothing is truncated: a row that cannot be used whole is left out and listed with its reason, so
-that rows in = pairs kept + rows listed.
+The forms that a row may have are in rows.py, those of SFT rows in demonstrations.py. Prompt and response are made into ids
+separately and joined; every response ends in the end token. Nothing is truncated: a row that cannot be used whole is left out
+and listed with its reason, so that rows in = pairs kept + rows listed. An SFT row is packed as a pair with nothing rejected.
 lines.npy int64 (pairs,) is the line of the source (its place in the list, for a .json) that each pair came from.
 """
 import json
@@ -22,14 +23,16 @@ import numpy as np
 
 import checkpoint
 import config
+import demonstrations
 import families
 import packed
 from packed import InputError
 from rows import Malformed, find_columns, parse_columns, preference, read_rows, shorten, source_sha256
 
-DESCRIPTION = ("Preference rows to token ids on disk: prefs.jsonl -> packed/. With --reuse, nothing is done when the "
-               "folder is complete and was made of the same file, tokenizer, template, columns and max_length.")
-MEND = "python data_prep.py --in prefs.jsonl --out {data} --model_name_or_path {model}"
+DESCRIPTION = ("Preference rows, or with --task sft SFT rows, to token ids on disk: prefs.jsonl -> packed/. With --reuse, "
+               "nothing is done when the folder is complete and was made of the same file, task, tokenizer, template, "
+               "columns and max_length.")
+COLUMNS = {"preferences": ("prompt", "chosen", "rejected"), "sft": ("prompt", "response")}  # of a row, by --task
 EXAMPLE = Path(__file__).resolve().parent / "examples" / "tiny"  # the model when none is given
 SMALL = 2000  # rows; below this, starting processes costs more than it saves
 
@@ -38,7 +41,7 @@ SMALL = 2000  # rows; below this, starting processes costs more than it saves
 
 @dataclass
 class Encoder:
-    """Makes a row's three id lists; a plain value, so that it can be sent to other processes."""
+    """Makes a row's three id lists (of an SFT row, the third is empty); a plain value, that can be sent to other processes."""
     tokenizer: object
     response_tokenizer: object
     template: str        # "chat" or "none"
@@ -48,23 +51,24 @@ class Encoder:
     strips: bool         # the template strips what a message says
     max_length: int
 
-    def __call__(self, prompt, chosen, rejected):
+    def __call__(self, prompt, *sides):
         """(reason, detail, [prompt, chosen, rejected] ids); reason "" and ids when the row is fit to be kept."""
         said = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
         if not "".join(said).strip():
             return "empty prompt", "", [[]] * 3
-        if blank := [name for name, side in (("chosen", chosen), ("rejected", rejected)) if not side.strip()]:
-            return "empty response", " and ".join(blank), [[]] * 3
+        if blank := [name for name, side in zip(("chosen", "rejected"), sides) if not side.strip()]:
+            return "empty response", " and ".join(blank) if len(sides) == 2 else "", [[]] * 3
         # a special token written out in the text would be read as the token: a mask, an end, a forged turn
-        if found := next(filter(None, map(self.special.search, (*said, chosen, rejected))), None):
+        if found := next(filter(None, map(self.special.search, (*said, *sides))), None):
             return "special token in the text", found.group(), [[]] * 3
         try:
             ids = [checkpoint.prompt_ids(self.tokenizer, prompt, self.template)]
         except InputError as error:  # the template refuses this row's messages
             return "malformed", str(error), [[]] * 3
-        for side in (chosen, rejected):
+        for side in sides:
             side = side.strip() if self.strips else side
             ids.append(checkpoint.encode(self.response_tokenizer, side) + [self.end])
+        ids += [[]] * (3 - len(ids))
         if ids[1] == ids[2]:
             return "chosen equals rejected", "", [[]] * 3
         if (length := len(ids[0]) + max(map(len, ids[1:]))) > self.max_length:
@@ -136,11 +140,14 @@ def prepare(path, args, encoder):
     """(rows, form): all rows of the source, each with ids or with a reason; raises InputError before anything is written."""
     where = f"{path}:" if path.endswith(".jsonl") else f"{path}: row "
     rows = read_rows(path, args.split)
-    columns, form = find_columns(rows, parse_columns(args.columns), path)
+    find, read = find_columns, preference
+    if args.task == "sft":
+        find, read = demonstrations.find_columns, demonstrations.demonstration
+    columns, form = find(rows, parse_columns(args.columns, COLUMNS[args.task]), path)
     for row in rows:
         if not row.reason:
             try:
-                row.parts = preference(row.value, columns, encoder.template == "chat")
+                row.parts = read(row.value, columns, encoder.template == "chat")
             except Malformed as error:
                 row.reason, row.detail = error.reason, str(error)
         stop_at_malformed(row, args, where)
@@ -177,34 +184,44 @@ def write(folder, kept, left_out, meta):
     packed.write_packed(folder, (row.ids for row in kept), meta)
 
 
+def mend(task, folder, model):
+    """The command that packs `folder`."""
+    source = "--task sft --in sft.jsonl" if task == "sft" else "--in prefs.jsonl"
+    return f"python data_prep.py {source} --out {folder} --model_name_or_path {model}"
+
+
 def default_model(folder, reuse):
     """When none is given: the one that packed the folder, if that is to be used again, else the embedded example."""
     if reuse and (folder / "meta.json").exists():
-        return packed.read_json(folder / "meta.json", MEND.format(data=folder, model="M")).get("model_name_or_path")
+        return packed.read_json(folder / "meta.json", mend("preferences", folder, "M")).get("model_name_or_path")
     return os.path.relpath(EXAMPLE) if EXAMPLE.is_dir() else None
 
 
-def up_to_date(args, model_args, tokenizer, mend):
+def up_to_date(args, model_args, tokenizer):
     """Whether args.data is complete and is what these arguments would make; with no source given, just complete."""
-    source = args.preference_data_path
+    source, model = args.preference_data_path, model_args.model_name_or_path
+    remake = mend(args.task, args.data, model)
     if not (Path(args.data) / "meta.json").exists():
         if source:
             return False
-        raise InputError(f"{args.data}: no packed preferences there, and no preference_data_path given; run: {mend}")
+        raise InputError(f"{args.data}: no packed {said_of(args.task)} there, and no preference_data_path given; run: {remake}")
     try:
-        meta = packed.Packed(args.data).meta
-        packed.open_array(Path(args.data) / "lines.npy", mend)
+        folder = packed.Packed(args.data)
+        packed.open_array(Path(args.data) / "lines.npy", mend(folder.task, args.data, model))
     except InputError:
         if source:
             return False
         raise
-    tokens = checkpoint.tokenizer_fingerprint(tokenizer)
+    meta, tokens = folder.meta | {"task": folder.task}, checkpoint.tokenizer_fingerprint(tokenizer)
     if not source:
         if meta.get("tokenizer") != tokens:
             raise InputError(f"{args.data}: made with another tokenizer, that of {meta.get('model_name_or_path')}; "
-                             f"run: {mend}")
+                             f"run: {mend(folder.task, args.data, model)}")
+        if args.task == "sft" != folder.task:
+            raise InputError(f"{args.data}: holds preferences, and --task sft was given; leave it out, or run: {remake}")
         return True
-    wanted = {"tokenizer": tokens, "columns": parse_columns(args.columns), "max_length": args.max_length,
+    wanted = {"task": args.task, "tokenizer": tokens, "max_length": args.max_length,
+              "columns": parse_columns(args.columns, COLUMNS[args.task]),
               "template": "chat" if checkpoint.uses_chat(tokenizer, args.template) else "none"}
     wanted |= {name: value for name in ("mask_token_id", "end_token_id") if (value := getattr(model_args, name)) is not None}
     wanted["source_sha256"] = source_sha256(source, args.split)
@@ -235,8 +252,13 @@ def token(tokenizer, number):
     return f"{number}" if text is None else f"{text} ({number})"
 
 
+def said_of(task):
+    return "SFT rows" if task == "sft" else "preferences"
+
+
 def summary(args, kept, left_out, tokenizer):
-    """Lines to print: counts, lengths, one example, a warning if lengths differ."""
+    """Lines to print: counts, lengths, one example, a warning if lengths of preferences differ."""
+    names = COLUMNS[args.task]
     dropped = Counter(row.reason for row in left_out)
     lines = [f"{args.preference_data_path}: {len(kept) + len(left_out)} rows, {len(kept)} kept, {len(left_out)} dropped"
              + (f", listed in {args.data}/rejects.jsonl" if left_out else "")]
@@ -244,10 +266,12 @@ def summary(args, kept, left_out, tokenizer):
     lengths = np.array([[len(ids) for ids in row.ids] for row in kept])  # (pairs, 3)
     shares = (0, 50, 90, 99, 100)
     lines.append("tokens    " + "".join(f"{name:>8}" for name in ("min", "50%", "90%", "99%", "max")))
-    for name, column in zip(("prompt", "chosen", "rejected"), lengths.T):
+    for name, column in zip(names, lengths.T):
         lines.append(f"{name:<10}" + "".join(f"{n:8d}" for n in np.percentile(column, shares, method="nearest")))
     lines.append(f"example, line {kept[0].number}:")
-    lines += [f"  {name:<9}{pieces(tokenizer, ids)}" for name, ids in zip(("prompt", "chosen", "rejected"), kept[0].ids)]
+    lines += [f"  {name:<9}{pieces(tokenizer, ids)}" for name, ids in zip(names, kept[0].ids)]
+    if args.task == "sft":
+        return lines
     chosen, rejected = np.median(lengths[:, 1:], axis=0)
     if max(chosen, rejected) > 1.25 * min(chosen, rejected):
         lines.append(f"warning: the median response has {chosen:.0f} tokens if chosen, {rejected:.0f} if rejected; "
@@ -261,13 +285,14 @@ def main(argv=None):
     args, model_args = config.parse(flags, DESCRIPTION, config.DataArguments, config.ModelArguments)
     source, folder, reuse = args.preference_data_path, Path(args.data), len(flags) < len(argv)
     if not source and not reuse:
-        raise InputError("no preferences given; add --in FILE.jsonl")
+        raise InputError(f"no {said_of(args.task)} given; add --in FILE.jsonl")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: expected a folder for the packed arrays, found a file")
     name = model_args.model_name_or_path = model_args.model_name_or_path or default_model(folder, reuse)
     tokenizer = checkpoint.load_tokenizer(name, model_args.trust_remote_code)
-    if reuse and up_to_date(args, model_args, tokenizer, MEND.format(data=args.data, model=name)):
-        print(f"{folder}: {packed.read_json(folder / 'meta.json', '')['pairs']} pairs, up to date")
+    if reuse and up_to_date(args, model_args, tokenizer):
+        there = packed.Packed(folder)
+        print(f"{folder}: {len(there)} {'SFT rows' if there.task == 'sft' else 'pairs'}, up to date")
         return
     encoder = make_encoder(args, model_args, tokenizer)
     rows, form = prepare(source, args, encoder)
@@ -279,13 +304,13 @@ def main(argv=None):
         raise InputError(f"{source}: holds no row that can be used ({why or 'it is empty'})")
     model_config = checkpoint.load_config(name, model_args.trust_remote_code)
     embeddings = getattr(model_config, "embedding_size", None) or getattr(model_config, "vocab_size", sys.maxsize)
-    if (largest := max(encoder.mask, *(int(ids.max()) for row in kept for ids in row.ids))) >= embeddings:
+    if (largest := max(encoder.mask, *(int(ids.max()) for row in kept for ids in row.ids if len(ids)))) >= embeddings:
         raise InputError(f"{name}: token id {largest} is beyond the model's embedding of {embeddings} rows; "
                          "its tokenizer and config.json do not belong together")
     write(folder, kept, left_out, {
-        "tokenizer": checkpoint.tokenizer_fingerprint(tokenizer), "model_name_or_path": name, "source": source,
-        "source_sha256": source_sha256(source, args.split), "form": form, "columns": parse_columns(args.columns),
-        "template": encoder.template, "max_length": args.max_length,
+        "task": args.task, "source": source, "tokenizer": checkpoint.tokenizer_fingerprint(tokenizer), "model_name_or_path": name,
+        "source_sha256": source_sha256(source, args.split), "form": form,
+        "columns": parse_columns(args.columns, COLUMNS[args.task]), "template": encoder.template, "max_length": args.max_length,
         "rows": len(rows), "kept": len(kept), "dropped": dropped,
         "end_token_id": encoder.end, "pad_token_id": tokenizer.eos_token_id, "mask_token_id": encoder.mask})
     print(f"form: {form}")
@@ -293,7 +318,8 @@ def main(argv=None):
     if encoder.max_length < args.max_length:
         print(f"{name} reads at most {encoder.max_length} tokens, less than --max_length {args.max_length}")
     print("\n".join(summary(args, kept, left_out, tokenizer)))
-    print(f"next: python score.py --data {folder} --model_name_or_path {name}")
+    step = "train_dpo.py --loss_type sft" if args.task == "sft" else "score.py"
+    print(f"next: python {step} --data {folder} --model_name_or_path {name}")
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def prompt_texts(packed, tokenizers, trust_remote_code=False):
             raise InputError(f"{packed.folder}: its prompts cannot be read without its tokenizer: {error}") from None
     if wanted not in tokenizers:
         raise InputError(f"{packed.folder}: made with another tokenizer than {name} has now, so its prompts cannot be read; "
-                         f"make it again: python data_prep.py --in {packed.meta['source']} --out {packed.folder}")
+                         f"make it again: {packed.remake}")
     prompts = {tuple(packed[index][0].tolist()) for index in range(len(packed))}
     return [tokenizers[wanted].decode(ids) for ids in prompts]
 

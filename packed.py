@@ -1,6 +1,7 @@
 """The arrays on disk: packed preferences and the reference's noise and scores. Written under a temporary name, renamed.
 
-packed/            tokens.npy uint32 (tokens,), bounds.npy int64 (pairs, 4) = start, prompt end, chosen end, rejected end,
+packed/            tokens.npy uint32 (tokens,), bounds.npy int64 (pairs, 4) = start, prompt end, chosen end, rejected end
+                   (SFT data: the response is chosen, and rejected is empty),
                    meta.json (what they were made of), rejects.jsonl (rows left out, with reasons)
 packed/ref-<key>/  noise-k.npy uint8 (response tokens, ceil(S/8)), ref_scores-k.npy float32 (pairs, 2, S), meta.json
 
@@ -154,6 +155,8 @@ class Packed:
         self.meta = read_json(self.folder / "meta.json", mend)
         if self.meta.get("format") != FORMAT:
             raise InputError(f"{folder}/meta.json: format {self.meta.get('format')}, expected {FORMAT}; run: {mend}")
+        if self.task == "sft":
+            mend = f"python data_prep.py --task sft --in sft.jsonl --out {folder}"
         self.tokens, self.bounds = (open_array(self.folder / f"{name}.npy", mend) for name in ("tokens", "bounds"))
         if self.bounds.shape != (self.meta["pairs"], 4) or len(self.bounds) and self.bounds[-1, 3] != len(self.tokens):
             raise InputError(f"{folder}: tokens.npy, bounds.npy and meta.json disagree; run: {mend}")
@@ -162,6 +165,23 @@ class Packed:
         # (pairs, 3) where in noise-k.npy a pair's chosen starts, its rejected starts, and both end
         lengths = np.diff(self.bounds[:, 1:], axis=1)  # (pairs, 2) response tokens
         self.noise_bounds = np.concatenate(([0], lengths.cumsum()))[2 * np.arange(len(lengths))[:, None] + np.arange(3)]
+
+    @property
+    def task(self):
+        """"preferences" or "sft"; a folder that does not say holds preferences."""
+        return self.meta.get("task", "preferences")
+
+    @property
+    def remake(self):
+        """The command that packs the same source anew."""
+        task = " --task sft" if self.task == "sft" else ""
+        return f"python data_prep.py{task} --in {self.meta['source']} --out {self.folder}"
+
+    def need_pairs(self):
+        """Refuse SFT data where preferences are needed."""
+        if self.task == "sft":
+            raise InputError(f"{self.folder}: holds SFT data, one response a prompt and no preferences; run: python train_dpo.py "
+                             f"--loss_type sft --data {self.folder}, or pack preferences into another folder")
 
     def __len__(self):
         return len(self.bounds)

@@ -10,6 +10,7 @@ Forms, each recognised by its columns (FORMS) and named in what data_prep prints
     OpenAI              input {"messages"}, preferred_output, non_preferred_output
     A/B                 two responses, and a column that says which is preferred; a row without a preference is left out
 Messages may be {from, value}, and their content a list of text parts. A `system` column comes before the prompt.
+Rows with a single response, for SFT, are demonstrations.py's.
 """
 import json
 import os
@@ -51,6 +52,7 @@ SIDES = {
     ("human_ref_A", "human_ref_B"): (("1",), ("0",)),  # SHP: labels is 1 where A is preferred
     ("conversation_a", "conversation_b"): (("model_a", "a"), ("model_b", "b")),  # Chatbot Arena: whole dialogues
 }
+SINGLE = ("response", "completion", "answer", "output", "messages")  # one response a row, whole dialogues: demonstrations.py
 TIES = {"", "none", "null", "nan", "tie", "both", "neither", "equal", "same", "0.5", "tie (bothbad)"}
 
 
@@ -128,9 +130,9 @@ def is_file(path):
     if os.path.isfile(path):
         return True
     if os.path.isdir(path):
-        raise InputError(f"{path}: is a folder; expected one file of preferences, .jsonl, .json or .parquet")
+        raise InputError(f"{path}: is a folder; expected one file of rows, .jsonl, .json or .parquet")
     if os.path.exists(path) or path.endswith(ENDINGS) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise InputError(f"{path}: no such file; expected preferences as .jsonl, .json or .parquet, or a data set of the "
+        raise InputError(f"{path}: no such file; expected rows as .jsonl, .json or .parquet, or a data set of the "
                          "hub, org/name")
     return False
 
@@ -150,15 +152,24 @@ def source_sha256(path, split="train"):
     return file_sha256(path) if is_file(path) else hub_rows(path, split)._fingerprint
 
 
-def parse_columns(text):
+def parse_columns(text, names=("prompt", "chosen", "rejected")):
     """'prompt=question,chosen=a' -> {"prompt": "question", "chosen": "a"}"""
     columns = {}
     for part in text.split(",") if text else ():
         ours, _, theirs = (word.strip() for word in part.partition("="))
-        if ours not in ("prompt", "chosen", "rejected") or not theirs:
-            raise InputError(f"--columns {text}: expected prompt=NAME,chosen=NAME,rejected=NAME, found '{part}'")
+        if ours not in names or not theirs:
+            raise InputError(f"--columns {text}: expected {','.join(f'{name}=NAME' for name in names)}, found '{part}'")
         columns[ours] = theirs
     return columns
+
+
+def columns_of(rows, given, path):
+    """The names of all columns of the file; those that --columns gave must be among them."""
+    there = list(dict.fromkeys(name for row in rows if isinstance(row.value, dict) for name in row.value))
+    for name in given.values():
+        if there and name not in there:
+            raise InputError(f"{path}: no column '{name}'; the columns are {shorten(', '.join(there), 300)}")
+    return there
 
 
 def find_columns(rows, given, path):
@@ -166,10 +177,7 @@ def find_columns(rows, given, path):
 
     An A/B form has {"prompt", "first", "second", "preference"} instead. Refuses columns of no known form.
     """
-    there = list(dict.fromkeys(name for row in rows if isinstance(row.value, dict) for name in row.value))
-    for name in given.values():
-        if there and name not in there:
-            raise InputError(f"{path}: no column '{name}'; the columns are {shorten(', '.join(there), 300)}")
+    there = columns_of(rows, given, path)
     for form, names in FORMS.items():
         columns = {**{ours: name for ours, name in zip(("prompt", "chosen", "rejected"), names) if name}, **given}
         if set(columns.values()) <= set(there) or not there:
@@ -187,6 +195,8 @@ def find_columns(rows, given, path):
     why = "no known form has these columns"
     if {"completion", "label"} <= set(there):
         why = "these are single judged responses, and DPO needs pairs (make_prefs.py --strategy label makes them)"
+    elif not sides and not {"chosen", "rejected"} & set(there) and set(SINGLE) & set(there):
+        why = "these look like single responses, which --task sft packs"
     elif sides and asked:
         why = f"two responses, and no column that says which is preferred ({', '.join(PREFERENCE)})"
     raise InputError(f"{path}: {why}; the columns are {shorten(', '.join(there), 300)}; name yours with "
@@ -248,13 +258,18 @@ def with_system(prompt, system):
     return prompt if messages[0]["role"] == "system" else [{"role": "system", "content": system}, *messages]
 
 
-def preference(row, columns, chat):
-    """(prompt, chosen, rejected) of a row, the prompt a string or messages, the others strings; raises Malformed."""
+def require(row, columns):
+    """Refuse a row that lacks one of `columns`."""
     if not isinstance(row, dict):
         raise Malformed(f"expected a JSON object, found {kind(row)}")
     for name in columns.values():
         if name not in row:
             raise Malformed(f"expected a column '{name}', found {shorten(', '.join(row), 200) or 'an empty object'}")
+
+
+def preference(row, columns, chat):
+    """(prompt, chosen, rejected) of a row, the prompt a string or messages, the others strings; raises Malformed."""
+    require(row, columns)
     sides = resolve(row, columns) if "first" in columns else (columns["chosen"], columns["rejected"])
     prompt = question(row, columns["prompt"]) if "prompt" in columns else None
     chosen, rejected = (conversation(row[side], side) for side in sides)
@@ -262,17 +277,22 @@ def preference(row, columns, chat):
         prompt, chosen, rejected = split_messages(prompt, chosen, rejected)
     elif prompt is None:
         prompt, chosen, rejected = split_text(chosen, rejected)
+    return ready(row, prompt, (chosen, rejected), chat)
+
+
+def ready(row, prompt, responses, chat):
+    """(prompt, *responses) as they are encoded: hh-rlhf's turns as messages, a system column before them, all of it text."""
     if chat and isinstance(prompt, str) and prompt.startswith(HUMAN) and prompt.rstrip().endswith(ASSISTANT):
-        prompt, chosen, rejected = dialogue(prompt), chosen.strip(), rejected.strip()
+        prompt, responses = dialogue(prompt), [response.strip() for response in responses]
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise Malformed("expected a prompt whose last message is the user's, found the assistant's")
     prompt = with_system(prompt, row.get("system"))
     try:
         "".join([prompt] if isinstance(prompt, str) else [said["content"] for said in prompt]).encode()
-        (chosen + rejected).encode()
+        "".join(responses).encode()
     except UnicodeEncodeError as error:
         raise Malformed(f"expected text, found a lone surrogate (\\u{ord(error.object[error.start]):04x})") from None
-    return prompt, chosen, rejected
+    return prompt, *responses
 
 
 def conversation(value, column):

@@ -15,7 +15,7 @@ from pathlib import Path
 from packed import InputError, read_json, write_json
 
 # These may differ when a run goes on: where things are, how often it speaks and saves, how the work is cut.
-FREE = {"preference_data_path", "split", "columns", "template", "on_bad_row", "num_proc", "max_length", "data", "output_dir",
+FREE = {"task", "preference_data_path", "split", "columns", "template", "on_bad_row", "num_proc", "max_length", "data", "output_dir",
         "resume_from_checkpoint", "local_rank", "logging_steps", "save_steps", "save_total_limit", "eval_steps",
         "states_per_forward", "gradient_checkpointing", "deepspeed", "model_name_or_path", "trust_remote_code"}
 

@@ -193,8 +193,7 @@ def check(packed, model_args, noise_args):
     tokenizer = checkpoint.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
     if checkpoint.tokenizer_fingerprint(tokenizer) != packed.meta["tokenizer"]:
         raise InputError(f"{packed.folder}: packed with another tokenizer than {model_args.model_name_or_path}'s; run: "
-                         f"python data_prep.py --in {packed.meta['source']} --out {packed.folder} "
-                         f"--model_name_or_path {model_args.model_name_or_path}")
+                         f"{packed.remake} --model_name_or_path {model_args.model_name_or_path}")
     mask_id = packed.meta["mask_token_id"]  # data_prep.py settled it
     if model_args.mask_token_id not in (None, mask_id):
         raise InputError(f"{packed.folder}: packed with the mask {mask_id}, not --mask_token_id {model_args.mask_token_id}; "
@@ -288,6 +287,7 @@ def main(argv=None):
         print("loss_type sft needs no reference scores", flush=True)
         return 0
     packed = disk.Packed(data_args.data)
+    packed.need_pairs()
     mask_id = check(packed, model_args, noise_args)
     ranks = None
     if args.calibrate or noise_args.diffusion_steps == "auto":

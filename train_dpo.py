@@ -177,8 +177,10 @@ def prepare(argv):
     groups = data_args, model_args, noise_args, args = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS)
     check(args)
     packed = disk.Packed(data_args.data)
+    if args.loss_type != "sft":
+        packed.need_pairs()
     mask_id = score.check(packed, model_args, noise_args)
-    if noise_args.diffusion_steps == "auto":
+    if noise_args.diffusion_steps == "auto" and args.loss_type != "sft":  # which takes no steps
         calibrate.settle(packed, model_args, noise_args)
     if lora.read(checkpoint.model_folder(model_args.model_name_or_path)):
         raise InputError(f"{model_args.model_name_or_path}: an adapter, expected whole weights to start from; run: python checkpoint.py "
@@ -330,8 +332,9 @@ def main(argv=None):
     # 3. start or go on
     start, num_tokens = load_checkpoint(job, checkpoint_path) if checkpoint_path else (0, 0)
     if ranks.first:
-        print(f"{model_args.model_name_or_path}: {len(train_pairs)} pairs to train on, {len(held)} held out, {steps} steps of "
-              f"{per_step} pairs, {sum(objective.counts)} states a pair, {backwards} backward passes a step"
+        noun = "rows" if objective.packed.task == "sft" else "pairs"
+        print(f"{model_args.model_name_or_path}: {len(train_pairs)} {noun} to train on, {len(held)} held out, {steps} steps of "
+              f"{per_step} {noun}, {sum(objective.counts)} states each, {backwards} backward passes a step"
               + (f"; going on after step {start} ({checkpoint_path})" if start else ""), flush=True)
     if not start and args.loss_type != "sft":
         gap = check_reference(job, model_args.use_mixed_precision)

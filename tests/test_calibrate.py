@@ -85,14 +85,14 @@ def test_command(few, home, capsys):
     depends = json.loads(meta.read_text())["depends_on"]
     assert [depends[name] for name in ("estimator", "diffusion_steps", "trajectories")] \
         == [best[name] for name in ("estimator", "diffusion_steps", "trajectories")]
-    arguments = train_dpo.prepare(["--data", str(data), "--diffusion_steps", "auto", "--use_mixed_precision", "no"])[3]
+    arguments = train_dpo.prepare(["--data", str(data), "--diffusion_steps", "auto", "--use_mixed_precision", "no"])[2]
     assert arguments["diffusion_steps"] == best["diffusion_steps"] and arguments["estimator"] == best["estimator"]
     table["rows"][4] |= {"noise_x_cost": 1e-9, "margin_bias": 0.0}  # another winner: auto takes its estimator, too
     path.write_text(json.dumps(table))
     assert call(score.main, "--data", data, "--diffusion_steps", "auto", "--use_mixed_precision", "no") == 0
     assert {json.loads(meta.read_text())["depends_on"]["estimator"] for meta in data.glob("ref-*/meta.json")} \
         == {best["estimator"], "elbo_stratified"}
-    assert train_dpo.prepare(["--data", str(data), "--diffusion_steps", "auto", "--use_mixed_precision", "no"])[3]["estimator"] \
+    assert train_dpo.prepare(["--data", str(data), "--diffusion_steps", "auto", "--use_mixed_precision", "no"])[2]["estimator"] \
         == "elbo_stratified"
     noise = config.NoiseArguments(estimator="elbo", diffusion_steps="auto")
     model_args = config.ModelArguments(model_name_or_path=str(home[1]), use_mixed_precision="no")

@@ -37,7 +37,7 @@ def home(tiny_dir, tmp_path_factory):
 
 def preference(home, *argv):
     """The Preference that train_dpo's command line makes."""
-    return train_dpo.prepare(["--data", str(home.data), *BASE, *map(str, argv)])[2]
+    return train_dpo.prepare(["--data", str(home.data), *BASE, *map(str, argv)])[1]
 
 
 # The loss

@@ -185,7 +185,7 @@ def test_text_parts(chat_dir, tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "no/such.parquet", "nowhere", "a/b/c"])
 def test_no_such_source(name):
-    with pytest.raises(InputError, match="no such file; expected preferences as .jsonl, .json or .parquet, or a data set"):
+    with pytest.raises(InputError, match="no such file; expected rows as .jsonl, .json or .parquet, or a data set"):
         rows.read_rows(name)
 
 
