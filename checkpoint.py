@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import families
 import lora
+import quantized
 import smdm
 from packed import InputError, fingerprint, open_tensors, read_json, replacing_folder
 
@@ -209,11 +210,12 @@ def model_fingerprint(name):
     return fingerprint(*parts)
 
 
-def load_model(name, dtype, ds_config=None, trust_remote_code=False, shift_logits="auto"):
+def load_model(name, dtype, ds_config=None, trust_remote_code=False, shift_logits="auto", load_in_4bit=False):
     """The model in training mode with dropout 0, weights loaded strictly, an adapter merged; partitioned as `ds_config` says.
 
     dtype: torch dtype of every parameter. ds_config: the resolved DeepSpeed configuration, or None for a plain model.
-    shift_logits: yes, no or auto (families.shifted). Raises InputError naming the tensor that is unknown, missing or of another shape.
+    shift_logits: yes, no or auto (families.shifted). load_in_4bit: the blocks in NF4 (quantized.py), an adapter beside them.
+    Raises InputError naming the tensor that is unknown, missing or of another shape.
     """
     folder, config = base_folder(name), load_config(name, trust_remote_code)
     if trust_remote_code and getattr(config, "auto_map", None) and config.model_type not in families.KNOWN:
@@ -226,13 +228,21 @@ def load_model(name, dtype, ds_config=None, trust_remote_code=False, shift_logit
     if config.model_type in families.CAUSAL:
         config.shift_logits = shift  # saved with the model: the next script need not be told
     if ds_config and ds_config["zero_optimization"]["stage"] == 3:
+        if load_in_4bit:
+            raise InputError("--load_in_4bit: ZeRO-3 cannot cut 4-bit weights, which fit the card as they are; give "
+                             "ds_configs/zero0.json (or zero2_offload_4080.json)")
         import deepspeed
         build = deepspeed.zero.Init(config_dict_or_path=ds_config)  # its own dtype argument is ignored on a CPU
     with no_init_weights(), build:
         model = families.build(config, dtype, shift, trust_remote_code)
+    if load_in_4bit:
+        quantized.prepare(model, dtype)
     fill(model, folder)
     if (adapter := model_folder(name)) != folder:
-        lora.merge(model, adapter, writing)
+        if load_in_4bit:  # 4 bits would round away what an adapter adds
+            model = lora.attach(model, adapter)
+        else:
+            lora.merge(model, adapter, writing)
     return model.train()
 
 
@@ -251,13 +261,14 @@ def fill(model, folder):
             with writing(parameters[name]) as mine:
                 if mine:
                     parameters[name].copy_(file.get_tensor(key))
+            quantized.pack(parameters[name])
 
 
 def check_tensors(parameters, where, folder):
     if unknown := sorted(where.keys() - parameters.keys()):
         raise InputError(f"{folder}: tensor {unknown[0]} ({len(unknown)} in all) is not part of this architecture")
     have = {id(parameters[name]) for name in where}
-    if missing := sorted(name for name, value in parameters.items() if id(value) not in have and value.requires_grad):
+    if missing := sorted(name for name, value in parameters.items() if id(value) not in have and isinstance(value, torch.nn.Parameter)):
         raise InputError(f"{folder}: tensor {missing[0]} ({len(missing)} in all) is missing")
     for name, (file, key, path) in where.items():
         want = tuple(getattr(parameters[name], "ds_shape", parameters[name].shape))

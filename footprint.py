@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 
 import families
 import lora
+import quantized
 from head import CHUNK_BYTES
 from packed import InputError
 
@@ -50,6 +51,7 @@ class Shape(NamedTuple):
 
     trained: list
     frozen: list
+    packed: int  # of frozen, those in 4 bits
     linear: int  # of the blocks' matrices: 2 operations each for a token
     block: int  # of the largest block
     head: int  # V * D
@@ -77,6 +79,7 @@ def shape(model_config, model_args):
     if model_args.lora_r:
         adapters = [model_args.lora_r * size for name in lora.pattern(model, model_args.lora_targets)[1] for size in linears[name]]
     return Shape(trained=adapters or whole, frozen=whole if adapters else [],
+                 packed=sum(a * b for a, b in linears.values()) if model_args.load_in_4bit else 0,
                  linear=sum(a * b for a, b in linears.values()) * layers // len(blocks),  # ALBERT runs one block many times
                  block=max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks),
                  head=head.weight.numel(), words=head.out_features, width=model_config.hidden_size, layers=layers,
@@ -166,6 +169,8 @@ def host_items(shape, ds, model_args, machine):
     found += [("whole weights, gathered to be saved at the end", e * trained)]
     if not machine.one_memory:
         found += [("the processes", n * PROCESS)]
+        if not (stage and optimizer or params):
+            found += [("weights, while they are loaded", n * e * (trained + frozen - shape.packed))]
         if machine.rounded:
             left = n * sum(2 ** math.ceil(math.log2(max(1, e * x / n))) for x in shape.trained) if params and pin_params else 0
             found += [("page-locked memory, rounded up to powers of two", sum(pins)),
@@ -186,7 +191,9 @@ def card_items(shape, ds, model_args, machine):
             live = zero.get("stage3_max_live_parameters", 1e9) + zero.get("stage3_prefetch_bucket_size", 5e7)
             found += [("parameters gathered for use", e * min(every, max(live, shape.block, shape.head)))]
     else:
-        found += [("parameters", e * every)]
+        found += [("parameters", e * (every - shape.packed) + quantized.BYTES * shape.packed)]
+        if shape.packed:
+            found += [("a matrix unpacked, forwards and backwards", 2 * e * shape.inner * shape.width)]
     if optimizer and stage:
         copies = 0 if there else e  # its sum so far, brought back from the host to be added to
         whole = largest / n

@@ -216,7 +216,8 @@ def load(sample):
         if sample.deepspeed:
             return streamed(sample), tokenizer
         model = load_model(sample.model_name_or_path, DTYPES[sample.use_mixed_precision],
-                           trust_remote_code=sample.trust_remote_code, shift_logits=sample.shift_logits)
+                           trust_remote_code=sample.trust_remote_code, shift_logits=sample.shift_logits,
+                           load_in_4bit=sample.load_in_4bit)
         return model.eval().to(sample.device), tokenizer
 
 

@@ -7,6 +7,7 @@
 W' = W + alpha / r * B A, A (r, in) random, B (out, r) zero at first: the policy starts as the reference, which is the base.
 No dropout: policy and reference would never agree, and a gradient added up segment by segment would not be the loss's.
 """
+import contextlib
 import json
 import re
 import warnings
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import families
+import quantized
 from packed import InputError, open_tensors, read_json, replacing_folder
 
 PREFIX = "base_model.model."  # of a tensor's name in peft's files
@@ -58,7 +60,7 @@ def add(model, r, alpha, targets, seed, source):
     if r < 1 or alpha <= 0:
         raise InputError(f"--lora_r is {r} and --lora_alpha {alpha}; expected at least 1, and more than 0")
     text, names = pattern(model, targets)
-    base = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    base = sum(map(quantized.numel, model.parameters()))
     torch.manual_seed(seed)  # of A
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's reading of a name that transformers renames
@@ -86,17 +88,14 @@ def save(folder, model, tensors, tokenizer, card):
         (work / "README.md").write_text(card, encoding="utf-8")
 
 
-@torch.no_grad()
-def merge(model, folder, writing):
-    """Add the adapter of `folder` to its base `model`, in place, in float32, rounded once.
-
-    writing(parameter): checkpoint.writing, a context in which one rank may change it.
-    """
-    config, path = read(folder), Path(folder) / "adapter_model.safetensors"
+@contextlib.contextmanager
+def opened(model, folder):
+    """(adapter_config.json, {layer of the model: (A (r, in), B (out, r)), float32}, read when asked for) of an adapter that
+    belongs to `model`."""
+    config, path, linears = read(folder), Path(folder) / "adapter_model.safetensors", families.block_linears(model)
     if config.get("peft_type") != "LORA" or any(config.get(key) for key in (
             "use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")) or config.get("bias") != "none":
         raise InputError(f"{folder}/adapter_config.json: expected plain LoRA (no DoRA, rsLoRA, patterns, biases or whole modules)")
-    scale, linears = config["lora_alpha"] / config["r"], dict(model.named_modules())
     with open_tensors(path) as file:
         names = set(file.keys())
         found = {name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")}
@@ -104,14 +103,33 @@ def merge(model, folder, writing):
         if strange := sorted((names ^ wanted) | {name for name in found if name not in linears}):
             raise InputError(f"{path}: tensor {strange[0]} does not belong to an adapter of this model")
         for name in sorted(found):
-            a, b = (file.get_tensor(f"{PREFIX}{name}.lora_{side}.weight").float() for side in "AB")
-            weight = linears[name].weight
-            if (len(b), a.shape[1]) != tuple(getattr(weight, "ds_shape", weight.shape)):
-                raise InputError(f"{path}: the adapter of {name} is for a layer of {[len(b), a.shape[1]]}, "
-                                 f"not {list(getattr(weight, 'ds_shape', weight.shape))}")
+            a, b = (file.get_slice(f"{PREFIX}{name}.lora_{side}.weight").get_shape() for side in "AB")
+            if (b[0], a[1]) != linears[name][::-1]:
+                raise InputError(f"{path}: the adapter of {name} is for a layer of {[b[0], a[1]]}, not {list(linears[name][::-1])}")
+        yield config, {name: lambda name=name: [file.get_tensor(f"{PREFIX}{name}.lora_{side}.weight").float() for side in "AB"]
+                       for name in sorted(found)}
+
+
+@torch.no_grad()
+def merge(model, folder, writing):
+    """Add the adapter of `folder` to its base `model`, in place, in float32, rounded once.
+
+    writing(parameter): checkpoint.writing, a context in which one rank may change it.
+    """
+    with opened(model, folder) as (config, layers):
+        for name, pair in layers.items():
+            a, b = pair()
+            weight = model.get_submodule(name).weight
             with writing(weight) as mine:
                 if mine:
-                    weight.copy_(weight.float() + scale * (b @ a).to(weight.device))
+                    weight.copy_(weight.float() + config["lora_alpha"] / config["r"] * (b @ a).to(weight.device))
+
+
+def attach(model, folder):
+    """`model`, with 4-bit blocks, with the adapter of `folder` beside them."""
+    import peft
+    with opened(model, folder):  # it belongs to this model
+        return peft.PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
 
 
 def card_of(text, source):

@@ -24,12 +24,13 @@ import config
 import diffusion
 import engine
 import families
+import quantized
 from footprint import Item, Machine, activations, card_items, host_items, logits, offload, shape, states
 from packed import InputError
 from score import backward_passes, sizes
 
 DS_CONFIGS = Path(__file__).parent / "ds_configs"
-AUTO_STEPS = config.NoiseArguments.diffusion_steps  # T that stands for --diffusion_steps auto, whose calibration is not known before the run; main says so
+AUTO_STEPS = config.NoiseArguments.diffusion_steps  # T for --diffusion_steps auto, whose calibration is not known yet; main says so
 
 
 @dataclass
@@ -130,21 +131,26 @@ def plan(model_config, data_args, model_args, noise_args, train_args, ds, machin
 
 
 def advice(made, model_config, data_args, model_args, noise_args, train_args, ds):
-    """The first change, or two, with which it fits; else what the machine lacks."""
-    tries, small = [], copy.copy(model_args)
-    small.states_per_forward, small.gradient_checkpointing = 1, True
-    modest = "--states_per_forward 1" + ("" if model_args.gradient_checkpointing else " --gradient_checkpointing true")
-    tries.append((modest, small, ds))
-    files = [(path, engine.read_ds_config(path)) for path in sorted(DS_CONFIGS.glob("zero[23]_offload*.json"))]
-    tries += [(f"--deepspeed ds_configs/{path.name}{more}", args, other)
-              for args, more in ((model_args, ""), (small, f" {modest}")) for path, other in files]
+    """The first change, or two, with which it fits; else what the machine lacks. Full training before LoRA, LoRA before 4 bits, and
+    bf16 states last: see stuck()."""
+    files = [(f"ds_configs/{path.name}", engine.read_ds_config(path)) for path in sorted(DS_CONFIGS.glob("*_offload*.json"))]
+    files = [(name, other) for name, other in files if not (model_args.load_in_4bit and other["zero_optimization"]["stage"] == 3)]
+    whole, low = ([(name, other) for name, other in files if bool(stuck(other, 1)) == each] for each in (False, True))
+    small, modest = changed(model_args, states_per_forward=1, gradient_checkpointing=True), "--states_per_forward 1"
+    if not model_args.gradient_checkpointing:
+        modest += " --gradient_checkpointing true"
+    tries = [(modest, small, ds)]
+    tries += [(f"--deepspeed {name}{more}", args, other)
+              for args, more in ((model_args, ""), (small, f" {modest}")) for name, other in whole]
     if made.machine.rounded:
         unlocked = lambda other: json.loads(json.dumps(other).replace('"pin_memory": true', '"pin_memory": false'))  # noqa: E731
-        tries += [(f"a copy of ds_configs/{path.name} with pin_memory false{more}", args, unlocked(other))
-                  for args, more in ((model_args, ""), (small, f" and {modest}")) for path, other in files]
-    adapted = copy.copy(small)
-    adapted.lora_r = adapted.lora_r or 16
-    tries += [(f"--lora_r {adapted.lora_r} --deepspeed ds_configs/{path.name} {modest}", adapted, other) for path, other in files]
+        tries += [(f"a copy of {name} with pin_memory false{more}", args, unlocked(other))
+                  for args, more in ((model_args, ""), (small, f" and {modest}")) for name, other in whole]
+    r = model_args.lora_r or 16
+    tries += [(f"--lora_r {r} --deepspeed {name} {modest}", changed(small, lora_r=r), other) for name, other in whole]
+    tries += [(f"--lora_r {r} --load_in_4bit true --deepspeed ds_configs/zero0.json {modest}",
+               changed(small, lora_r=r, load_in_4bit=True), engine.read_ds_config(DS_CONFIGS / "zero0.json"))]
+    tries += [(f"--deepspeed {name} {modest}", small, other) for name, other in low]
     least = made
     for words, args, other in tries:
         found = plan(model_config, data_args, args, noise_args, train_args, other, made.machine, advise=False)
@@ -156,13 +162,19 @@ def advice(made, model_config, data_args, model_args, noise_args, train_args, ds
             "a shorter --max_length, a smaller model, or a larger machine")
 
 
+def changed(args, **values):
+    args = copy.copy(args)
+    vars(args).update(values)
+    return args
+
+
 def stuck(ds, learning_rate):
-    """What to know of master weights in bf16, or "". AdamW moves a weight by about the learning rate, and bf16's 8 bits round that
-    away on weights whose spacing is more than twice it."""
+    """What to know of master weights in bf16, or "". AdamW moves a weight by about the learning rate; bf16's 8 bits round that away
+    where their spacing is more than twice as large."""
     if not ds.get("bf16", {}).get("bf16_master_weights_and_grads"):
         return ""
-    return (f"master weights in bf16 round a step of {learning_rate:g} away on every weight above {256 * learning_rate:.2g}, which is "
-            "nearly all of them at DPO's learning rates; LoRA, or float32 masters (ds_configs/zero3_offload_4080.json), learn there")
+    return (f"master weights in bf16 round a step of {learning_rate:g} away on every weight above {256 * learning_rate:.2g}, nearly all "
+            "at DPO's learning rates; LoRA, or float32 masters (ds_configs/zero3_offload_4080.json), learn there")
 
 
 def at_start(groups, ds, ranks):
@@ -221,6 +233,7 @@ def main(argv=None):
     for name, value in (("states_per_forward", model_args.states_per_forward), ("max_length", data_args.max_length)):
         if value != "auto" and value < 1:
             raise InputError(f"--{name} is {value}, expected at least 1")
+    quantized.check(model_args)
     here = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 16.0
     machine = Machine(own.gpu_gib or here, own.host_gib or memory_total(), own.tflops, own.pcie_gbs, own.ranks,
                       rounded=torch.__version__ < "2.13")  # from there on launch.sh can tell torch not to

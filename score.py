@@ -164,7 +164,7 @@ def depends_on(packed, model_args, noise_args):
             "block_length": block_length(noise_args), "diffusion_steps": noise_args.diffusion_steps,
             "trajectories": noise_args.trajectories, "noise_seed": noise_args.noise_seed,
             "mask_token_id": packed.meta["mask_token_id"], "shift_logits": families.shifted(model_config, model_args.shift_logits),
-            "dtype": model_args.use_mixed_precision}
+            "dtype": model_args.use_mixed_precision, "load_in_4bit": model_args.load_in_4bit}
 
 
 def state_count(noise_args):
@@ -275,7 +275,7 @@ def load(model_args, ranks, name=None):
     """The model of the arguments (or another, `name`) ready to be scored with: streamed under ZeRO-3, else plain."""
     ds_config = engine.scoring_config(engine.read_ds_config(model_args.deepspeed), model_args)
     model = checkpoint.load_model(name or model_args.model_name_or_path, checkpoint.DTYPES[model_args.use_mixed_precision], ds_config,
-                                  model_args.trust_remote_code, model_args.shift_logits)
+                                  model_args.trust_remote_code, model_args.shift_logits, model_args.load_in_4bit)
     streamed = ds_config["zero_optimization"]["stage"] == 3  # else the model fits: no engine is needed
     return engine.build(model, ds_config) if streamed else model.to(ranks.device)
 

@@ -21,14 +21,15 @@ import engine
 import lora
 import packed as disk
 import plan
+import quantized
 import runs
 import score
 import tasks
 from objective import SFT, Preference, Stream, split
 from packed import InputError
 
-SCORED = ("data", "model_name_or_path", "shift_logits", "use_mixed_precision", "estimator", "diffusion_steps", "trajectories", "order",
-          "block_length", "noise_sets", "noise_seed", "deepspeed")  # what the reference scores were made with
+SCORED = ("data", "model_name_or_path", "shift_logits", "load_in_4bit", "use_mixed_precision", "estimator", "diffusion_steps",
+          "trajectories", "order", "block_length", "noise_sets", "noise_seed", "deepspeed")  # what the reference scores were made with
 GUARD = {"bf16": 2e-2, "no": 1e-4}  # |policy - reference| per token that a first step may show
 
 
@@ -185,6 +186,7 @@ def prepare(argv):
     if lora.read(checkpoint.model_folder(model_args.model_name_or_path)):
         raise InputError(f"{model_args.model_name_or_path}: an adapter, expected whole weights to start from; run: python checkpoint.py "
                          f"merge {model_args.model_name_or_path} OUT, and score and train with --model_name_or_path OUT")
+    quantized.check(model_args)
     wanted = score.depends_on(packed, model_args, noise_args)
     if args.loss_type == "sft":
         objective = SFT(args, noise_args, packed, mask_id)
@@ -267,7 +269,7 @@ def start_policy(model_args, args, ds_config, ranks):
     """The engine of the model that training starts from, with LoRA's adapters if asked for."""
     source = model_args.model_name_or_path
     model = checkpoint.load_model(source, checkpoint.DTYPES[model_args.use_mixed_precision], ds_config, model_args.trust_remote_code,
-                                  model_args.shift_logits)
+                                  model_args.shift_logits, model_args.load_in_4bit)
     if model_args.gradient_checkpointing and model.supports_gradient_checkpointing:  # ALBERT does not
         # non-reentrant: the only kind that ZeRO-3 bears with several forwards a step
         model.activation_checkpointing_enable({"use_reentrant": False})

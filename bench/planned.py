@@ -1,6 +1,7 @@
 """Planned memory against measured: a run of train_dpo.py under DeepSpeed's CPU Adam, two steps, on the CPU.
 
     python bench/planned.py [--ds zero3_offload_4080 zero3_offload_bf16_states zero2_offload_4080] [--length 128] [--json FILE]
+    python bench/planned.py --ds zero3_offload_4080 zero2_offload_4080 --lora_r 16      # train_dpo.py's flags are passed on
 
 A random LLaDA of 336M parameters (its vocabulary small), so 6.7 GB at 20 bytes each; peak resident memory above what the process
 held with everything imported, at the last step and at the end, when the weights are gathered and saved. On a CPU card and host
@@ -65,7 +66,7 @@ def measure(name, folder, args):
     """One row: GiB planned and measured, while training and at the end."""
     argv = small.flags(data=folder / "packed", model_name_or_path=folder / "model", diffusion_steps=2, trajectories=1,
                        states_per_forward=1, max_length=args.length, output_dir=folder / name, max_steps=2, eval_fraction=0.25,
-                       gradient_accumulation_steps=1, deepspeed=f"ds_configs/{name}.json")
+                       gradient_accumulation_steps=1, deepspeed=f"ds_configs/{name}.json") + args.more
     run(ROOT / "score.py", argv, folder)
     said = run(__file__, ["--worker", *argv], folder).split()
     held, peak = (float(word) for word in said[said.index("measured") + 1:][:2])
@@ -93,7 +94,7 @@ def main(argv=None):
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--json", help="write the table there")
-    args = parser.parse_args(argv)
+    args, args.more = parser.parse_known_args(argv)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), args)
