@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 import checkpoint
 import diffusion
-import engine
 import packed as disk
 import score
 from packed import InputError
@@ -116,10 +115,11 @@ def measure(policy, reference, truth_policy, truth_reference):
 def move(model, seed=0):
     """Add MOVED standard deviations of noise to every weight, in place; whole or partitioned."""
     rng = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        with engine.whole(parameter, modifier_rank=0):
-            noise = torch.randn(parameter.shape, generator=rng)
-            parameter.add_((MOVED * parameter.float().std(correction=0) * noise.to(parameter.device)).to(parameter.dtype))
+    for parameter in filter(torch.is_floating_point, model.parameters()):  # 4-bit ones stay
+        with checkpoint.writing(parameter) as mine:
+            if mine:
+                noise = torch.randn(parameter.shape, generator=rng)
+                parameter.add_((MOVED * parameter.float().std(correction=0) * noise.to(parameter.device)).to(parameter.dtype))
 
 
 def run(packed, model_args, noise_args, args, mask_id, ranks):

@@ -17,7 +17,7 @@ from pathlib import Path
 import jinja2
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
@@ -26,7 +26,7 @@ import families
 import lora
 import quantized
 import smdm
-from packed import InputError, fingerprint, open_tensors, read_json, replacing_folder
+from packed import InputError, fingerprint, open_tensors, read_json, read_tensors, replacing_folder
 
 disable_progress_bar()  # ours are few and honest; this one would only flash by
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}  # by use_mixed_precision
@@ -323,8 +323,11 @@ def convert(source, out, tokenizer, heads):
     if smdm.is_original(source):
         if not tokenizer:
             raise InputError("--tokenizer is missing: SMDM's is TinyLlama's; give a folder or TinyLlama/TinyLlama_v1.1")
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        tensors = load_file(source)
+        tensors = read_tensors(source)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise InputError(f"--tokenizer {tokenizer}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
         config = smdm.config_of({name: tuple(tensor.shape) for name, tensor in tensors.items()}, heads)
         ours = smdm.from_original(tensors, config.n_heads)
         with torch.device("meta"):
@@ -336,7 +339,7 @@ def convert(source, out, tokenizer, heads):
         if config.model_type != "smdm" or lora.read(model_folder(source)):
             raise InputError(f"{source}: expected an original .safetensors file of SMDM, or a folder that was made of one (an "
                              "adapter is to be merged first)")
-        tensors = {key: value for path in weight_files(model_folder(source)).values() for key, value in load_file(path).items()}
+        tensors = {key: value for path in weight_files(model_folder(source)).values() for key, value in read_tensors(path).items()}
         temporary = f"{out}.tmp"
         save_file(smdm.to_original(tensors, config.n_heads), temporary)
         os.replace(temporary, out)

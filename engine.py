@@ -205,9 +205,9 @@ def recount(engine, steps):
                                          group["weight_decay"], group["bias_correction"], *nothing)
 
 
-def whole(parameter, modifier_rank=None):
-    """Context in which a parameter is whole, if ZeRO-3 has cut it; what `modifier_rank` changes there is dealt out again."""
-    return deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else [], modifier_rank=modifier_rank)
+def whole(parameter):
+    """Context in which a parameter is whole to be read, if ZeRO-3 has cut it (to change it: checkpoint.writing)."""
+    return deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else [])
 
 
 def gather_weights(engine, ranks):

@@ -69,6 +69,12 @@ def open_tensors(path):
         raise InputError(f"{path}: not a readable safetensors file ({error}); download it again") from None
 
 
+def read_tensors(path):
+    """{name: tensor} of the safetensors file at `path`."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
 def check_out(path):
     """Refuse a file --out that could not be written when the work is done."""
     try:

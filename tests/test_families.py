@@ -228,6 +228,13 @@ def test_smdm_both_ways(home, tmp_path):
     refused({name: tensor for name, tensor in home.smdm.items() if name != "lm_head.weight"}, "lm_head.weight", "missing")
     refused(home.smdm | {"strange.weight": torch.zeros(1)}, "strange.weight")
     refused(home.smdm | {"transformer.h.1.norm_1.weight": torch.zeros(3)}, "attn_norm", "shape")
+    whole = (home.folder / "mdm.safetensors").read_bytes()
+    (tmp_path / "torn.safetensors").write_bytes(whole[:-100])
+    refuse(lambda: checkpoint.convert(str(tmp_path / "torn.safetensors"), tmp_path / "no", str(home.folder / "bert"), SMDM_HEADS),
+           "torn.safetensors", "download it again")
+    refuse(lambda: checkpoint.convert(str(home.folder / "mdm.safetensors"), tmp_path / "no", str(tmp_path / "nowhere"), SMDM_HEADS),
+           "--tokenizer", "nowhere")
+    assert not (tmp_path / "no").exists()
     refuse(lambda: smdm.config_of({name: tuple(tensor.shape) for name, tensor in home.smdm.items()}), "--n_heads")
     refuse(lambda: checkpoint.load_model(str(home.folder / "mdm.safetensors"), torch.float32), "checkpoint.py convert")
 
