@@ -176,7 +176,6 @@ def write(folder, kept, left_out, meta):
     said = [row.value if isinstance(row.value, str) else json.dumps(row.value, default=str) for row in left_out]  # parquet has dates
     entries = [{"line": row.number, "reason": row.reason, "detail": row.detail, "text": shorten(text, 500)}
                for row, text in zip(left_out, said)]
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     packed.write_array(folder / "lines.npy", np.array([row.number for row in kept], np.int64))
     with packed.replacing(folder / "rejects.jsonl") as file:
@@ -252,6 +251,11 @@ def token(tokenizer, number):
     return f"{number}" if text is None else f"{text} ({number})"
 
 
+def said_up_to_date(folder):
+    there = packed.Packed(folder)
+    print(f"{folder}: {len(there)} {'SFT rows' if there.task == 'sft' else 'pairs'}, up to date")
+
+
 def said_of(task):
     return "SFT rows" if task == "sft" else "preferences"
 
@@ -291,9 +295,7 @@ def main(argv=None):
     name = model_args.model_name_or_path = model_args.model_name_or_path or default_model(folder, reuse)
     tokenizer = checkpoint.load_tokenizer(name, model_args.trust_remote_code)
     if reuse and up_to_date(args, model_args, tokenizer):
-        there = packed.Packed(folder)
-        print(f"{folder}: {len(there)} {'SFT rows' if there.task == 'sft' else 'pairs'}, up to date")
-        return
+        return said_up_to_date(folder)
     encoder = make_encoder(args, model_args, tokenizer)
     rows, form = prepare(source, args, encoder)
     kept, left_out = [row for row in rows if not row.reason], [row for row in rows if row.reason]
@@ -307,6 +309,10 @@ def main(argv=None):
     if (largest := max(encoder.mask, *(int(ids.max()) for row in kept for ids in row.ids if len(ids)))) >= embeddings:
         raise InputError(f"{name}: token id {largest} is beyond the model's embedding of {embeddings} rows; "
                          "its tokenizer and config.json do not belong together")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = packed.wait_for(folder / ".lock", f"{folder}")  # noqa: F841  ours until this process ends
+    if reuse and up_to_date(args, model_args, tokenizer):  # whom we waited for has made the same
+        return said_up_to_date(folder)
     write(folder, kept, left_out, {
         "task": args.task, "source": source, "tokenizer": checkpoint.tokenizer_fingerprint(tokenizer), "model_name_or_path": name,
         "source_sha256": source_sha256(source, args.split), "form": form,

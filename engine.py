@@ -185,9 +185,12 @@ def build(model, config):
 
 
 def step(engine):
-    """One optimizer step. Returns the gradient's norm before clipping."""
+    """One optimizer step. Returns the gradient's norm before clipping; one that is not finite changes no weight, nor the optimizer."""
     whole = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(whole) if whole else None  # ZeRO-0 in float32 keeps them, and names no norm
+    if norm is not None and not torch.isfinite(norm) and not hasattr(engine.optimizer, "overflow"):  # plain AdamW would take it
+        engine.optimizer.zero_grad()
+        return float(norm)
     engine.step()
     return float(norm if engine.get_global_grad_norm() is None else engine.get_global_grad_norm())
 

@@ -8,13 +8,19 @@
 #
 # Without flags: the packed/ of this folder if there is one, else configs/tiny.yaml, the embedded model and preferences.
 # --num_gpus: ranks on this machine; without it all GPUs, or one rank on a CPU.
+# Ctrl-C or SIGTERM: the pair in hand is finished, all is saved, and the same command goes on; a second one stops at once.
+# Several hosts with one shared folder: the same command on each, with NNODES, NODE_RANK (from 0), MASTER_ADDR and MASTER_PORT
+# set as for torchrun; or here, with HOSTFILE=hosts (DeepSpeed's: "name slots=N" a line), which starts them by ssh.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
+printf -v LAUNCH_COMMAND '%q ' bash "$0" "$@"
+export LAUNCH_COMMAND
 ds_config=${1:-}
 [ "$ds_config" != --setup ] || { echo "setup: ready ($python)"; exit 0; }
 case $ds_config in "" | -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; [ -n "$ds_config" ]; exit ;; esac
 [ -f "$ds_config" ] || die "$ds_config: no such ds_config; expected one of $(cd "$here" && ls ds_configs/*.json | paste -sd' ')"
+[ -z "${HOSTFILE:-}" ] || . "$here/hosts.sh" # does not come back
 shift
 
 ranks= flags=()
@@ -41,13 +47,57 @@ ranks=${ranks:-$((gpus > 0 ? gpus : 1))}
     export PYTORCH_ALLOC_CONF=pinned_max_cached_size_mb:1
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
-run() { # a script of ours under DeepSpeed's launcher, on $ranks ranks
-    local port
-    port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    "$python" -m deepspeed.launcher.runner --log_level critical --num_gpus "$ranks" --master_port "$port" \
-        "$here/$1" --deepspeed "$ds_config" "${flags[@]}"
+hosts=${NNODES:-1} host=${NODE_RANK:-0}
+[[ $hosts =~ ^[1-9][0-9]*$ && $host =~ ^[0-9]+$ ]] && [ "$host" -lt "$hosts" ] ||
+    die "NNODES is '$hosts' and NODE_RANK '$host', expected a number of hosts, and this one's place among them from 0"
+[ "$hosts" = 1 ] || [ -n "${MASTER_ADDR:-}" ] || die "NNODES is $hosts and MASTER_ADDR is not set, expected the address of host 0"
+export MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} WORLD_SIZE=$((hosts * ranks)) LOCAL_WORLD_SIZE=$ranks PYTHONUNBUFFERED=1
+
+stopped=0 pids=()
+stop() { # once: what is in hand is finished and saved; twice: stopped at once. Ranks have sessions of their own: only we are asked
+    stopped=1
+    [ ${#pids[@]} = 0 ] || kill -TERM "${pids[@]}" 2>/dev/null || true
+}
+trap stop INT TERM HUP
+
+finish() { # wait for all of pids; when one fails the others, which would wait for it, are ended
+    local code=0 status pid left
+    while [ ${#pids[@]} -gt 0 ]; do
+        wait -n "${pids[@]}" 2>/dev/null || true # or a signal
+        left=()
+        for pid in "${pids[@]}"; do
+            if kill -0 "$pid" 2>/dev/null; then left+=("$pid"); continue; fi
+            status=0 && wait "$pid" || status=$?
+            [ "$status" = 0 ] || [ "$code" != 0 ] || code=$status
+        done
+        pids=("${left[@]}")
+        [ "$code" = 0 ] || [ ${#pids[@]} = 0 ] || { kill -KILL "${pids[@]}" 2>/dev/null || true; }
+    done
+    if [ "$stopped" = 1 ]; then
+        [ "$code" = 0 ] || echo "stopped at once; what was saved before is whole; go on with: $LAUNCH_COMMAND"
+        exit 0
+    fi
+    [ "$code" = 0 ] || exit "$code"
+}
+
+ranks_of() { # a script of ours on this host's ranks; $2: which of the two that meet, for they need a port each
+    local port rank
+    if [ "$hosts" = 1 ]; then
+        port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    else
+        port=$((${MASTER_PORT:-29500} + $2))
+    fi
+    for ((rank = 0; rank < ranks; rank++)); do
+        MASTER_PORT=$port RANK=$((host * ranks + rank)) LOCAL_RANK=$rank setsid "$python" "$here/$1" \
+            --deepspeed "$ds_config" "${flags[@]}" &
+        pids+=($!)
+    done
+    finish
 }
 echo "launch: $ranks $([ "$gpus" = 0 ] && echo "CPU rank(s), $OMP_NUM_THREADS thread(s) each" || echo GPU\(s\)), $ds_config"
-echo "1/3 packed arrays" && "$python" "$here/data_prep.py" --reuse "${flags[@]}"
-echo "2/3 reference scores" && run score.py
-echo "3/3 training" && run train_dpo.py
+echo "1/3 packed arrays"
+setsid "$python" "$here/data_prep.py" --reuse "${flags[@]}" &
+pids=($!)
+finish
+echo "2/3 reference scores" && ranks_of score.py 0
+echo "3/3 training" && ranks_of train_dpo.py 1

@@ -113,6 +113,10 @@ class Preference:
         1 / (2 beta) is meant for means over its tokens."""
         return [len(side) for side in self.packed[item[0]][1:]] if self.args.loss_type == "ipo" else [1, 1]
 
+    def chosen_tokens(self, pairs):
+        """Mean tokens of the chosen of `pairs`; 1 where rewards are per token."""
+        return 1 if self.args.loss_type == "ipo" else float(np.diff(self.packed.bounds[pairs, 1:3]).mean())
+
     def loss(self, item):
         """The function from the pair's scores [S(w), S(l)(, -NLL)] to its loss."""
         ref_scores, tokens = [float(score) for score in self.ref_scores(item)], self.per(item)
@@ -141,6 +145,9 @@ class SFT:
         # response together, the room after a prompt would tell the model how long its response is, which it must not know.
         self.lengths = np.diff(packed.bounds[:, :2].astype(np.int64), axis=1)[:, 0]
         self.counts = self.carrying = [1]  # one backward pass, however many rows
+
+    def chosen_tokens(self, _):
+        return 1
 
     def work(self, batch):
         return [(batch, 1.0)]

@@ -8,17 +8,20 @@ packed/ref-<key>/  noise-k.npy uint8 (response tokens, ceil(S/8)), ref_scores-k.
 S states, K noise sets. Response tokens are in file order: chosen then rejected, pair by pair.
 """
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
 
-FORMAT = 1
+FORMAT = 2
 
 
 class InputError(Exception):
@@ -61,6 +64,36 @@ def replacing_folder(folder):
     os.replace(work, folder)
 
 
+def hold(path):
+    """The lock file at `path`, open and ours until it is closed or this process ends, however it ends; None if another's."""
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def owner(path):
+    """Who holds a lock."""
+    return Path(path).read_text(encoding="utf-8") or "a process that just started"
+
+
+def wait_for(path, what):
+    """hold(), waited for: the other makes the same."""
+    said = False
+    while not (file := hold(path)):
+        if not said:
+            print(f"waiting: {owner(path)} is at work on {what}", flush=True)
+        said = True
+        time.sleep(0.2)
+    return file
+
+
 def open_tensors(path):
     """The safetensors file at `path`, opened; InputError if it is torn or none."""
     try:
@@ -89,6 +122,20 @@ def write_json(path, value):
     with replacing(path) as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
+
+
+def sealed(value):
+    """A JSON object with a digest of the rest of it, so that a flipped bit is noticed."""
+    value = {name: each for name, each in value.items() if name != "digest"}
+    return value | {"digest": fingerprint(json.loads(json.dumps(value)))}
+
+
+def read_sealed(path, mend):
+    """read_json() of an object that was written sealed()."""
+    value = read_json(path, mend)
+    if value != sealed(value):
+        raise InputError(f"{path}: is not as it was written; make it again with: {mend}")
+    return value
 
 
 def write_array(path, array):
@@ -149,7 +196,7 @@ def write_packed(folder, pairs, meta):
     write_array(folder / "tokens.npy", tokens)
     write_array(folder / "bounds.npy", bounds)
     data = fingerprint(tokens, bounds, meta["tokenizer"], meta["end_token_id"])
-    write_json(folder / "meta.json", {"format": FORMAT, "fingerprint": data, "pairs": len(bounds), **meta})
+    write_json(folder / "meta.json", sealed({"format": FORMAT, "fingerprint": data, "pairs": len(bounds), **meta}))
 
 
 class Packed:
@@ -161,11 +208,14 @@ class Packed:
         self.meta = read_json(self.folder / "meta.json", mend)
         if self.meta.get("format") != FORMAT:
             raise InputError(f"{folder}/meta.json: format {self.meta.get('format')}, expected {FORMAT}; run: {mend}")
+        read_sealed(self.folder / "meta.json", mend)
         if self.task == "sft":
             mend = f"python data_prep.py --task sft --in sft.jsonl --out {folder}"
         self.tokens, self.bounds = (open_array(self.folder / f"{name}.npy", mend) for name in ("tokens", "bounds"))
         if self.bounds.shape != (self.meta["pairs"], 4) or len(self.bounds) and self.bounds[-1, 3] != len(self.tokens):
             raise InputError(f"{folder}: tokens.npy, bounds.npy and meta.json disagree; run: {mend}")
+        if fingerprint(self.tokens, self.bounds, self.meta["tokenizer"], self.meta["end_token_id"]) != self.meta["fingerprint"]:
+            raise InputError(f"{folder}: tokens.npy or bounds.npy is not as it was written; run: {mend}")
         if not len(self.bounds):
             raise InputError(f"{folder}: holds no pair; run: {mend}")
         # (pairs, 3) where in noise-k.npy a pair's chosen starts, its rejected starts, and both end
@@ -204,7 +254,7 @@ class Packed:
 def open_array(path, mend):
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # what a flipped bit in a header makes numpy raise is of many kinds
         raise InputError(f"{path}: cannot be read as an array ({error}); make it again with: {mend}") from None
 
 
@@ -225,7 +275,7 @@ class Reference:
         self.folder = packed.folder / f"ref-{fingerprint(wanted)}"
         if not (self.folder / "meta.json").exists():
             raise InputError(missing_reference(packed.folder, wanted, mend))
-        self.meta = read_json(self.folder / "meta.json", mend)
+        self.meta = read_sealed(self.folder / "meta.json", mend)
         self.S = self.meta["states"]
         self.packed, self.mend = packed, mend
         if self.meta["noise_sets"] < noise_sets:
@@ -236,6 +286,9 @@ class Reference:
         for bits, scores in zip(self.noise, self.scores):
             if bits.shape != (packed.noise_bounds[-1, 2], -(-self.S // 8)) or scores.shape != (len(packed), 2, self.S):
                 raise InputError(f"{self.folder}: its arrays do not have the shapes of {packed.folder}; run: {mend}")
+        for name in (f"{kind}-{k}.npy" for kind in ("noise", "ref_scores") for k in range(noise_sets)):
+            if file_sha256(self.folder / name) != self.meta["files"].get(name):
+                raise InputError(f"{self.folder / name}: is not as it was written; remove {self.folder}, and run: {mend}")
 
     def masks(self, index, noise_set):
         """masked (S, n) of chosen and of rejected, bool."""

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from packed import InputError, read_json, write_json
+from packed import InputError, file_sha256, hold, owner, read_sealed, sealed, write_json
 
 # These may differ when a run goes on: where things are, how often it speaks and saves, how the work is cut.
 FREE = {"task", "preference_data_path", "split", "columns", "template", "on_bad_row", "num_proc", "max_length", "data", "output_dir",
@@ -43,24 +43,33 @@ class Run:
         return sorted(found)
 
     def start_from(self, wanted):
-        """The checkpoint to go on from, or None for a fresh start. `wanted`: None (newest if any), latest, or a path."""
+        """The checkpoint to go on from, or None for a fresh start. `wanted`: None or latest (the newest whole one), or a path."""
         saved = self.saved()
         if wanted in (None, "latest"):
             if wanted and not saved:
                 raise InputError(f"--resume_from_checkpoint latest: {self.checkpoints} holds no checkpoint; "
                                  "leave the flag out to start the run")
-            return saved[-1][1] if saved else None
+            for _, path in reversed(saved):
+                if not (why := torn(path)):
+                    return path
+                print(f"{path}: {why}; passed over", file=sys.stderr, flush=True)
+            if saved:
+                raise InputError(f"{self.checkpoints}: none of its {len(saved)} checkpoint(s) is whole; give another --output_dir, or "
+                                 "remove that folder to begin anew")
+            return None
         path = Path(wanted)
         if not (path / "state.json").exists():
             known = ", ".join(str(item) for _, item in saved) or "none"
             raise InputError(f"--resume_from_checkpoint {wanted}: not a checkpoint of this project; there are: {known}")
+        if why := torn(path):
+            raise InputError(f"--resume_from_checkpoint {wanted}: {why}; name another, or leave the flag out for the newest whole one")
         return path
 
     def check_same(self, arguments, inputs):
         """Refuse to go on with a run that other arguments or other inputs started."""
         if not (self.finished or self.saved()):
             return  # nothing there that could be mixed up
-        before = read_json(self.folder / "run.json", "another --output_dir")
+        before = read_sealed(self.folder / "run.json", "another --output_dir")
         pairs = [(name, before["arguments"].get(name), value) for name, value in arguments.items() if name not in FREE]
         pairs += [(name, before["inputs"].get(name), value) for name, value in inputs.items()]
         for name, old, new in pairs:
@@ -68,16 +77,25 @@ class Run:
                 raise InputError(f"{self.folder}: that run has {name} = {old}, this one {new}; "
                                  "give this one another --output_dir, or the same value")
 
+    def lock(self):
+        """Refuse this folder if another run has it; else it is ours until this process ends, however it ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.held = hold(self.folder / ".lock")
+        if not self.held:
+            raise InputError(f"{self.folder}: a run is using it ({owner(self.folder / '.lock')}); wait for it, or give another --output_dir")
+
     def arguments(self):
         """Those that the run began with."""
-        return read_json(self.folder / "run.json", "another --output_dir")["arguments"]
+        return read_sealed(self.folder / "run.json", "another --output_dir")["arguments"]
 
     def begin(self, arguments, inputs, versions):
-        """Write run.json; everything needed to say what made these weights."""
+        """Write run.json; everything needed to say what made these weights. What a killed save left goes."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "run.json", {
+        for left in self.checkpoints.glob(".step-*"):
+            shutil.rmtree(left)
+        write_json(self.folder / "run.json", sealed({
             "arguments": arguments, "inputs": inputs, "start_is_folder": os.path.isdir(arguments["model_name_or_path"]), "versions": {"python": platform.python_version(), **versions},
-            "git_commit": git_commit(), "command": ["python", *sys.argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+            "git_commit": git_commit(), "command": ["python", *sys.argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))
 
     def cut_log(self, step):
         """Keep the lines of log.jsonl up to `step`; a torn last line goes too."""
@@ -102,16 +120,55 @@ class Run:
         return f".step-{step}.tmp"
 
     def keep(self, step, state, limit):
-        """Make a written checkpoint count, and drop the oldest beyond `limit`."""
+        """Make a written checkpoint count, with the digest of each of its files, and drop the oldest beyond `limit`."""
         work = self.checkpoints / self.temporary(step)
-        write_json(work / "state.json", state)
+        write_json(work / "state.json", sealed(state | {"files": digests(work)}))
         target = self.checkpoints / f"step-{step}"
-        shutil.rmtree(target, ignore_errors=True)
+        self.drop(target)
         os.replace(work, target)
+        for folder in (target, self.checkpoints):
+            synchronize(folder)
         for _, old in self.saved()[:-limit] if limit > 0 else []:
-            gone = old.with_name(f".{old.name}.old")
-            os.replace(old, gone)  # renamed first: a half-deleted checkpoint is never found
+            self.drop(old)
+
+    def drop(self, path):
+        """Remove a checkpoint: renamed first, so that a half-deleted one is never found."""
+        if path.exists():
+            gone = path.with_name(f".{path.name}.old")
+            if gone.exists():
+                shutil.rmtree(gone)
+            os.replace(path, gone)
             shutil.rmtree(gone)
+
+
+def digests(folder):
+    """{name: [bytes, sha256]} of all files under `folder` but state.json, each forced to the disk."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "state.json"):
+        synchronize(path)
+        found[str(path.relative_to(folder))] = [path.stat().st_size, file_sha256(path)]
+    return found
+
+
+def synchronize(path):
+    """Force a file, or a folder's list of names, to the disk: a rename alone does not survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def torn(path):
+    """What is wrong with a checkpoint, "" if every file is as it was written."""
+    try:
+        files = read_sealed(path / "state.json", "another checkpoint")["files"]
+        for name, (size, digest) in files.items():
+            if (path / name).stat().st_size != size or file_sha256(path / name) != digest:
+                return f"{name} is not as it was written"
+    except (InputError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"not whole ({' '.join(str(error).split())[:150]})"
+    return ""
 
 
 def git_commit():

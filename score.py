@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 import zipfile
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ import diffusion
 import engine
 import families
 import packed as disk
+import stopping
 from packed import InputError
 
 CHUNK = 8  # pairs per chunk of the reference job: what a kill can lose, per rank
@@ -215,8 +217,8 @@ def replay(prompt, response, masked, noise_args, mask_id):
     return response_states(prompt, response, masked, weight, mask_id)
 
 
-def score_chunk(model, packed, pairs, noise_args, noise_set, mask_id, states_per_forward, device):
-    """Noise and scores of `pairs`: bits uint8 (their response tokens, ceil(S/8)), scores float32 (pairs, 2, S)."""
+def score_chunk(model, packed, pairs, noise_args, noise_set, mask_id, states_per_forward, device, stop):
+    """Noise and scores of `pairs`: bits uint8 (their response tokens, ceil(S/8)), scores float32 (pairs, 2, S); None if told to stop."""
     bits, scores = [], []
     for index in pairs:
         prompt, *responses = packed[index]
@@ -228,11 +230,14 @@ def score_chunk(model, packed, pairs, noise_args, noise_set, mask_id, states_per
         if not np.isfinite(scores[-2:]).all():
             raise InputError(f"{packed.folder}: the reference score of pair {index} is not finite; the model is broken "
                              "or its numbers overflow (try --use_mixed_precision no)", local=True)
+        if stop.asked():
+            return None
     return np.concatenate(bits), np.stack(scores).reshape(len(pairs), 2, -1)
 
 
-def reference_set(model, packed, folder, noise_args, noise_set, mask_id, states_per_forward, ranks):
-    """Score every pair under one noise set: chunks dealt over the ranks, each renamed into place, assembled at the end."""
+def reference_set(model, packed, folder, noise_args, noise_set, mask_id, states_per_forward, ranks, stop):
+    """Score every pair under one noise set: chunks dealt over the ranks, each renamed into place, assembled at the end.
+    False if told to stop."""
     work = folder / f"chunks-{noise_set}"
     work.mkdir(parents=True, exist_ok=True)
     names = {first: work / f"{first:09d}-{min(first + CHUNK, len(packed)):09d}.npz" for first in range(0, len(packed), CHUNK)}
@@ -247,7 +252,11 @@ def reference_set(model, packed, folder, noise_args, noise_set, mask_id, states_
         mine = todo[turn + ranks.rank:turn + ranks.rank + 1]
         pairs = list(range(mine[0], min(mine[0] + CHUNK, len(packed)))) if mine else []
         idle = [0] * (CHUNK - len(pairs)) if ranks.world > 1 else []  # scored and thrown away: equal forwards on every rank
-        bits, scores = score_chunk(model, packed, pairs + idle, noise_args, noise_set, mask_id, states_per_forward, ranks.device)
+        did = score_chunk(model, packed, pairs + idle, noise_args, noise_set, mask_id, states_per_forward, ranks.device, stop)
+        if did is None:
+            bar.close()
+            return False
+        bits, scores = did
         if mine:
             kept = (packed.noise_bounds[pairs, 2] - packed.noise_bounds[pairs, 0]).sum()
             with disk.replacing(names[mine[0]], "wb") as file:
@@ -261,13 +270,19 @@ def reference_set(model, packed, folder, noise_args, noise_set, mask_id, states_
         disk.write_array(folder / f"ref_scores-{noise_set}.npy", np.concatenate([chunk["scores"] for chunk in chunks]))
         shutil.rmtree(work)
     dist.barrier()
+    return True
+
+
+def sets_of(folder):
+    """Noise sets that are scored whole."""
+    return disk.read_sealed(folder / "meta.json", "this command, that folder removed")["noise_sets"] if (folder / "meta.json").exists() else 0
 
 
 def readable(path):
     try:
         with np.load(path, allow_pickle=False) as chunk:
-            return {"noise", "scores"} <= set(chunk.files)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # EOFError: an empty file
+            return chunk["noise"].dtype == np.uint8 and chunk["scores"].dtype == np.float32  # read whole: its checksums are compared
+    except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):  # EOFError: an empty file
         return False
 
 
@@ -300,23 +315,34 @@ def main(argv=None):
         calibrate.settle(packed, model_args, noise_args)
     wanted = depends_on(packed, model_args, noise_args)
     folder = packed.folder / f"ref-{disk.fingerprint(wanted)}"
-    have = disk.read_json(folder / "meta.json", "this command")["noise_sets"] if (folder / "meta.json").exists() else 0
+    have = sets_of(folder)
     if have >= noise_args.noise_sets:
         print(f"{folder}: {len(packed)} pairs, {have} noise set(s), up to date", flush=True)
         return leave()
     ranks = ranks or engine.start()
+    if ranks.first:
+        folder.mkdir(exist_ok=True)
+        lock = disk.wait_for(folder / ".lock", f"the same reference scores, {folder}")  # noqa: F841  ours until this process ends
+        have = sets_of(folder)
     have = ranks.broadcast(have)
+    if have >= noise_args.noise_sets:  # whom we waited for has made them
+        return leave()
+    stop = stopping.Stop(ranks)
     model, began = load(model_args, ranks), time.time()
     with torch.no_grad():
         if model_args.states_per_forward == "auto":
             model_args.states_per_forward = fit_reference(model, packed, noise_args, mask_id, ranks)
         for noise_set in range(have, noise_args.noise_sets):
-            reference_set(model, packed, folder, noise_args, noise_set, mask_id, model_args.states_per_forward, ranks)
+            if not reference_set(model, packed, folder, noise_args, noise_set, mask_id, model_args.states_per_forward, ranks, stop):
+                if ranks.first:
+                    print(f"stopped; what is scored is kept (but for {CHUNK} pairs at most); go on with: {stopping.command()}", flush=True)
+                return leave()
             if ranks.first:
-                disk.write_json(folder / "meta.json", {
-                    "depends_on": wanted, "noise_sets": noise_set + 1, "pairs": len(packed), "states": state_count(noise_args),
+                names = [f"{kind}-{k}.npy" for kind in ("noise", "ref_scores") for k in range(noise_set + 1)]
+                disk.write_json(folder / "meta.json", disk.sealed({
+                    "depends_on": wanted, "noise_sets": noise_set + 1, "files": {name: disk.file_sha256(folder / name) for name in names}, "pairs": len(packed), "states": state_count(noise_args),
                     "model_name_or_path": model_args.model_name_or_path, "device": str(ranks.device),
-                    "ranks": ranks.world, "torch": torch.__version__, "states_per_forward": model_args.states_per_forward})
+                    "ranks": ranks.world, "torch": torch.__version__, "states_per_forward": model_args.states_per_forward}))
     if ranks.first:
         print(f"{folder}: {len(packed)} pairs, {noise_args.noise_sets} noise set(s), {state_count(noise_args)} states a response, "
               f"{model_args.states_per_forward} a forward, {time.time() - began:.0f} s\n"

@@ -18,19 +18,21 @@ import calibrate
 import checkpoint
 import config
 import engine
+import guard
 import lora
 import packed as disk
 import plan
 import quantized
+import resume
 import runs
 import score
+import stopping
 import tasks
 from objective import SFT, Preference, Stream, split
 from packed import InputError
 
 SCORED = ("data", "model_name_or_path", "shift_logits", "load_in_4bit", "use_mixed_precision", "estimator", "diffusion_steps",
           "trajectories", "order", "block_length", "noise_sets", "noise_seed", "deepspeed")  # what the reference scores were made with
-GUARD = {"bf16": 2e-2, "no": 1e-4}  # |policy - reference| per token that a first step may show
 
 
 class Job(NamedTuple):
@@ -41,6 +43,7 @@ class Job(NamedTuple):
     objective: Any
     stream: Stream
     ranks: engine.Ranks
+    stop: stopping.Stop
     states_per_forward: int
 
 
@@ -62,9 +65,9 @@ def micro_batch(job, step, micro):
 
 
 def optimizer_step(job, step, backwards, rate):
-    """One step of the optimizer. Returns this rank's sums (the metrics, pairs, tokens through the model), on the device, and
-    the gradient's norm."""
-    done, sums, tokens = 0, 0, 0
+    """One step of the optimizer: this rank's sums (the metrics, pairs, tokens through the model), on the device, the gradient's
+    norm, and [(item, loss, scores)]. None if the run was told to stop in its middle: the weights are as before."""
+    done, sums, tokens, pieces = 0, 0, 0, []
     for group in job.policy.optimizer.param_groups:
         group["lr"] = rate
     for micro in range(job.args.gradient_accumulation_steps):
@@ -74,20 +77,23 @@ def optimizer_step(job, step, backwards, rate):
                 nonlocal done
                 done += 1  # the boundary is set at every backward: without it ZeRO-2 is silently wrong
                 job.policy.set_gradient_accumulation_boundary(done == backwards)
-                job.policy.backward(loss * (share / job.args.gradient_accumulation_steps), scale_wrt_gas=False)
+                job.policy.backward(loss * (share / job.args.gradient_accumulation_steps * guard.poison(loss)), scale_wrt_gas=False)
 
             responses = job.objective.responses(item)
             loss, scores = score.score_and_backward(
                 job.policy, responses, job.objective.loss(item), job.states_per_forward, job.ranks.device, backward)
             sums = sums + job.objective.measure(item, loss, scores)
             tokens += sum(states.inputs.size for states in responses)
+            pieces.append((item, loss, scores))
+            if done < backwards and job.stop.asked():
+                return None
     assert done == backwards, f"{done} backward passes, {backwards} were planned"
-    return torch.cat((sums, sums.new_tensor([tokens]))), engine.step(job.policy)
+    return torch.cat((sums, sums.new_tensor([tokens]))), engine.step(job.policy), pieces
 
 
 @torch.no_grad()
 def evaluate(job, pairs):
-    """Mean metrics over the held-out `pairs`, noise set 0, dealt over the ranks with the same forwards on each."""
+    """Mean metrics over the held-out `pairs`, noise set 0, dealt over the ranks with the same forwards on each; None if told to stop."""
     sums = torch.zeros(len(job.objective.metrics) + 1, dtype=torch.float64, device=job.ranks.device)
     for turn in range(0, len(pairs), job.ranks.world):
         mine = turn + job.ranks.rank
@@ -98,6 +104,8 @@ def evaluate(job, pairs):
         loss = job.objective.loss(item)([state.sum() for state in scores])
         if mine < len(pairs):
             sums += job.objective.measure(item, loss, scores)
+        if job.stop.asked():
+            return None
     means = named(job, total(sums, job.ranks), "eval_")
     if "eval_rewards/accuracies" in means:
         means["eval_rewards/accuracies_ci95"] = tasks.wilson(means["eval_rewards/accuracies"], len(pairs))
@@ -112,24 +120,7 @@ def total(sums, ranks):
 
 def named(job, sums, prefix=""):
     names = job.objective.metrics
-    return {prefix + name: float(value / sums[len(names)]) for name, value in zip(names, sums)}
-
-
-@torch.no_grad()
-def check_reference(job, dtype):
-    """Refuse to start if the policy does not reproduce the stored scores: other weights, dtype, masks or tokens."""
-    worst = 0.0
-    for item in micro_batch(job, 0, 0):
-        lengths = [len(side) for side in job.objective.packed[item[0]][1:]]
-        for states, want, n in zip(job.objective.responses(item), job.objective.ref_scores(item), lengths):
-            got = score.state_scores(job.policy, states, job.states_per_forward, job.ranks.device).sum()
-            worst = max(worst, abs(float(got) - float(want)) / n)
-    gaps = job.ranks.gather(worst)
-    if not all(gap <= GUARD[dtype] for gap in gaps):
-        folder, mend = job.objective.reference.folder, job.objective.reference.mend
-        raise InputError(f"{folder}: its scores differ from the policy's by {max(gaps):.2g} per token before the first step "
-                         f"(at most {GUARD[dtype]:.0e} expected); remove that folder and run: {mend}")
-    return max(gaps)
+    return {prefix + name: guard.plain(float(value / sums[len(names)])) for name, value in zip(names, sums)}
 
 
 def fit(job):
@@ -198,60 +189,63 @@ def prepare(argv):
     return groups, objective, arguments, wanted
 
 
-def save_checkpoint(job, run, step, num_tokens):
-    """Engine, step (which is the schedule's and the data's place) and counters. Nothing draws from a global RNG."""
-    job.policy.save_checkpoint(str(run.checkpoints), tag=run.temporary(step), save_latest=False, exclude_frozen_parameters=True)
-    dist.barrier()
-    if job.ranks.first:
-        run.keep(step, {"step": step, "num_tokens": num_tokens, "world": job.ranks.world}, job.args.save_total_limit)
-    dist.barrier()
-
-
-def load_checkpoint(job, path):
-    """(step, num_tokens) of the checkpoint, its engine state loaded."""
-    state = disk.read_json(path / "state.json", "another checkpoint")
-    if state["world"] != job.ranks.world:
-        raise InputError(f"{path}: was saved by {state['world']} ranks, this run has {job.ranks.world}; "
-                         f"start it with {state['world']}")
-    every = all(parameter.requires_grad for parameter in job.policy.module.parameters())  # LoRA's are saved without their base
-    loaded, _ = job.policy.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=every)
-    if loaded is None:
-        raise InputError(f"{path}: DeepSpeed cannot load it; choose another checkpoint with --resume_from_checkpoint")
-    engine.recount(job.policy, state["step"])
-    return state["step"], state["num_tokens"]
-
-
-def train(job, run, held, start, steps, backwards, num_tokens):
-    """The loop: step, log, evaluate, save. Returns the last evaluation."""
-    args, ranks, began, evaluation = job.args, job.ranks, time.time(), {}
+def train(job, run, held, state, steps, backwards):
+    """The loop: step, log, evaluate, save. state: that of the checkpoint, or of a new run. Returns the last evaluation, or None if
+    it was told to stop; then all is saved."""
+    args, ranks, began, evaluation, start, kept = job.args, job.ranks, time.time(), {}, state["step"], state["step"]
+    skips, num_tokens = guard.Skips(job, run, state["skipped"]), state["num_tokens"]
+    counters = lambda: {"num_tokens": num_tokens, "skipped": skips.count}  # noqa: E731
+    if start and len(held) and (state["line"] or start == steps):  # it was stopped before that evaluation was made
+        evaluation = evaluate(job, held)
+        if evaluation is None:
+            return None
+        if ranks.first and state["line"]:
+            run.log(state["line"] | evaluation)
     for step in range(start, steps):
         clock, rate = time.time(), learning_rate(step, steps, args)
-        sums, norm = optimizer_step(job, step, backwards, rate)
-        sums = total(sums, ranks)
-        pairs, tokens = sums[len(job.objective.metrics)], sums[-1]
-        num_tokens += int(tokens)
-        seconds = time.time() - clock
-        line = {"step": step + 1, "epoch": round((step + 1) * pairs / len(job.stream.train), 4), **named(job, sums),
-                "learning_rate": rate, "grad_norm": norm, "num_tokens": num_tokens,
-                "pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds,
+        did = optimizer_step(job, step, backwards, rate)
+        if did is None:
+            if step > kept:
+                resume.save(job, run, step, counters())
+            return None
+        sums, norm, pieces = did
+        skipped, sums = skips.see(step + 1, norm, pieces), total(sums, ranks)
+        num_tokens += int(sums[-1])
+        line = {**measured(job, step, sums, time.time() - clock), "learning_rate": rate, "grad_norm": guard.plain(norm),
+                "skipped": skipped, "num_tokens": num_tokens,
                 "seconds_left": (time.time() - began) / (step + 1 - start) * (steps - step - 1)}
-        line["gpu_peak_gib"], line["host_peak_gib"] = engine.memory_peaks(ranks.device)
-        if scored := len(held) and (step + 1 == steps or args.eval_steps and (step + 1) % args.eval_steps == 0):
-            evaluation = evaluate(job, held)
-            line |= evaluation
-        if ranks.first:
-            run.log(line)
-            if scored or step in (start, steps - 1) or (step + 1) % args.logging_steps == 0:
-                print(progress(line, steps), flush=True)
-        if args.save_steps and (step + 1) % args.save_steps == 0:
-            save_checkpoint(job, run, step + 1, num_tokens)
+        before, made = evaluation, {}
+        if len(held) and (step + 1 == steps or args.eval_steps and (step + 1) % args.eval_steps == 0):
+            made = evaluate(job, held)
+            evaluation = made or evaluation
+        pending = line if made is None else None  # told to stop before it was made: the resumed run makes it
+        if ranks.first and not pending:
+            run.log(line | made)
+            if made or step in (start, steps - 1) or (step + 1) % args.logging_steps == 0:
+                print(progress(line | made, steps), flush=True)
+            for words in guard.falling(made, before, job.objective.chosen_tokens(held), args.beta) if made else ():
+                print(f"warning: {words}", flush=True)
+        leaving = pending or (step + 1 < steps and job.stop.asked())
+        if leaving or args.save_steps and (step + 1) % args.save_steps == 0:
+            resume.save(job, run, step + 1, counters(), pending)
+            kept = step + 1
+        if leaving:
+            return None
     return evaluation
+
+
+def measured(job, step, sums, seconds):
+    """The part of a step's line that its sums over all ranks give."""
+    pairs, tokens = sums[len(job.objective.metrics)], sums[-1]
+    gpu, host = engine.memory_peaks(job.ranks.device)
+    return {"step": step + 1, "epoch": round((step + 1) * pairs / len(job.stream.train), 4), **named(job, sums),
+            "pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds, "gpu_peak_gib": gpu, "host_peak_gib": host}
 
 
 def progress(line, steps):
     """One line for the terminal."""
-    words = [f"step {line['step']}/{steps}", f"loss {line['loss']:.4f}"]
-    if "rewards/margins" in line:
+    words = [f"step {line['step']}/{steps}", "skipped" if line["skipped"] else f"loss {line['loss']:.4f}"]
+    if "rewards/margins" in line and not line["skipped"]:
         words += [f"margin {line['rewards/margins']:+.3f}", f"accuracy {line['rewards/accuracies']:.2f}"]
     if "eval_loss" in line:
         words += [f"eval loss {line['eval_loss']:.4f}"]
@@ -305,14 +299,15 @@ def main(argv=None):
     if run.finished:
         print(f"{run.final}: this run is finished; another needs another --output_dir", flush=True)
         return 0
-    checkpoint_path = run.start_from(args.resume_from_checkpoint)
     train_pairs, held = split(objective.packed, args.eval_fraction, args.seed)
     ds_config = engine.read_ds_config(model_args.deepspeed)
-
-    # 2. the policy in its engine
     ranks, rows = engine.start(), args.per_device_train_batch_size
     if ranks.first:
+        run.lock()
         print(plan.at_start(groups, ds_config, ranks), flush=True)
+    checkpoint_path = ranks.broadcast(run.start_from(args.resume_from_checkpoint) if ranks.first else None)
+
+    # 2. the policy in its engine
     per_step = rows * args.gradient_accumulation_steps * ranks.world
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(train_pairs) / per_step)
     pieces = args.gradient_accumulation_steps * len(objective.work([(0, 0)] * rows))
@@ -324,7 +319,7 @@ def main(argv=None):
     backwards = passes(1 if auto else states_per_forward)
     policy = start_policy(model_args, args, engine.training_config(ds_config, args, model_args, backwards, model_args.deepspeed), ranks)
     stream = Stream(train_pairs, args.seed, rows, objective.lengths)
-    job = Job(args, policy, objective, stream, ranks, states_per_forward)
+    job = Job(args, policy, objective, stream, ranks, stopping.Stop(ranks), states_per_forward)
     if auto:
         job = fit(job)
         backwards = passes(job.states_per_forward)
@@ -332,14 +327,17 @@ def main(argv=None):
         arguments["states_per_forward"] = job.states_per_forward
 
     # 3. start or go on
-    start, num_tokens = load_checkpoint(job, checkpoint_path) if checkpoint_path else (0, 0)
+    state = {"step": 0, "num_tokens": 0, "skipped": 0, "line": None}
+    if checkpoint_path:
+        state = resume.load(job, checkpoint_path, model_args.use_mixed_precision)
+    start = state["step"]
     if ranks.first:
         noun = "rows" if objective.packed.task == "sft" else "pairs"
         print(f"{model_args.model_name_or_path}: {len(train_pairs)} {noun} to train on, {len(held)} held out, {steps} steps of "
               f"{per_step} {noun}, {sum(objective.counts)} states each, {backwards} backward passes a step"
               + (f"; going on after step {start} ({checkpoint_path})" if start else ""), flush=True)
     if not start and args.loss_type != "sft":
-        gap = check_reference(job, model_args.use_mixed_precision)
+        gap = guard.check_reference(job, micro_batch(job, 0, 0), model_args.use_mixed_precision)
         if ranks.first:
             print(f"policy and reference agree to {gap:.1e} per token", flush=True)
     if ranks.first:
@@ -348,8 +346,12 @@ def main(argv=None):
     dist.barrier()
 
     # 4. the loop, and what comes out
-    evaluation = train(job, run, held, start, steps, backwards, num_tokens)
-    save_final(job, run, model_args, arguments, evaluation)
+    evaluation = train(job, run, held, state, steps, backwards)
+    if evaluation is not None:
+        save_final(job, run, model_args, arguments, evaluation)
+    elif ranks.first:
+        print(f"stopped and saved; go on with: {stopping.command()}", flush=True)
+    dist.barrier()
     dist.destroy_process_group()
     return 0
 

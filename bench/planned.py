@@ -8,6 +8,7 @@ held with everything imported, at the last step and at the end, when the weights
 are one memory: plan.py's items are added up. The name is not plan.py, which would stand in the way of the module.
 """
 import argparse
+import importlib
 import os
 import resource
 import subprocess
@@ -48,6 +49,9 @@ def make(folder, args):
 def worker(argv):
     """Train; print the GiB held before and the peak."""
     import train_dpo
+    for flag, name in (("--lora_r", "peft"), ("--load_in_4bit", "bitsandbytes")):  # these come in late
+        if flag in argv:
+            importlib.import_module(name)
     held = engine.memory_now(engine.torch.device("cpu"))[0]
     train_dpo.main(argv)
     print("measured", held / 2**30, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import packed
-from packed import InputError, Packed, Reference, pack_masks, replacing, unpack_masks, write_packed
+from packed import InputError, Packed, Reference, pack_masks, replacing, sealed, unpack_masks, write_packed
 
 PAIRS = [([5, 6], [7, 8, 9], [4]), ([], [1], [2, 3]), ([4000000000], [11, 12], [13, 14, 15, 16])]
 META = {"tokenizer": "abc", "end_token_id": 2, "source": "prefs.jsonl"}
@@ -72,13 +72,15 @@ def cut(name, size):
 def meta(**change):
     def edit(folder):
         value = json.loads((folder / "meta.json").read_text())
-        (folder / "meta.json").write_text(json.dumps(value | change))
+        (folder / "meta.json").write_text(json.dumps(sealed(value | change)))
     return edit
 
 
 @pytest.mark.parametrize("harm, words", [
     (lambda folder: (folder / "meta.json").unlink(), "meta.json"), (cut("meta.json", 20), "meta.json"),
-    (lambda folder: (folder / "meta.json").write_text("[]"), "meta.json"), (meta(format=2), "format 2, expected 1"),
+    (lambda folder: (folder / "meta.json").write_text("[]"), "meta.json"),
+    (lambda folder: (folder / "meta.json").write_text((folder / "meta.json").read_text().replace("prefs", "prefS")), "as it was written"),
+    (lambda folder: np.save(folder / "tokens.npy", np.load(folder / "tokens.npy") ^ (np.arange(16) == 7)), "as it was written"), (meta(format=1), "format 1, expected 2"),
     (meta(pairs=2), "disagree"), (lambda folder: (folder / "tokens.npy").unlink(), "tokens.npy"),
     (lambda folder: (folder / "bounds.npy").unlink(), "bounds.npy"), (cut("tokens.npy", -1), "tokens.npy"),
     (cut("bounds.npy", -8), "bounds.npy"), (cut("tokens.npy", 0), "tokens.npy"), (cut("tokens.npy", 5), "tokens.npy"),
@@ -187,7 +189,8 @@ def reference(folder):
                     rows.append([int(word[:8], 2), int(word[8:], 2)])
         np.save(place / f"noise-{k}.npy", np.array(rows, np.uint8))
         np.save(place / f"ref_scores-{k}.npy", rng.random((3, 2, S), np.float32))
-    (place / "meta.json").write_text(json.dumps({"depends_on": WANTED, "states": S, "noise_sets": 2}))
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in place.glob("*.npy")}
+    (place / "meta.json").write_text(json.dumps(sealed({"depends_on": WANTED, "states": S, "noise_sets": 2, "files": files})))
     return place, truth
 
 
@@ -204,6 +207,8 @@ def test_reference_round_trip(folder, reference):
 @pytest.mark.parametrize("harm, words", [
     (lambda place: (place / "noise-1.npy").unlink(), ["noise-1.npy"]),
     (lambda place: (place / "meta.json").write_text("{"), ["meta.json"]),
+    (lambda place: np.save(place / "noise-1.npy", np.load(place / "noise-1.npy") ^ np.uint8(1)), ["noise-1.npy", "as it was written"]),
+    (lambda place: (place / "meta.json").write_text((place / "meta.json").read_text().replace(': 10,', ': 11,')), ["as it was written"]),
     (cut("ref_scores-0.npy", -1), ["ref_scores-0.npy"]), (cut("noise-0.npy", 0), ["noise-0.npy"]),
     (meta(noise_sets=1), ["holds 1 noise sets", "--noise_sets 2"]),
     (meta(states=17), ["shapes"]), (meta(states=9), ["shapes"]),

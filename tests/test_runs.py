@@ -2,6 +2,7 @@
 
     .venv/bin/python -m pytest -q tests/test_runs.py
 """
+import hashlib
 import json
 import os
 import shutil
@@ -55,6 +56,14 @@ def test_begin(run, monkeypatch):
     assert json.loads((run.folder / "run.json").read_text())["start_is_folder"] is True
 
 
+def test_begin_clears_what_a_killed_save_left(run):
+    (run.checkpoints / run.temporary(7)).mkdir()
+    (run.checkpoints / ".step-3.old").mkdir()
+    write_checkpoint(run, 4)
+    run.begin(ARGUMENTS, INPUTS, {})
+    assert os.listdir(run.checkpoints) == ["step-4"]
+
+
 def test_new_folder_is_free(tmp_path):
     Run(tmp_path / "nothing").check_same(ARGUMENTS, INPUTS)
     assert Run(tmp_path / "nothing").start_from(None) is None and not Run(tmp_path / "nothing").finished
@@ -103,7 +112,8 @@ def test_newest_is_found_by_number(run):
     assert steps(run) == [9, 20, 100]
     assert run.start_from(None) == run.start_from("latest") == run.checkpoints / "step-100"
     assert run.start_from(str(run.checkpoints / "step-20")) == run.checkpoints / "step-20"
-    assert json.loads((run.checkpoints / "step-20" / "state.json").read_text()) == {"step": 20}
+    state = json.loads((run.checkpoints / "step-20" / "state.json").read_text())
+    assert state.pop("digest") and state == {"step": 20, "files": {"weights": [10, hashlib.sha256(b"weights 20").hexdigest()]}}
     assert (run.checkpoints / "step-20" / "weights").read_text() == "weights 20"
 
 
@@ -114,6 +124,25 @@ def test_no_checkpoint(run):
     write_checkpoint(run, 3)
     (run.checkpoints / "step-4").mkdir()
     refused(lambda: run.start_from(str(run.checkpoints / "step-4")), "step-4: not a checkpoint", "step-3")
+
+
+@pytest.mark.parametrize("harm", [
+    lambda path: (path / "weights").write_bytes(b"Weights 3"), lambda path: (path / "weights").write_bytes(b"weights"),
+    lambda path: (path / "weights").unlink(), lambda path: (path / "state.json").write_text('{"step": 3'),
+    lambda path: (path / "state.json").write_text("[]"), lambda path: (path / "state.json").write_text('{"step": 3}'),
+    lambda path: (path / "state.json").write_text('{"files": {"weights": 3}}'), lambda path: (path / "state.json").write_bytes(b"\xff")])
+def test_torn_is_passed_over(run, capsys, harm):
+    """The newest whole one is taken, and said; a torn one that was asked for, or nothing but torn ones, is refused."""
+    for step in (1, 2, 3):
+        write_checkpoint(run, step)
+    path = run.checkpoints / "step-3"
+    harm(path)
+    assert run.start_from(None) == run.start_from("latest") == run.checkpoints / "step-2"
+    assert f"{path}: " in capsys.readouterr().err
+    refused(lambda: run.start_from(str(path)), f"--resume_from_checkpoint {path}: ", "newest whole one")
+    for step in (1, 2):
+        shutil.rmtree(run.checkpoints / f"step-{step}")
+    refused(lambda: run.start_from(None), "none of its 1 checkpoint(s) is whole")
 
 
 def test_unfinished_is_never_found(run):
@@ -179,6 +208,7 @@ def test_kept_again(run):
     work = run.checkpoints / run.temporary(1)
     work.mkdir()
     run.keep(1, {"again": True}, 0)
+    assert not list(run.checkpoints.glob(".*"))
     assert os.listdir(run.checkpoints / "step-1") == ["state.json"] and steps(run) == [1]
 
 

@@ -215,7 +215,7 @@ def test_meta(jobs, model_dir):
     assert metas["no"]["depends_on"] == {
         "data": data["fingerprint"], "tokenizer": data["tokenizer"], "model": checkpoint.model_fingerprint(str(model_dir)),
         "estimator": "spread", "order": "random", "block_length": None, "diffusion_steps": 4, "trajectories": 2, "noise_seed": 0,
-        "mask_token_id": 3, "shift_logits": False, "dtype": "no"}
+        "mask_token_id": 3, "shift_logits": False, "dtype": "no", "load_in_4bit": False}
     assert metas["bf16"]["noise_sets"] == 1 and metas["bf16"]["states"] == 7 and metas["bf16"]["ranks"] == 2
     assert not list((folder / "plain-2").glob("ref-*/chunks*"))
 

@@ -126,7 +126,8 @@ def test_same_forwards_on_every_rank(runs):
             evaluated = 2 * turns * 2 * segments  # after steps 2 and 3
             checked = 2 * 2 * segments
             silent = 0 if segments == 1 else pairs * 2 * segments  # the scores before the loss
-            assert counts[0] == [pairs * 2 * segments, evaluated + checked + silent, evaluated,
+            probed = 3 * 2 * segments if name == "zero3-joint" else 0  # with each checkpoint
+            assert counts[0] == [pairs * 2 * segments, evaluated + checked + silent + probed, evaluated,
                                  pairs if segments == 1 else pairs * 2 * segments], name
 
 

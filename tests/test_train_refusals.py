@@ -15,6 +15,7 @@ from small import LENGTHS, ROOT, call, flags, make_model, make_pairs, pack, refu
 
 import config
 import engine
+import packed
 import score
 import train_dpo
 
@@ -69,7 +70,7 @@ def test_wrong_reference(home, scored, tmp_path, capsys):
     mended(said, "--data", scored, *FP32, "--model_name_or_path", other)
 
 
-def test_edited_scores(home, scored, tmp_path):
+def test_edited_scores(home, scored, tmp_path, capsys):
     """Scores that the policy does not reproduce: refused before the first step, by every rank alike."""
     data = shutil.copytree(scored, tmp_path / "packed")
     [path] = [meta.parent / "ref_scores-0.npy" for meta in data.glob("ref-*/meta.json")
@@ -78,6 +79,11 @@ def test_edited_scores(home, scored, tmp_path):
     scores = np.load(path)
     scores[:, 1, 0] += 1.0
     np.save(path, scores)
+    said = refusal(train_dpo.main, capsys, "--data", data, *FP32, "--output_dir", tmp_path / "run")
+    assert "ref_scores-0.npy: is not as it was written" in said and "python score.py" in said
+    meta = json.loads((path.parent / "meta.json").read_text())
+    meta["files"][path.name] = packed.file_sha256(path)
+    (path.parent / "meta.json").write_text(json.dumps(packed.sealed(meta)))
     argv = [ROOT / "train_dpo.py", "--data", data, *FP32, "--output_dir", tmp_path / "run"]
     said = run(argv, code=2)
     assert "Traceback" not in said and "differ from the policy's by" in said and "python score.py" in said

@@ -1,0 +1,67 @@
+"""Checkpoints of a run, saved and gone on from: the engine's state, our place in it, and a probe that it came back as it went.
+
+    runs/NAME/checkpoints/step-N/     DeepSpeed's files (one a rank), state.json: step, counters, world, probe, digests
+
+The probe is the policy's own scores of the longest pair. A resumed run computes them again before its first step: weights that came back
+wrong, another dtype or another device's arithmetic would show there, and are refused instead of trained on.
+"""
+import shutil
+
+import torch
+import torch.distributed as dist
+
+import engine
+import packed as disk
+import score
+from packed import InputError
+from stopping import cannot_save, disk_is_full
+
+SAME = {"bf16": 2e-2, "no": 1e-4}  # |score - score then| per token that a resumed run may show
+
+
+@torch.no_grad()
+def probe(job):
+    """The policy's scores of the longest pair, as one number for each of its responses."""
+    [(item, _)] = job.objective.work([(score.longest(job.objective.packed)[0], 0)])
+    return [float(score.state_scores(job.policy, states, job.states_per_forward, job.ranks.device).double().sum())
+            for states in job.objective.responses(item)]
+
+
+def save(job, run, step, counters, line=None):
+    """Engine, step (which is the schedule's and the data's place) and counters. Nothing draws from a global RNG.
+
+    line: the step's line of the log, where its evaluation is still to be made.
+    """
+    state = {"step": step, **counters, "world": job.ranks.world, "probe": probe(job), "line": line}
+    work = run.checkpoints / run.temporary(step)
+    try:
+        job.policy.save_checkpoint(str(run.checkpoints), tag=work.name, save_latest=False, exclude_frozen_parameters=True)
+        dist.barrier()
+        if job.ranks.first:
+            run.keep(step, state, job.args.save_total_limit)
+    except (OSError, RuntimeError) as error:
+        if not disk_is_full(error):
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+        saved = [path for _, path in run.saved()]
+        raise cannot_save(work, error, f"{saved[-1]} is whole" if saved else "no checkpoint was saved before") from None
+    dist.barrier()
+
+
+def load(job, path, dtype):
+    """state.json of the checkpoint, its engine state loaded; refused if its probe comes out otherwise."""
+    state = disk.read_sealed(path / "state.json", "another checkpoint")
+    if state["world"] != job.ranks.world:
+        raise InputError(f"{path}: was saved by {state['world']} ranks, this run has {job.ranks.world}; "
+                         f"start it with {state['world']}")
+    every = all(parameter.requires_grad for parameter in job.policy.module.parameters())  # LoRA's are saved without their base
+    loaded, _ = job.policy.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=every)
+    if loaded is None:
+        raise InputError(f"{path}: DeepSpeed cannot load it; choose another checkpoint with --resume_from_checkpoint")
+    engine.recount(job.policy, state["step"] - state["skipped"])
+    n = len(job.objective.packed[score.longest(job.objective.packed)[0]][1])
+    gap = max(abs(now - then) for now, then in zip(probe(job), state["probe"], strict=True)) / n
+    if not gap <= SAME[dtype]:
+        raise InputError(f"{path}: the longest pair's scores differ by {gap:.2g} per token from those that it was saved with (at most "
+                         f"{SAME[dtype]:.0e} expected); choose another checkpoint with --resume_from_checkpoint")
+    return state

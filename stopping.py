@@ -1,0 +1,50 @@
+"""Stop in good order: after the first SIGTERM or SIGINT what is in hand is finished and kept; the second ends the process at once."""
+import os
+import shlex
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+
+from packed import InputError
+
+
+class Stop:
+    """Listens from now on. asked() is a question to all ranks together: each must ask it equally often."""
+
+    def __init__(self, ranks):
+        self.ranks, self.signal = ranks, None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.hear)
+
+    def hear(self, number, _):
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        if self.ranks.first:  # not print: the signal may have come in the middle of one
+            os.write(2, f"{signal.Signals(number).name}: finishing what is in hand; once more stops at once\n".encode())
+
+    def asked(self):
+        """Whether any rank was told to stop; the same answer on every rank."""
+        if self.ranks.world == 1:
+            return self.signal is not None
+        said = torch.tensor([self.signal is not None], dtype=torch.int32, device=self.ranks.device)
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        return bool(said)
+
+
+def command():
+    """The command line that started this process, or the launch.sh that did."""
+    return os.environ.get("LAUNCH_COMMAND", "").strip() or shlex.join(["python", *sys.argv])
+
+
+def disk_is_full(error):
+    """Whether a write failed for want of room: as the system says it, or torch's writer."""
+    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "No space left" in str(error)
+
+
+def cannot_save(path, error, kept):
+    """The sentence of a save that failed."""
+    return InputError(f"{path}: cannot be written ({' '.join(str(error).split())[:150]}); {kept}; make room, and go on with: {command()}",
+                      local=True)
