@@ -5,7 +5,10 @@
 The probe is the policy's own scores of the longest pair. A resumed run computes them again before its first step: weights that came back
 wrong, another dtype or another device's arithmetic would show there, and are refused instead of trained on.
 """
+import contextlib
 import shutil
+import subprocess
+import sys
 
 import torch
 import torch.distributed as dist
@@ -51,11 +54,9 @@ def save(job, run, step, counters, line=None):
 def load(job, path, dtype):
     """state.json of the checkpoint, its engine state loaded; refused if its probe comes out otherwise."""
     state = disk.read_sealed(path / "state.json", "another checkpoint")
-    if state["world"] != job.ranks.world:
-        raise InputError(f"{path}: was saved by {state['world']} ranks, this run has {job.ranks.world}; "
-                         f"start it with {state['world']}")
     every = all(parameter.requires_grad for parameter in job.policy.module.parameters())  # LoRA's are saved without their base
-    loaded, _ = job.policy.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=every)
+    with of_any_world(job, path, state["world"]) as place:
+        loaded, _ = job.policy.load_checkpoint(str(place.parent), tag=place.name, load_module_strict=every)
     if loaded is None:
         raise InputError(f"{path}: DeepSpeed cannot load it; choose another checkpoint with --resume_from_checkpoint")
     engine.recount(job.policy, state["step"] - state["skipped"])
@@ -65,3 +66,27 @@ def load(job, path, dtype):
         raise InputError(f"{path}: the longest pair's scores differ by {gap:.2g} per token from those that it was saved with (at most "
                          f"{SAME[dtype]:.0e} expected); choose another checkpoint with --resume_from_checkpoint")
     return state
+
+
+@contextlib.contextmanager
+def of_any_world(job, path, world):
+    """The checkpoint's folder; where other ranks saved it, a copy in DeepSpeed's universal form, a file for each parameter."""
+    if world == job.ranks.world or job.policy.zero_optimization_stage() == 0:
+        yield path
+        return
+    place = path.with_name(f".{path.name}.universal")
+    if job.ranks.first:
+        print(f"{path}: saved by {world} ranks, this run has {job.ranks.world}; cutting it anew", flush=True)
+        shutil.rmtree(place, ignore_errors=True)
+        done = subprocess.run([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(path),
+                               "--output_folder", str(place), "--inject_missing_state"], capture_output=True, text=True)
+        if done.returncode:
+            raise InputError(f"{path}: DeepSpeed cannot convert it for {job.ranks.world} ranks ({done.stderr.splitlines()[-1:]}); "
+                             f"go on with {world}", local=True)
+    dist.barrier()
+    job.policy._config.load_universal_checkpoint = True
+    yield place
+    job.policy._config.load_universal_checkpoint = False
+    dist.barrier()
+    if job.ranks.first:
+        shutil.rmtree(place)

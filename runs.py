@@ -17,7 +17,7 @@ from packed import InputError, file_sha256, hold, owner, read_sealed, sealed, wr
 # These may differ when a run goes on: where things are, how often it speaks and saves, how the work is cut.
 FREE = {"task", "preference_data_path", "split", "columns", "template", "on_bad_row", "num_proc", "max_length", "data", "output_dir",
         "resume_from_checkpoint", "local_rank", "logging_steps", "save_steps", "save_total_limit", "eval_steps",
-        "states_per_forward", "gradient_checkpointing", "deepspeed", "model_name_or_path", "trust_remote_code"}
+        "states_per_forward", "gradient_checkpointing", "deepspeed", "model_name_or_path", "trust_remote_code", "ranks"}
 
 
 class Run:
@@ -66,11 +66,18 @@ class Run:
         return path
 
     def check_same(self, arguments, inputs):
-        """Refuse to go on with a run that other arguments or other inputs started."""
+        """Refuse to go on with a run that other arguments or other inputs started. Other ranks may, if a step has as many pairs."""
         if not (self.finished or self.saved()):
             return  # nothing there that could be mixed up
         before = read_sealed(self.folder / "run.json", "another --output_dir")
-        pairs = [(name, before["arguments"].get(name), value) for name, value in arguments.items() if name not in FREE]
+        steps = "gradient_accumulation_steps"
+        (there, ranks), (here, world) = ((each.get(steps, 1), each.get("ranks", 1)) for each in (before["arguments"], arguments))
+        if ranks != world and there * ranks != here * world:
+            more = f"--{steps} {there * ranks // world}" if there * ranks % world == 0 else f"ranks that divide {there * ranks}"
+            raise InputError(f"{self.folder}: that run has {there} micro-batches a step on each of {ranks} rank(s), this one {here} on "
+                             f"{world}, which is another batch; give this one {more}")
+        free = FREE | ({steps} if ranks != world else set())
+        pairs = [(name, before["arguments"].get(name), value) for name, value in arguments.items() if name not in free]
         pairs += [(name, before["inputs"].get(name), value) for name, value in inputs.items()]
         for name, old, new in pairs:
             if old != new:

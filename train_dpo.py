@@ -8,6 +8,7 @@ margin 0 and loss ln 2, because policy and reference replay the same noise; a ru
 """
 import dataclasses
 import math
+import os
 import time
 from typing import Any, NamedTuple
 
@@ -186,6 +187,7 @@ def prepare(argv):
         mend = " ".join(["python score.py"] + [f"--{name} {values[name]}" for name in SCORED if values[name] is not None])
         objective = Preference(args, noise_args, packed, disk.Reference(packed, wanted, noise_args.noise_sets, mend), mask_id)
     arguments = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+    arguments["ranks"] = int(os.environ.get("WORLD_SIZE", 1))
     return groups, objective, arguments, wanted
 
 
