@@ -19,6 +19,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
+import config
 import diffusion
 import packed as disk
 import score
@@ -35,7 +36,8 @@ MOVED = 0.02  # a weight's move without a policy, in standard deviations of its 
 def key(packed, model_args):
     """What a calibration depends on."""
     return {"data": packed.meta["fingerprint"], "model": checkpoint.model_fingerprint(model_args.model_name_or_path),
-            "tokenizer": packed.meta["tokenizer"], "dtype": model_args.use_mixed_precision}
+            "tokenizer": packed.meta["tokenizer"], "dtype": model_args.use_mixed_precision, "load_in_4bit": model_args.load_in_4bit,
+            "shift_logits": model_args.shift_logits}
 
 
 def place(packed, model_args):
@@ -45,8 +47,7 @@ def place(packed, model_args):
 def settle(packed, model_args, noise_args):
     """Fill in --diffusion_steps auto, and with it trajectories and estimator, from the calibration."""
     path = place(packed, model_args)
-    mend = (f"python score.py --calibrate --data {packed.folder} --model_name_or_path {model_args.model_name_or_path} "
-            f"--use_mixed_precision {model_args.use_mixed_precision}")
+    mend = f"python score.py --calibrate --data {packed.folder} {config.flags(score.SAME, model_args)}"
     if not path.exists():
         raise InputError(f"--diffusion_steps auto: {packed.folder} holds no calibration of this model; run: {mend}")
     rows = disk.read_json(path, mend)["rows"]

@@ -54,18 +54,29 @@ def model_folder(name):
 
 
 def base_folder(name):
-    """The folder of a model's whole weights: an adapter's base, else the model's own."""
+    """The folder of a model's whole weights: an adapter's base, as it was when the adapter was trained, else the model's own."""
     folder = model_folder(name)
-    adapter = lora.read(folder)
-    return model_folder(adapter.get("base_model_name_or_path")) if adapter else folder
+    if not (adapter := lora.read(folder)):
+        return folder
+    base, noted = adapter.get("base_model_name_or_path"), lora.base_of(folder)
+    if noted.get("is_folder") and not os.path.isdir(base or ""):
+        raise InputError(f"{name}: an adapter to the model folder {base}, which is not here; go where that path is right, or correct "
+                         "base_model_name_or_path in its adapter_config.json")
+    return model_folder(base)
 
 
 def load_config(name, trust_remote_code=False):
+    """The configuration of a model, or of an adapter's base, with what was said of it when the adapter was trained."""
     folder = base_folder(name)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise InputError(f"{folder}/config.json: {' '.join(str(error).split())[:300]}") from None
+    noted = lora.base_of(model_folder(name))
+    for field in ("mask_token_id", "shift_logits"):
+        if field in noted and (field != "shift_logits" or config.model_type in families.CAUSAL):
+            setattr(config, field, noted[field])
+    return config
 
 
 def load_tokenizer(name, trust_remote_code=False, **kwargs):
@@ -211,10 +222,10 @@ def model_fingerprint(name):
 
 
 def load_model(name, dtype, ds_config=None, trust_remote_code=False, shift_logits="auto", load_in_4bit=False):
-    """The model in training mode with dropout 0, weights loaded strictly, an adapter merged; partitioned as `ds_config` says.
+    """The model in training mode with dropout 0, weights loaded strictly, an adapter beside them; partitioned as `ds_config` says.
 
     dtype: torch dtype of every parameter. ds_config: the resolved DeepSpeed configuration, or None for a plain model.
-    shift_logits: yes, no or auto (families.shifted). load_in_4bit: the blocks in NF4 (quantized.py), an adapter beside them.
+    shift_logits: yes, no or auto (families.shifted). load_in_4bit: the blocks in NF4 (quantized.py).
     Raises InputError naming the tensor that is unknown, missing or of another shape.
     """
     folder, config = base_folder(name), load_config(name, trust_remote_code)
@@ -228,9 +239,7 @@ def load_model(name, dtype, ds_config=None, trust_remote_code=False, shift_logit
     if config.model_type in families.CAUSAL:
         config.shift_logits = shift  # saved with the model: the next script need not be told
     if ds_config and ds_config["zero_optimization"]["stage"] == 3:
-        if load_in_4bit:
-            raise InputError("--load_in_4bit: ZeRO-3 cannot cut 4-bit weights, which fit the card as they are; give "
-                             "ds_configs/zero0.json (or zero2_offload_4080.json)")
+        quantized.refuse_zero3(load_in_4bit, ds_config)
         import deepspeed
         build = deepspeed.zero.Init(config_dict_or_path=ds_config)  # its own dtype argument is ignored on a CPU
     with no_init_weights(), build:
@@ -239,10 +248,12 @@ def load_model(name, dtype, ds_config=None, trust_remote_code=False, shift_logit
         quantized.prepare(model, dtype)
     fill(model, folder)
     if (adapter := model_folder(name)) != folder:
-        if load_in_4bit:  # 4 bits would round away what an adapter adds
-            model = lora.attach(model, adapter)
-        else:
-            lora.merge(model, adapter, writing)
+        if lora.base_of(adapter).get("fingerprint", "") not in ("", model_fingerprint(str(folder))):
+            raise InputError(f"{name}: an adapter to {folder} as it was; the weights there are others now")
+        if (packed := lora.base_of(adapter).get("load_in_4bit", load_in_4bit)) != load_in_4bit:
+            print(f"warning: {name} was trained on its base {'in 4 bits' if packed else 'in whole weights'}; this is a slightly other "
+                  f"model (--load_in_4bit {str(packed).lower()})", file=sys.stderr, flush=True)
+        model = lora.attach(model, adapter, writing)  # beside, not added: bfloat16 would round most of it away
     return model.train()
 
 
@@ -310,12 +321,21 @@ def save_model(folder, model, state_dict, source, tokenizer, card, mask_id=None)
 
 def merge(adapter, out, dtype):
     """A LoRA adapter into its base model: a Hugging Face folder of whole weights."""
-    if not lora.read(model_folder(adapter)):
+    folder = model_folder(adapter)
+    if not lora.read(folder):
         raise InputError(f"{adapter}: holds no adapter_config.json; expected the folder of an adapter")
-    source, model = base_folder(adapter), load_model(adapter, DTYPES[dtype])
+    source, noted, config = base_folder(adapter), lora.base_of(folder), load_config(adapter)
+    shift = "yes" if families.shifted(config) else "no"
+    model = load_model(str(source), DTYPES[dtype], shift_logits=shift)
+    kept = lora.merge(model, folder)
     card = f"---\nlibrary_name: transformers\ntags: [diffusion-language-model]\n---\n{adapter}, merged into {source}.\n"
-    save_model(out, model, dict(model.named_parameters()), source, load_tokenizer(adapter), card)
-    print(f"{out}: {adapter} merged into {source}\nnext: python generate.py --model_name_or_path {out} --prompt '...'", flush=True)
+    save_model(out, model, dict(model.named_parameters()), source, load_tokenizer(adapter), card, noted.get("mask_token_id"))
+    print(f"{out}: {adapter} merged into {source}; {100 * kept:.1f}% of what it adds is left after rounding to "
+          f"{'bfloat16' if dtype == 'bf16' else 'float32'}", flush=True)
+    if kept < 0.9:
+        print(f"warning: {out} is hardly what was trained; sample from {adapter} itself, or merge with --use_mixed_precision no and load it so",
+              flush=True)
+    print(f"next: python generate.py --model_name_or_path {out} --prompt '...'", flush=True)
 
 
 def convert(source, out, tokenizer, heads):

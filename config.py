@@ -5,7 +5,9 @@ serve the whole run; --help shows the groups that a script uses. The sampling sc
 evaluate.py) accept SampleArguments and their own.
 """
 import difflib
+import math
 import os
+import shlex
 import sys
 from argparse import SUPPRESS
 from dataclasses import dataclass, field, fields
@@ -170,6 +172,36 @@ def parse(argv, description, *used):
         for name in OR_AUTO & vars(group).keys():
             setattr(group, name, number_or_auto(name, getattr(group, name)))
     return [group for group in groups if isinstance(group, used)]
+
+
+def check(args):
+    """Refuse training arguments without a meaning; not-a-number has none."""
+    for name in ("learning_rate", "beta", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name} is {getattr(args, name)}, expected more than 0")
+    for name in ("sft_weight", "sft_pad_to", "max_grad_norm", "weight_decay"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise InputError(f"--{name} is {getattr(args, name)}, expected 0 or more")
+    for name, most in (("eval_fraction", 1), ("label_smoothing", 0.5), ("warmup_ratio", 1), ("adam_beta1", 1), ("adam_beta2", 1)):
+        if not 0 <= getattr(args, name) < most:
+            raise InputError(f"--{name} is {getattr(args, name)}, expected 0 or more and less than {most}")
+    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
+        raise InputError(f"--num_train_epochs is {args.num_train_epochs} and --max_steps {args.max_steps}; expected one of them more than 0")
+    if args.label_smoothing and args.loss_type != "sigmoid":
+        raise InputError(f"--label_smoothing {args.label_smoothing} belongs to --loss_type sigmoid, not {args.loss_type}")
+    if args.sft_weight and args.loss_type == "sft":
+        raise InputError(f"--sft_weight {args.sft_weight} adds SFT to a preference loss; leave it out with --loss_type sft")
+
+
+def flags(names, *groups):
+    """The command line that says `names` as `groups` have them; what is as by default is left out."""
+    said = []
+    for group in groups:
+        for item in fields(group):
+            value = getattr(group, item.name)
+            if item.name in names and str(value) != str(item.default) and value is not None:
+                said.append(f"--{item.name} {shlex.quote(str(value))}")
+    return " ".join(said)
 
 
 def number_or_auto(name, value):

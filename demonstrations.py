@@ -22,6 +22,7 @@ FORMS = {
     "conversations": (None, "conversations"),
 }
 MORE = ("input", "history", "context")  # names of what belongs to a prompt
+JUDGED = ("label", "score", "rating")  # names of what says that a response may be a bad one
 
 
 def find_columns(rows, given, path):
@@ -41,7 +42,11 @@ def find_columns(rows, given, path):
 
 
 def refuse_more(rows, columns, path):
-    """A part of the prompt in a column that the form does not read must not be lost unsaid."""
+    """A part of the prompt, or a judgement, in a column that the form does not read must not be lost unsaid."""
+    if judged := [name for name in JUDGED if any(isinstance(row.value, dict) and name in row.value for row in rows)]:
+        raise InputError(f"{path}: a column '{judged[0]}' says that some responses are bad ones, and SFT would learn them all; pair them "
+                         "(make_prefs.py --strategy label), keep the good rows, or say --columns "
+                         + ",".join(f"{ours}={name}" for ours, name in columns.items()))
     read = {*columns.values(), *(("input", "history") if columns.get("prompt") == "instruction" else ())}
     for name in MORE:
         if name not in read and any(isinstance(row.value, dict) and row.value.get(name) for row in rows):

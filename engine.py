@@ -225,10 +225,17 @@ def gather_weights(engine, ranks):
     return weights
 
 
-def grow(sizes, load, trial, ranks):
+def unborn(engine):
+    """Bytes of Adam's moments, and of its step's temporary, that are not there before the first step (ZeRO-0 alone)."""
+    if engine.zero_optimization_stage() or engine.optimizer is None:
+        return 0
+    return 12 * sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)
+
+
+def grow(sizes, load, trial, ranks, later=0):
     """The largest of the ascending `sizes` that fits, on every rank: (size, its peak in GiB on this rank).
 
-    trial(size) does the work; load(size) says in what proportion it takes memory. A size is tried only where what the one
+    trial(size) does the work; load(size) says in what proportion it takes memory; later: bytes to be left free. A size is tried only where what the one
     before it took, in proportion, would still leave room to spare: out of memory in the middle of a backward pass cannot be
     undone under ZeRO-3, so it is never met but with the first.
     """
@@ -237,6 +244,7 @@ def grow(sizes, load, trial, ranks):
         if cuda:
             torch.cuda.reset_peak_memory_stats(ranks.device)
         before, free = memory_now(ranks.device)
+        free -= later
         trial(size)
         peak = torch.cuda.max_memory_allocated(ranks.device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
         if after is None or not all(ranks.gather((peak - before) * load(after) / load(size) < ROOM * free)):

@@ -168,9 +168,10 @@ def host_items(shape, ds, model_args, machine):
                      + locked(summed * x for x in shape.trained)] if pin else []
     found += [("whole weights, gathered to be saved at the end", e * trained)]
     if not machine.one_memory:
+        later = sum(size for _, size in found)  # what is there when the loaded weights have gone to the card
+        if stage < 3 and (more := n * e * (trained + frozen - shape.packed) - later) > 0:
+            found += [("weights, while they are loaded, beyond the above", more)]
         found += [("the processes", n * PROCESS)]
-        if not (stage and optimizer or params):
-            found += [("weights, while they are loaded", n * e * (trained + frozen - shape.packed))]
         if machine.rounded:
             left = n * sum(2 ** math.ceil(math.log2(max(1, e * x / n))) for x in shape.trained) if params and pin_params else 0
             found += [("page-locked memory, rounded up to powers of two", sum(pins)),

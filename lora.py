@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al., arXiv 2106.09685) on the linear layers of the blocks, by peft; the base stays as it is.
 
     train_dpo.py --lora_r 16 -> runs/NAME/final (adapter_config.json, adapter_model.safetensors: peft's format)
-    generate.py --model runs/NAME/final          (added to its base while loading)
+    generate.py --model runs/NAME/final          (its base, and the adapter beside it)
     python checkpoint.py merge runs/NAME/final OUT
 
 W' = W + alpha / r * B A, A (r, in) random, B (out, r) zero at first: the policy starts as the reference, which is the base.
@@ -21,6 +21,7 @@ import quantized
 from packed import InputError, open_tensors, read_json, replacing_folder
 
 PREFIX = "base_model.model."  # of a tensor's name in peft's files
+BASE = "base.json"  # ours, beside them
 
 
 def read(folder):
@@ -75,8 +76,10 @@ def add(model, r, alpha, targets, seed, source):
                      f"to train ({100 * count / (base + count):.2f}%); every dropout is 0")
 
 
-def save(folder, model, tensors, tokenizer, card):
-    """Write an adapter's folder in peft's format: all of it, or nothing. tensors: {name in the model: whole CPU tensor}."""
+def save(folder, model, tensors, tokenizer, card, base):
+    """Write an adapter's folder in peft's format: all of it, or nothing. tensors: {name in the model: whole CPU tensor}.
+
+    base: what is to be known of the base model to load it again as it was (BASE)."""
     adapter = model.peft_config["default"]
     adapter.inference_mode = True
     with replacing_folder(folder) as work:
@@ -85,7 +88,14 @@ def save(folder, model, tensors, tokenizer, card):
         save_file({name.replace(".default.", "."): tensor.contiguous() for name, tensor in tensors.items()},
                   work / "adapter_model.safetensors", metadata={"format": "pt"})
         tokenizer.save_pretrained(work)
+        (work / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
         (work / "README.md").write_text(card, encoding="utf-8")
+
+
+def base_of(folder):
+    """What save() noted of the base: is_folder, fingerprint, shift_logits, mask_token_id, load_in_4bit; {} in others' adapters."""
+    path = Path(folder) / BASE
+    return read_json(path, "saving the adapter again") if path.is_file() else {}
 
 
 @contextlib.contextmanager
@@ -111,25 +121,41 @@ def opened(model, folder):
 
 
 @torch.no_grad()
-def merge(model, folder, writing):
-    """Add the adapter of `folder` to its base `model`, in place, in float32, rounded once.
+def merge(model, folder):
+    """Add the adapter of `folder` to its base `model`, in place, in float32, rounded once to the weights' dtype.
 
-    writing(parameter): checkpoint.writing, a context in which one rank may change it.
+    Returns the share of what it adds that the rounding left: 1 in float32. In bfloat16 a weight moves by no less than some 1/256 of
+    itself, so that little may be left of an adapter that was trained shortly.
     """
+    kept = whole = 0.0
     with opened(model, folder) as (config, layers):
         for name, pair in layers.items():
             a, b = pair()
-            weight = model.get_submodule(name).weight
-            with writing(weight) as mine:
-                if mine:
-                    weight.copy_(weight.float() + config["lora_alpha"] / config["r"] * (b @ a).to(weight.device))
+            weight, delta = model.get_submodule(name).weight, config["lora_alpha"] / config["r"] * (b @ a)
+            before = weight.to(torch.float32, copy=True)
+            weight.copy_(before + delta)
+            kept, whole = kept + float((delta * (weight.float() - before)).sum()), whole + float((delta * delta).sum())
+    return kept / whole if whole else 1.0
 
 
-def attach(model, folder):
-    """`model`, with 4-bit blocks, with the adapter of `folder` beside them."""
+@torch.no_grad()
+def attach(model, folder, writing):
+    """`model` with the adapter of `folder` beside it: what was trained, in any dtype.
+
+    writing(parameter): checkpoint.writing, a context in which one rank may change it.
+    """
     import peft
-    with opened(model, folder):  # it belongs to this model
-        return peft.PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+    with opened(model, folder) as (config, layers):
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(
+            r=config["r"], lora_alpha=config["lora_alpha"], lora_dropout=0.0, target_modules=list(layers), bias="none",
+            base_model_name_or_path=config.get("base_model_name_or_path")), autocast_adapter_dtype=False)
+        for name, pair in layers.items():
+            layer = wrapped.base_model.model.get_submodule(name)
+            for matrix, value in zip((layer.lora_A["default"].weight, layer.lora_B["default"].weight), pair()):
+                with writing(matrix) as mine:
+                    if mine:
+                        matrix.copy_(value)
+    return wrapped
 
 
 def card_of(text, source):

@@ -27,6 +27,7 @@ import families
 import quantized
 from footprint import Item, Machine, activations, card_items, host_items, logits, offload, shape, states
 from packed import InputError
+import score
 from score import backward_passes, sizes
 
 DS_CONFIGS = Path(__file__).parent / "ds_configs"
@@ -96,25 +97,26 @@ def costs(shape, counts, carrying, size, length, ds, model_args, train_args):
     if zero["stage"] and offload(ds, "offload_optimizer")[0]:  # sums go up and down; then the gradient, then the weights
         back_up = 0 if offload(ds, "offload_param")[0] else s.weight
         bus += trained * (s.weight * (2 * backwards - 1) + s.gradient + back_up)
-    return bus, flops / (batch if train_args.loss_type != "sft" else counts[0])
+    return bus, flops / (counts[0] if train_args.loss_type == "sft" else 1)
 
 
 def plan(model_config, data_args, model_args, noise_args, train_args, ds, machine, advise=True):
     """The Plan of a run. ds: as engine.read_ds_config gives it. advise: look for what to change if it does not fit."""
     sized, e = shape(model_config, model_args), states(ds, model_args).weight
     counts, carrying = work(noise_args, train_args)
+    length = data_args.max_length + (train_args.sft_pad_to if train_args.loss_type == "sft" else 0)  # at most: a prompt, padded
     fixed = card_items(sized, ds, model_args, machine)
     room = machine.gpu_gib * 2**30 - sum(item.size for item in fixed)
     graph = lambda size: (  # noqa: E731
-        activations(sized, rows(counts, carrying, size), data_args.max_length, e, model_args.gradient_checkpointing),
-        logits(sized, rows(counts, carrying, size), data_args.max_length, e))
+        activations(sized, rows(counts, carrying, size), length, e, model_args.gradient_checkpointing),
+        logits(sized, rows(counts, carrying, size), length, e))
     size = counts[0] if train_args.loss_type == "sft" else model_args.states_per_forward
     if size == "auto":
         size = max([1] + [some for some in sizes(counts[0]) if sum(graph(some)) < engine.ROOM * room])
     held, words = graph(size)
-    items = fixed + [Item("card", f"activations of {rows(counts, carrying, size)} x {data_args.max_length} tokens", held),
+    items = fixed + [Item("card", f"activations of {rows(counts, carrying, size)} x {length} tokens", held),
                      Item("card", "logits", words)] + host_items(sized, ds, model_args, machine)
-    bus, flops = costs(sized, counts, carrying, size, data_args.max_length, ds, model_args, train_args)
+    bus, flops = costs(sized, counts, carrying, size, length, ds, model_args, train_args)
     pairs = train_args.per_device_train_batch_size * train_args.gradient_accumulation_steps
     made = Plan(items, machine, sum(sized.frozen or sized.trained), sum(sized.trained), size, bus, flops,
                 max(flops / (machine.tflops * 1e12), bus / pairs / (machine.pcie_gbs * 1e9)), True, "")
@@ -146,11 +148,16 @@ def advice(made, model_config, data_args, model_args, noise_args, train_args, ds
         unlocked = lambda other: json.loads(json.dumps(other).replace('"pin_memory": true', '"pin_memory": false'))  # noqa: E731
         tries += [(f"a copy of {name} with pin_memory false{more}", args, unlocked(other))
                   for args, more in ((model_args, ""), (small, f" and {modest}")) for name, other in whole]
-    r = model_args.lora_r or 16
-    tries += [(f"--lora_r {r} --deepspeed {name} {modest}", changed(small, lora_r=r), other) for name, other in whole]
-    tries += [(f"--lora_r {r} --load_in_4bit true --deepspeed ds_configs/zero0.json {modest}",
-               changed(small, lora_r=r, load_in_4bit=True), engine.read_ds_config(DS_CONFIGS / "zero0.json"))]
-    tries += [(f"--deepspeed {name} {modest}", small, other) for name, other in low]
+    r, free = model_args.lora_r or 16, changed(model_args, states_per_forward="auto", gradient_checkpointing=True)
+    modest = "" if model_args.gradient_checkpointing else " --gradient_checkpointing true"
+    said = "" if model_args.states_per_forward == "auto" else " --states_per_forward auto"
+    ways = [(changed(args, lora_r=r, use_mixed_precision=kind), words + more)
+            for args, more in ((free, said + modest), (small, f" --states_per_forward 1{modest}"))
+            for kind, words in ((args.use_mixed_precision, ""), ("bf16", " --use_mixed_precision bf16"))]
+    tries += [(f"--lora_r {r} --deepspeed {name}{words}", args, other) for args, words in ways for name, other in whole]
+    tries += [(f"--lora_r {r} --load_in_4bit true --deepspeed ds_configs/zero0.json{words}", changed(args, load_in_4bit=True),
+               engine.read_ds_config(DS_CONFIGS / "zero0.json")) for args, words in ways]
+    tries += [(f"--deepspeed {name} --states_per_forward 1{modest}", small, other) for name, other in low]
     least = made
     for words, args, other in tries:
         found = plan(model_config, data_args, args, noise_args, train_args, other, made.machine, advise=False)
@@ -230,15 +237,19 @@ def main(argv=None):
         if not least <= getattr(own, name) < math.inf:
             wanted = "1 or more" if name == "ranks" else "a positive number"
             raise InputError(f"--{name} is {getattr(own, name)}, expected {wanted}")
-    for name, value in (("states_per_forward", model_args.states_per_forward), ("max_length", data_args.max_length)):
-        if value != "auto" and value < 1:
-            raise InputError(f"--{name} is {value}, expected at least 1")
-    quantized.check(model_args)
+    if data_args.max_length < 1:
+        raise InputError(f"--max_length is {data_args.max_length}, expected at least 1")
+    score.check_numbers(model_args, noise_args)
+    config.check(train_args)
+    states = work(noise_args, train_args)[0][0]
+    if train_args.loss_type != "sft" and not 0 <= train_args.backprop_steps <= states:
+        raise InputError(f"--backprop_steps is {train_args.backprop_steps}, expected at most the {states} states of a response (0: all)")
     here = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 16.0
     machine = Machine(own.gpu_gib or here, own.host_gib or memory_total(), own.tflops, own.pcie_gbs, own.ranks,
                       rounded=torch.__version__ < "2.13")  # from there on launch.sh can tell torch not to
     model_config = read_config(model_args.model_name_or_path, model_args.trust_remote_code)
     ds = engine.read_ds_config(model_args.deepspeed)
+    quantized.check(model_args, ds)
     made = plan(model_config, data_args, model_args, noise_args, train_args, ds, machine)
     if noise_args.diffusion_steps == "auto":
         print(f"--diffusion_steps auto: planned with {AUTO_STEPS}, before its calibration")

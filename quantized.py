@@ -15,10 +15,17 @@ from packed import InputError
 BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: its code, a byte for the scale of 64, a float32 for 256 of those
 
 
-def check(model_args):
-    """Refuse to train what is packed."""
+def check(model_args, ds):
+    """Refuse to train what is packed, or to cut it."""
     if model_args.load_in_4bit and not model_args.lora_r:
         raise InputError("--load_in_4bit: weights in 4 bits cannot be trained; add --lora_r 16, whose adapters are, or leave it out")
+    refuse_zero3(model_args.load_in_4bit, ds)
+
+
+def refuse_zero3(load_in_4bit, ds):
+    if load_in_4bit and ds["zero_optimization"]["stage"] == 3:
+        raise InputError("--load_in_4bit: ZeRO-3 cannot cut 4-bit weights, which fit the card as they are; give ds_configs/zero0.json "
+                         "(or zero2_offload_4080.json)")
 
 
 def prepare(model, dtype):

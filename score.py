@@ -32,6 +32,8 @@ import packed as disk
 import stopping
 from packed import InputError
 
+SAME = ("model_name_or_path", "shift_logits", "load_in_4bit", "use_mixed_precision", "estimator", "diffusion_steps", "trajectories",
+        "order", "block_length", "noise_sets", "noise_seed")  # of the arguments: what reference scores are made with
 CHUNK = 8  # pairs per chunk of the reference job: what a kill can lose, per rank
 
 
@@ -178,6 +180,16 @@ def block_length(noise_args):
     return noise_args.block_length if noise_args.order == "blocks" else None
 
 
+def check_numbers(model_args, noise_args):
+    """Refuse numbers without a meaning."""
+    for group, names in ((noise_args, ("diffusion_steps", "trajectories", "noise_sets", "block_length")), (model_args, ("states_per_forward",))):
+        for name in names:
+            if (value := getattr(group, name)) != "auto" and value < 1:
+                raise InputError(f"--{name} is {value}, expected at least 1")
+    if model_args.lora_r < 0:
+        raise InputError(f"--lora_r is {model_args.lora_r}, expected 0 (every weight is trained) or more")
+
+
 def check(packed, model_args, noise_args):
     """Fill in what is auto; refuse arguments that make no score, and arrays that another tokenizer made. Returns the mask id."""
     model_args.model_name_or_path = model_args.model_name_or_path or packed.meta["model_name_or_path"]
@@ -187,11 +199,7 @@ def check(packed, model_args, noise_args):
         raise InputError("--diffusion_steps auto is measured in random order; give --order blocks a number")
     if noise_args.order == "blocks" and noise_args.estimator not in ("stepwise", "auto"):
         raise InputError(f"--estimator {noise_args.estimator} counts on random order; --order blocks goes with stepwise")
-    for name, value in (("diffusion_steps", noise_args.diffusion_steps), ("trajectories", noise_args.trajectories),
-                        ("noise_sets", noise_args.noise_sets), ("block_length", noise_args.block_length),
-                        ("states_per_forward", model_args.states_per_forward)):
-        if value != "auto" and value < 1:
-            raise InputError(f"--{name} is {value}, expected at least 1")
+    check_numbers(model_args, noise_args)
     tokenizer = checkpoint.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
     if checkpoint.tokenizer_fingerprint(tokenizer) != packed.meta["tokenizer"]:
         raise InputError(f"{packed.folder}: packed with another tokenizer than {model_args.model_name_or_path}'s; run: "
@@ -346,8 +354,7 @@ def main(argv=None):
     if ranks.first:
         print(f"{folder}: {len(packed)} pairs, {noise_args.noise_sets} noise set(s), {state_count(noise_args)} states a response, "
               f"{model_args.states_per_forward} a forward, {time.time() - began:.0f} s\n"
-              f"next: python train_dpo.py --data {packed.folder} --model_name_or_path {model_args.model_name_or_path}",
-              flush=True)
+              f"next: python train_dpo.py --data {packed.folder} {config.flags(SAME, model_args, noise_args)}", flush=True)
     return leave()
 
 

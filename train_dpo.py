@@ -12,6 +12,7 @@ import os
 import time
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -19,6 +20,7 @@ import calibrate
 import checkpoint
 import config
 import engine
+import families
 import guard
 import lora
 import packed as disk
@@ -31,9 +33,6 @@ import stopping
 import tasks
 from objective import SFT, Preference, Stream, split
 from packed import InputError
-
-SCORED = ("data", "model_name_or_path", "shift_logits", "load_in_4bit", "use_mixed_precision", "estimator", "diffusion_steps",
-          "trajectories", "order", "block_length", "noise_sets", "noise_seed", "deepspeed")  # what the reference scores were made with
 
 
 class Job(NamedTuple):
@@ -138,7 +137,8 @@ def fit(job):
         responses = objective.responses((index, 0))
         responses = responses if joint(size) else [responses[side].first(size)]
         score.score_and_backward(job.policy, responses, lambda scores: 0.0 * sum(scores), size, job.ranks.device, backward)
-    size, peak = engine.grow(score.sizes(S), lambda size: 2 * S if joint(size) else min(size, k), trial, job.ranks)
+    size, peak = engine.grow(score.sizes(S), lambda size: 2 * S if joint(size) else min(size, k), trial, job.ranks,
+                             engine.unborn(job.policy))
     if job.ranks.first:
         prompt, *sides = objective.packed[index]
         print(f"states_per_forward auto: {size} of {S}; the longest response with its prompt, {len(prompt) + len(sides[side])} "
@@ -146,29 +146,10 @@ def fit(job):
     return job._replace(states_per_forward=size)
 
 
-def check(args):
-    """Refuse training arguments without a meaning; not-a-number has none."""
-    for name in ("learning_rate", "beta", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise InputError(f"--{name} is {getattr(args, name)}, expected more than 0")
-    for name in ("sft_weight", "sft_pad_to", "max_grad_norm", "weight_decay"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise InputError(f"--{name} is {getattr(args, name)}, expected 0 or more")
-    for name, most in (("eval_fraction", 1), ("label_smoothing", 0.5), ("warmup_ratio", 1), ("adam_beta1", 1), ("adam_beta2", 1)):
-        if not 0 <= getattr(args, name) < most:
-            raise InputError(f"--{name} is {getattr(args, name)}, expected 0 or more and less than {most}")
-    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
-        raise InputError(f"--num_train_epochs is {args.num_train_epochs} and --max_steps {args.max_steps}; expected one of them more than 0")
-    if args.label_smoothing and args.loss_type != "sigmoid":
-        raise InputError(f"--label_smoothing {args.label_smoothing} belongs to --loss_type sigmoid, not {args.loss_type}")
-    if args.sft_weight and args.loss_type == "sft":
-        raise InputError(f"--sft_weight {args.sft_weight} adds SFT to a preference loss; leave it out with --loss_type sft")
-
-
 def prepare(argv):
     """Read the arguments and everything on disk that the run replays; refuse what cannot be right."""
     groups = data_args, model_args, noise_args, args = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS)
-    check(args)
+    config.check(args)
     packed = disk.Packed(data_args.data)
     if args.loss_type != "sft":
         packed.need_pairs()
@@ -178,13 +159,13 @@ def prepare(argv):
     if lora.read(checkpoint.model_folder(model_args.model_name_or_path)):
         raise InputError(f"{model_args.model_name_or_path}: an adapter, expected whole weights to start from; run: python checkpoint.py "
                          f"merge {model_args.model_name_or_path} OUT, and score and train with --model_name_or_path OUT")
-    quantized.check(model_args)
+    quantized.check(model_args, engine.read_ds_config(model_args.deepspeed))
     wanted = score.depends_on(packed, model_args, noise_args)
     if args.loss_type == "sft":
+        refuse_long_rows(packed, args, checkpoint.load_config(model_args.model_name_or_path, model_args.trust_remote_code))
         objective = SFT(args, noise_args, packed, mask_id)
     else:
-        values = {"data": data_args.data} | vars(model_args) | vars(noise_args)
-        mend = " ".join(["python score.py"] + [f"--{name} {values[name]}" for name in SCORED if values[name] is not None])
+        mend = f"python score.py --data {data_args.data} {config.flags((*score.SAME, 'deepspeed'), model_args, noise_args)}"
         objective = Preference(args, noise_args, packed, disk.Reference(packed, wanted, noise_args.noise_sets, mend), mask_id)
     arguments = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
     arguments["ranks"] = int(os.environ.get("WORLD_SIZE", 1))
@@ -261,6 +242,14 @@ def progress(line, steps):
                                f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"])
 
 
+def refuse_long_rows(packed, args, model_config):
+    """Padding may make a row longer than learned positions reach."""
+    longest = families.longest(model_config)
+    if longest and (most := int(np.diff(packed.bounds[:, :2], axis=1).max()) + args.sft_pad_to) > longest:
+        raise InputError(f"--sft_pad_to {args.sft_pad_to}: makes rows of {most} tokens, and this model reads {longest}; expected at most "
+                         f"{args.sft_pad_to - most + longest}")
+
+
 def start_policy(model_args, args, ds_config, ranks):
     """The engine of the model that training starts from, with LoRA's adapters if asked for."""
     source = model_args.model_name_or_path
@@ -283,12 +272,16 @@ def save_final(job, run, model_args, arguments, evaluation):
         model, text = job.policy.module, card(arguments, evaluation)
         tokenizer = checkpoint.load_tokenizer(source, model_args.trust_remote_code)
         if model_args.lora_r:
-            lora.save(run.final, model, weights, tokenizer, lora.card_of(text, source))
-            said = f"the adapter, in peft's format (python checkpoint.py merge {run.final} OUT makes one model of it)"
+            lora.save(run.final, model, weights, tokenizer, lora.card_of(text, source), {
+                "is_folder": os.path.isdir(source), "fingerprint": checkpoint.model_fingerprint(source),
+                "mask_token_id": job.objective.mask_id, "shift_logits": bool(getattr(model.config, "shift_logits", False)),
+                "load_in_4bit": model_args.load_in_4bit})
+            said = f"the adapter, in peft's format (python checkpoint.py merge {run.final} OUT makes one model of it, rounded)"
         else:
             checkpoint.save_model(run.final, model, weights, checkpoint.model_folder(source), tokenizer, text, job.objective.mask_id)
             said = "the aligned model, in Hugging Face format"
-        print(f"{run.final}: {said}\nnext: python generate.py --model_name_or_path {run.final} --prompt '...'", flush=True)
+        flag = " --load_in_4bit true" if model_args.load_in_4bit else ""
+        print(f"{run.final}: {said}\nnext: python generate.py --model_name_or_path {run.final}{flag} --prompt '...'", flush=True)
     dist.barrier()
 
 

@@ -1,6 +1,7 @@
 """Tests of lora.py: adapters through the engine, alone in what they change, merged to the same model."""
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -87,6 +88,37 @@ def test_merged_is_the_adapters_model(home, trained, tmp_path):
     assert (logits(checkpoint.load_model(str(home.model), torch.float32), ids) - want).abs().max() > 1e-2
     assert checkpoint.model_fingerprint(str(adapter)) != checkpoint.model_fingerprint(str(home.model))
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "llada"
+
+
+def test_bf16_keeps_the_adapter(home, trained, tmp_path, capsys):
+    """Beside its base an adapter counts in bf16, too; merged, most of a small one is rounded away, and that is said."""
+    folder, ids = shutil.copytree(trained.folder / "zero0-final", tmp_path / "small"), torch.arange(4, 60)[None]
+    tensors = weights(folder)
+    factor = 1e-3 * 0.02 / max(float(value.abs().max()) for name, value in tensors.items() if "lora_B" in name)
+    save_file({name: value * factor if "lora_B" in name else value for name, value in tensors.items()}, folder / "adapter_model.safetensors")
+    loaded = checkpoint.load_model(str(folder), torch.bfloat16)
+    layers = dict(loaded.named_modules())
+    [name] = [name for name in layers if name.endswith("blocks.0.q_proj")]
+    assert layers[name].lora_B["default"].weight.any() and loaded(input_ids=ids).logits.dtype == torch.bfloat16
+    checkpoint.main(["merge", str(folder), str(tmp_path / "low")])
+    low = capsys.readouterr().out
+    checkpoint.main(["merge", str(folder), str(tmp_path / "high"), "--use_mixed_precision", "no"])
+    high = capsys.readouterr().out
+    assert "hardly what was trained" in low and float(re.search(r"([\d.]+)% of what it adds", low).group(1)) < 50
+    assert "warning" not in high and "100.0% of what it adds" in high
+
+
+def test_an_adapter_knows_its_base(home, trained, tmp_path, monkeypatch):
+    """Another's weights under the base's name, or no such folder here, are refused; the hub is not asked."""
+    folder = shutil.copytree(trained.folder / "zero0-final", tmp_path / "adapter")
+    noted = json.loads((folder / "base.json").read_text())
+    assert noted["is_folder"] and noted["mask_token_id"] == 3 and noted["load_in_4bit"] is False and noted["shift_logits"] is False
+    (folder / "base.json").write_text(json.dumps(noted | {"fingerprint": "0" * 16}))
+    assert "the weights there are others now" in str(pytest.raises(InputError, checkpoint.load_model, str(folder), torch.float32).value)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "examples/nothing"}))
+    assert "the model folder examples/nothing, which is not here" in str(
+        pytest.raises(InputError, checkpoint.load_model, str(folder), torch.float32).value)
 
 
 def test_sample_from_an_adapter(trained, capsys):

@@ -227,6 +227,36 @@ def test_page_locked_memory(folder):
     assert len(locked) == 2 and rounded.total("host") - exact.total("host") == sum(item.size for item in locked) > 0
 
 
+def test_time_does_not_depend_on_the_batch(folder):
+    """Pairs are scored one after the other; only what is done once a step is shared."""
+    one, four = (planned(folder, "zero3_offload_4080", "--lora_r", "16", "--per_device_train_batch_size", batch) for batch in ("1", "4"))
+    assert one.flops == four.flops and one.seconds == four.seconds
+
+
+def test_loading(folder):
+    """Whole weights are on the host before the card has them, a copy a rank; under ZeRO-3 one tensor at a time is."""
+    for name, ranks, least in (("zero2_offload_4080", 1, 2), ("zero2_offload_4080", 4, 8), ("zero0", 1, 2), ("zero0", 4, 8)):
+        made = planned(folder, name, "--lora_r", "16", machine=plan.Machine(80, 256, ranks=ranks))
+        assert made.total("host") >= least * PARAMETERS, (name, ranks)
+    assert planned(folder, "zero3", machine=plan.Machine(80, 256, ranks=8)).total("host") < 3 * PARAMETERS + 8 * footprint.PROCESS
+
+
+def test_sft_padding_counts(folder):
+    argv = ("--lora_r", "16", "--loss_type", "sft", "--per_device_train_batch_size", "4")
+    assert planned(folder, "zero3_offload_4080", *argv, "--sft_pad_to", "4096").total("card") > planned(
+        folder, "zero3_offload_4080", *argv).total("card") * 1.5
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size"), (["--gradient_accumulation_steps", "0"], "expected more"),
+    (["--diffusion_steps", "-3"], "--diffusion_steps is -3"), (["--lora_r", "-1"], "--lora_r is -1"), (["--trajectories", "0"], "at least 1"),
+    (["--backprop_steps", "100"], "at most the 7 states"), (["--learning_rate", "nan"], "--learning_rate"), (["--max_length", "0"], "--max_length"),
+    (["--load_in_4bit", "true"], "--load_in_4bit"), (["--load_in_4bit", "true", "--lora_r", "16"], "ZeRO-3 cannot cut")])
+def test_refuses_what_training_refuses(folder, capsys, argv, words):
+    ds = str(ROOT / "ds_configs" / "zero3_offload_4080.json")
+    assert words in refusal(plan.main, capsys, "--model_name_or_path", folder, "--deepspeed", ds, *argv)
+
+
 def test_command_line(folder, capsys):
     ds_config = ROOT / "ds_configs" / "zero3_offload_4080.json"
     argv = ["--model_name_or_path", folder, "--deepspeed", str(ds_config), "--gpu_gib", "16"]

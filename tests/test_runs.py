@@ -83,11 +83,23 @@ def test_free_arguments(run):
     """Where things are, how often it speaks, how the work is cut: these may differ. Every one is a real argument."""
     import config
     from dataclasses import fields
-    assert runs.FREE <= {item.name for group in config.GROUPS for item in fields(group)}
+    assert runs.FREE - {"ranks"} <= {item.name for group in config.GROUPS for item in fields(group)}
     write_checkpoint(run, 3)
-    run.check_same(ARGUMENTS | {name: "other" for name in runs.FREE}, INPUTS)
+    run.check_same(ARGUMENTS | {name: "other" for name in runs.FREE - {"ranks"}}, INPUTS)
     assert not runs.FREE & {"beta", "learning_rate", "seed", "noise_seed", "diffusion_steps", "trajectories", "loss_type",
                             "use_mixed_precision", "per_device_train_batch_size", "gradient_accumulation_steps"}
+
+
+def test_another_number_of_ranks(tmp_path):
+    """As many micro-batches a step in all, or refused with what to give."""
+    run, steps = Run(tmp_path / "run"), "gradient_accumulation_steps"
+    run.begin(ARGUMENTS | {"ranks": 2, steps: 4}, INPUTS, {})
+    write_checkpoint(run, 3)
+    for ranks, accumulated in ((2, 4), (1, 8), (4, 2), (8, 1)):
+        run.check_same(ARGUMENTS | {"ranks": ranks, steps: accumulated}, INPUTS)
+    refused(lambda: run.check_same(ARGUMENTS | {"ranks": 1, steps: 4}, INPUTS), "another batch", f"--{steps} 8")
+    refused(lambda: run.check_same(ARGUMENTS | {"ranks": 3, steps: 4}, INPUTS), "ranks that divide 8")
+    refused(lambda: run.check_same(ARGUMENTS | {"ranks": 2, steps: 8}, INPUTS), f"{steps} = 4")
 
 
 def test_torn_run_json(run):

@@ -164,6 +164,16 @@ def test_columns(tiny_dir, tmp_path, capsys):
     assert "no column 'solution'; the columns are prompt, response" in said
 
 
+@pytest.mark.parametrize("row", [{"prompt": "Q", "completion": "A", "label": False}, {"prompt": "Q", "response": "A", "score": 0.1}])
+def test_judged_rows_are_not_learnt_unsaid(tiny_dir, tmp_path, capsys, row):
+    """KTO's and a judge's rows hold bad responses; with --columns they were meant."""
+    argv = ["--task", "sft", "--in", write_rows(tmp_path / "rows.jsonl", [row]), "--out", tmp_path / "out", "--model_name_or_path", tiny_dir]
+    said = refusal(data_prep.main, capsys, *argv)
+    assert "make_prefs.py --strategy label" in said and said.endswith("response=" + list(row)[1])
+    call(data_prep.main, *argv, "--columns", said.rpartition("--columns ")[2])
+    assert "1 rows, 1 kept" in capsys.readouterr().out
+
+
 def test_reuse_notices_the_task(tiny_dir, tmp_path, capsys):
     row, out = {"prompt": "Q", "response": "A", "chosen": "A", "rejected": "B"}, tmp_path / "out"
     source = write_rows(tmp_path / "both.jsonl", [row])
