@@ -177,10 +177,11 @@ def write(folder, kept, left_out, meta):
     entries = [{"line": row.number, "reason": row.reason, "detail": row.detail, "text": shorten(text, 500)}
                for row, text in zip(left_out, said)]
     (folder / "meta.json").unlink(missing_ok=True)
-    packed.write_array(folder / "lines.npy", np.array([row.number for row in kept], np.int64))
+    lines = np.array([row.number for row in kept], np.int64)
+    packed.write_array(folder / "lines.npy", lines)
     with packed.replacing(folder / "rejects.jsonl") as file:
         file.writelines(json.dumps(entry) + "\n" for entry in entries)
-    packed.write_packed(folder, (row.ids for row in kept), meta)
+    packed.write_packed(folder, (row.ids for row in kept), {**meta, "lines": packed.fingerprint(lines)})
 
 
 def mend(task, folder, model):
@@ -206,7 +207,7 @@ def up_to_date(args, model_args, tokenizer):
         raise InputError(f"{args.data}: no packed {said_of(args.task)} there, and no preference_data_path given; run: {remake}")
     try:
         folder = packed.Packed(args.data)
-        packed.open_array(Path(args.data) / "lines.npy", mend(folder.task, args.data, model))
+        folder.lines()
     except InputError:
         if source:
             return False

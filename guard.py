@@ -5,7 +5,6 @@
 import json
 import math
 
-import numpy as np
 import torch
 
 import score
@@ -58,7 +57,7 @@ class Skips:
         where = ", ".join(f"pair {entry['pair']} (line {entry['line']} of {entry['source']})" for entry in bad[:3])
         said = f"step {step} has no finite gradient and is skipped: {where}{' and others' if len(bad) > 3 else ''}"
         if self.row >= IN_A_ROW:
-            raise InputError(f"{said}, the {self.row}th in a row; {self.run.folder}/skipped.jsonl has them all. Weights that overflow want "
+            raise InputError(f"{said}, {self.row} in a row; {self.run.folder}/skipped.jsonl has them all. Weights that overflow want "
                              "--use_mixed_precision no or a lower --learning_rate; a pair that does, to be left out")
         if self.job.ranks.first:
             print(f"warning: {said} ({self.run.folder}/skipped.jsonl)", flush=True)
@@ -66,7 +65,7 @@ class Skips:
 
     def evidence(self, step, pieces):
         packed, entries = self.job.objective.packed, []
-        lines = np.load(packed.folder / "lines.npy") if (packed.folder / "lines.npy").exists() else np.arange(len(packed))
+        lines = packed.lines()
         for item, loss, scores in pieces:
             sums, loss = [float(each.sum()) for each in scores], float(loss)
             for index, _ in item if isinstance(item, list) else [item]:  # SFT: a micro-batch at once

@@ -239,6 +239,14 @@ class Packed:
             raise InputError(f"{self.folder}: holds SFT data, one response a prompt and no preferences; run: python train_dpo.py "
                              f"--loss_type sft --data {self.folder}, or pack preferences into another folder")
 
+    def lines(self):
+        """(pairs,) int64: each pair's line in the source."""
+        path = self.folder / "lines.npy"
+        lines = open_array(path, self.remake)
+        if fingerprint(lines) != self.meta.get("lines"):
+            raise InputError(f"{path}: is not as it was written; run: {self.remake}")
+        return lines
+
     def __len__(self):
         return len(self.bounds)
 

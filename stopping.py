@@ -40,8 +40,8 @@ def command():
 
 
 def disk_is_full(error):
-    """Whether a write failed for want of room: as the system says it, or torch's writer."""
-    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "No space left" in str(error)
+    """Whether a write failed for want of room: as the system says it, or torch's writer, in one of its words."""
+    return isinstance(error, OSError) or any(words in str(error) for words in ("inline_container", "iostream", "PytorchStreamWriter"))
 
 
 def cannot_save(path, error, kept):

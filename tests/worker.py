@@ -7,6 +7,7 @@ backwards, (pair, epoch) of each step; FOLDER/NAME.step-N.pt: the weights after 
 """
 import importlib
 import json
+import math
 import os
 import sys
 import traceback
@@ -65,7 +66,16 @@ def batching(original):
 def stepping(original):
     def optimizer_step(job, step, *args):
         seen["items"].pop(step, None)  # of the check before the first step
+        loss, poisoned = job.objective.loss, []
+
+        def first_is_nan(item):
+            of = loss(item)
+            poisoned.append(item)
+            return of if len(poisoned) > 1 else lambda scores: of(scores) * math.nan
+        if str(step) in os.environ.get("POISON", "").split(","):
+            job.objective.loss = first_is_nan
         result = original(job, step, *args)
+        job.objective.loss = loss
         weights = engine.gather_weights(job.policy, job.ranks)
         if job.ranks.first:
             torch.save(weights, seen["path"].with_suffix(f".step-{step + 1}.pt"))

@@ -1,0 +1,211 @@
+"""Tests of stopping and going on: kills at random moments, signals with their promise, a disk that is full, torn artifacts.
+
+    .venv/bin/python -m pytest -q tests/faults/test_kills.py        # bench/faults.py is the long version of the first
+"""
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from small import LENGTHS, ROOT, call, flags, log, make_model, make_pairs, pack, refusal, run, start
+
+sys.path.insert(0, str(ROOT / "bench"))
+import faults  # noqa: E402
+
+import packed as disk
+import runs
+import score
+import train_dpo
+
+DS = ROOT / "ds_configs" / "zero3_offload_4080.json"
+NOISE = flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=2)
+TRAIN = flags(learning_rate=3e-3, gradient_accumulation_steps=2, max_steps=6, eval_fraction=0.3, eval_steps=2, save_total_limit=0)
+
+
+@pytest.fixture(scope="module")
+def home(tiny_dir, tmp_path_factory):
+    """Packed pairs, their reference scores, and an undisturbed run."""
+    folder = tmp_path_factory.mktemp("kills")
+    model = make_model(folder / "model", tiny_dir)
+    data = pack(folder / "packed", make_pairs(LENGTHS[:12], 3), model)
+    argv = ["--data", data, *NOISE, *TRAIN]
+    call(score.main, "--data", data, *NOISE)
+    run([ROOT / "train_dpo.py", *argv, "--deepspeed", DS, "--output_dir", folder / "whole"])
+    return SimpleNamespace(folder=folder, model=model, data=data, argv=argv)
+
+
+def numbers(folder):
+    return [{key: value for key, value in line.items() if key not in faults.VARIES} for line in log(folder)]
+
+
+def weights(folder):
+    return disk.file_sha256(folder / "final" / "model.safetensors")
+
+
+def same(home, folder):
+    assert numbers(folder) == numbers(home.folder / "whole") and weights(folder) == weights(home.folder / "whole")
+
+
+def test_random_kills(tmp_path):
+    kills, _, wrong = faults.measure(tmp_path, ["prep", "score", "train"], 9, random.randrange(10**6), str(DS))
+    assert not wrong, wrong
+    assert kills.total() >= 9
+
+
+def wait_for(process, ready):
+    while not ready():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves(home, tmp_path, number):
+    """It ends with 0 and a checkpoint that no save_steps asked for, says how to go on, and the rest is as if nothing had been."""
+    command = [ROOT / "train_dpo.py", *home.argv, "--deepspeed", DS, "--output_dir", tmp_path / "run"]
+    process = start(command)
+    wait_for(process, lambda: (tmp_path / "run" / "log.jsonl").exists() and len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) > 1)
+    process.send_signal(number)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "Traceback" not in said and not (tmp_path / "run" / "final").exists(), said
+    assert f"{number.name}: finishing what is in hand" in said and "stopped and saved; go on with: python " in said
+    [(step, path)] = runs.Run(tmp_path / "run").saved()
+    assert step >= 2 and not runs.torn(path)
+    assert f"going on after step {step}" in run(command)
+    same(home, tmp_path / "run")
+
+
+def test_two_signals_stop_at_once(home, tmp_path):
+    process = start([ROOT / "train_dpo.py", *home.argv, "--deepspeed", DS, "--output_dir", tmp_path / "run", "--gradient_accumulation_steps", 4000])
+    wait_for(process, lambda: (tmp_path / "run" / "run.json").exists())
+    time.sleep(1)
+    began = time.time()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode in (0, 128 + signal.SIGTERM) and time.time() - began < 30
+
+
+def test_launch_stops_and_goes_on(home, tmp_path):
+    """launch.sh on two ranks: SIGTERM to it alone; the command that it prints goes on by itself."""
+    argv = [*home.argv, "--model_name_or_path", home.model, "--output_dir", tmp_path / "run", "--gradient_accumulation_steps", 1]
+    environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+    process = subprocess.Popen(["bash", ROOT / "launch.sh", DS, "--num_gpus", "2", *map(str, argv)], cwd=ROOT, text=True,
+                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(process, lambda: (tmp_path / "run" / "log.jsonl").exists())
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "stopped and saved; go on with: bash " in said, said
+    again = subprocess.run(said.rpartition("go on with: ")[2].strip(), shell=True, cwd=ROOT, text=True, capture_output=True,
+                           env=environment)
+    assert again.returncode == 0 and "going on after step" in again.stdout, again.stdout + again.stderr
+    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    for mine, whole in zip(log(tmp_path / "run"), log(home.folder / "whole")):  # two ranks of one pair are one of two
+        assert mine["loss"] == pytest.approx(whole["loss"], abs=1e-4)
+
+
+def test_a_full_disk(home, tmp_path):
+    """A file that cannot be written whole: one sentence, the last checkpoint stays whole, and with room the run goes on from it."""
+    command = [ROOT / "train_dpo.py", *home.argv, "--deepspeed", DS, "--output_dir", tmp_path / "run", "--save_steps", 1]
+    process = start(command)
+    wait_for(process, lambda: (tmp_path / "run" / "checkpoints" / "step-2").exists())
+    limit = 100_000  # bytes of any one file: less than a checkpoint's
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 2 and "Traceback" not in said and "cannot be written" in said and "make room" in said, said
+    assert not list((tmp_path / "run" / "checkpoints").glob(".step-*.tmp"))
+    newest = runs.Run(tmp_path / "run").start_from(None)
+    assert int(newest.name[5:]) >= 2 and f"{newest} is whole" in said
+    assert f"going on after step {newest.name[5:]}" in run(command)
+    same(home, tmp_path / "run")
+
+
+def test_two_runs_in_one_folder(home, tmp_path, capsys):
+    """The second is refused while the first lives; a dead one keeps no lock."""
+    command = [ROOT / "train_dpo.py", *home.argv, "--deepspeed", DS, "--output_dir", tmp_path / "run", "--save_steps", 1]
+    process = start(command)
+    wait_for(process, lambda: (tmp_path / "run" / "checkpoints" / "step-1").exists())
+    os.kill(process.pid, signal.SIGSTOP)
+    said = refusal(train_dpo.main, capsys, *home.argv, "--deepspeed", DS, "--output_dir", tmp_path / "run")
+    assert f"a run is using it (process {process.pid} on " in said
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert "going on after step" in run(command)
+    same(home, tmp_path / "run")
+
+
+def test_two_reference_jobs_share(home, tmp_path):
+    """Both ask for the same scores at once: one makes them, the other waits and takes them."""
+    data = shutil.copytree(home.data, tmp_path / "packed", ignore=shutil.ignore_patterns("ref-*"))
+    both = [start([ROOT / "score.py", "--data", data, *NOISE]) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("6 a forward" in each or "2 a forward" in each for each in said) == 1, said
+    [made], [want] = data.glob("ref-*"), home.data.glob("ref-*")
+    for name in ("noise-0.npy", "ref_scores-0.npy"):
+        assert disk.file_sha256(made / name) == disk.file_sha256(want / name)
+
+
+def read_all(argv):
+    """What training reads; the lines, it reads in need alone."""
+    train_dpo.prepare(argv)[1].packed.lines()
+
+
+def harmed(content, rng, flips):
+    """`content` cut short in several places, and with one bit flipped at both ends and at random."""
+    yield from (content[:cut] for cut in (0, 1, len(content) // 2, len(content) - 1))
+    for bit in [0, 8 * len(content) - 1] + [rng.randrange(8 * len(content)) for _ in range(flips)]:
+        yield content[:bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1:]
+
+
+def same_value(path, content):
+    """Whether a harmed file still says the same, as a JSON file without its last newline does."""
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_bytes()) == json.loads(content)
+        return path.suffix == ".npy" and np.array_equal(np.load(path), np.load(io.BytesIO(content)))
+    except Exception:
+        return False
+
+
+def test_every_artifact_harmed(home, tmp_path, capsys):
+    """Each file of packed/ and ref-*/ cut short, or a bit of it flipped: refused by its name or the folder's, and never used."""
+    rng, tried = random.Random(0), 0
+    argv = [*home.argv, "--deepspeed", DS, "--output_dir", tmp_path / "run"]
+    for path in sorted([*home.data.glob("*.npy"), home.data / "meta.json", *home.data.glob("ref-*/*.npy"), *home.data.glob("ref-*/meta.json")]):
+        original = path.read_bytes()
+        for content in harmed(original, rng, 14):
+            path.write_bytes(content)
+            if not same_value(path, original):
+                said = refusal(read_all, capsys, *argv)
+                assert str(path.parent) in said, (path, said)
+                tried += 1
+        path.write_bytes(original)
+    assert tried > 80
+    read_all(list(map(str, argv)))
+
+
+def test_every_file_of_a_checkpoint_harmed(home, capsys):
+    """Cut short or a bit flipped, in any file of the newest: passed over for the one before."""
+    if not (home.folder / "saved").exists():
+        run([ROOT / "train_dpo.py", *home.argv, "--deepspeed", DS, "--output_dir", home.folder / "saved", "--save_steps", 3])
+    target, rng = runs.Run(home.folder / "saved"), random.Random(0)
+    (_, before), (_, newest) = target.saved()
+    assert target.start_from(None) == newest
+    for path in [path for path in newest.rglob("*") if path.is_file()]:
+        original = path.read_bytes()
+        for content in harmed(original, rng, 3):
+            path.write_bytes(content)
+            if not same_value(path, original):
+                assert target.start_from(None) == before and str(newest) in capsys.readouterr().err, path
+        path.write_bytes(original)
+    assert len(json.loads((newest / "state.json").read_text())["files"]) >= 2 and target.start_from(None) == newest

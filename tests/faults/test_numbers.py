@@ -1,0 +1,142 @@
+"""Tests of guard.py: numbers that are none, in every ZeRO stage; evaluations that fall apart; a checkpoint that comes back otherwise.
+
+    .venv/bin/python -m pytest -q tests/faults/test_numbers.py
+"""
+import json
+import math
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import LENGTHS, call, ds_config, flags, log, make_model, make_pairs, pack, run_jobs
+
+import guard
+import packed as disk
+import runs
+import score
+import train_dpo
+
+RUN = flags(diffusion_steps=2, trajectories=2, learning_rate=3e-3, gradient_accumulation_steps=2, max_steps=5, eval_fraction=0.1,
+            states_per_forward=3, save_steps=2, save_total_limit=0, num_train_epochs=9)
+STAGES = ("zero0", "zero2", "zero2_offload_4080", "zero3_offload_4080")
+BAD = 3  # the step whose numbers are none, from 1
+
+
+@pytest.fixture(scope="module")
+def home(tiny_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("numbers")
+    model = make_model(folder / "model", tiny_dir)
+    return SimpleNamespace(folder=folder, model=model, data=pack(folder / "packed", make_pairs(LENGTHS[:12], 3), model))
+
+
+@pytest.fixture(scope="module", params=["no", "bf16"])
+def skipped(request, home):
+    """Five steps in every stage, the loss of one pair of the third step not-a-number (worker.py's POISON); and the last two once
+    more, from the checkpoint of the second step."""
+    folder = home.folder / request.param
+    folder.mkdir()
+    base = ["--data", home.data, *RUN, "--use_mixed_precision", request.param]
+    jobs = [("score", "score", base)]
+    for stage in STAGES:
+        jobs.append((stage, "train_dpo", base + ["--deepspeed", ds_config(folder / f"{stage}.json", stage, eps=1e-3),
+                                                 "--output_dir", folder / stage]))
+    os.environ["POISON"] = str(BAD - 1)
+    try:
+        did = run_jobs(folder / "out", None, jobs)
+    finally:
+        del os.environ["POISON"]
+    assert [(name, rank["error"]) for name, ranks in did.items() for rank in ranks if rank["error"]] == []
+    return SimpleNamespace(folder=folder, dtype=request.param)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_is_skipped(skipped, stage):
+    """No weight moves in it, the pair is named with its line, and the run goes on with finite numbers."""
+    lines = log(skipped.folder / stage)
+    assert [line["skipped"] for line in lines] == [step == BAD for step in range(1, 6)]
+    before, after, later = (torch.load(skipped.folder / "out" / f"{stage}.step-{step}.pt") for step in (BAD - 1, BAD, BAD + 1))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(later[name], after[name]) for name in before)
+    assert lines[BAD - 1]["loss"] is None and lines[BAD - 1]["grad_norm"] is None
+    assert all(math.isfinite(line[name]) for line in lines if not line["skipped"] for name in ("loss", "grad_norm"))
+    [entry] = [json.loads(line) for line in (skipped.folder / stage / "skipped.jsonl").read_text().splitlines()]
+    assert entry["step"] == BAD and entry["line"] == entry["pair"] + 1 and entry["source"] == "prefs.jsonl" and entry["loss"] is None
+
+
+def test_stages_agree_after_a_skip(skipped):
+    """The optimizer's state is as if the step had not been: every stage goes on alike."""
+    first = load_file(skipped.folder / STAGES[0] / "final" / "model.safetensors")
+    for stage in STAGES[1:]:
+        other = load_file(skipped.folder / stage / "final" / "model.safetensors")
+        close = 1e-5 if skipped.dtype == "no" else 2e-2
+        assert all(torch.allclose(first[name].float(), other[name].float(), atol=close) for name in first), stage
+
+
+def test_resume_after_a_skip(skipped, home):
+    """Adam has made a step less than the run: a resumed run counts so, too, to the last bit."""
+    folder, stage = skipped.folder, "zero3_offload_4080"
+    again = folder / "again"
+    shutil.copytree(folder / stage, again, ignore=shutil.ignore_patterns("final"))
+    assert sorted(path.name for path in (again / "checkpoints").glob("step-*")) == ["step-2", "step-4"]
+    argv = ["--data", home.data, *RUN, "--use_mixed_precision", skipped.dtype, "--deepspeed", folder / f"{stage}.json", "--output_dir", again]
+    [[did]] = run_jobs(folder / "out-again", None, [("again", "train_dpo", argv)]).values()
+    assert not did["error"] and list(did["items"]) == ["4"]
+    assert disk.file_sha256(again / "final" / "model.safetensors") == disk.file_sha256(folder / stage / "final" / "model.safetensors")
+
+
+def test_a_run_that_keeps_failing_stops(home, tmp_path):
+    """Three steps in a row: one sentence, the evidence on disk, and the weights as they were."""
+    base = ["--data", home.data, *RUN, "--use_mixed_precision", "no"]
+    os.environ["POISON"] = "2,3,4"
+    try:
+        did = run_jobs(tmp_path / "out", None, [("score", "score", base), ("run", "train_dpo", [*base, "--output_dir", tmp_path / "run"])])
+    finally:
+        del os.environ["POISON"]
+    [rank] = did["run"]
+    assert "3 in a row" in rank["error"] and "skipped.jsonl" in rank["error"]
+    assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 3 and not (tmp_path / "run" / "final").exists()
+
+
+def test_infinite_loss_with_a_finite_gradient_is_poisoned():
+    """A loss that is infinite may have a finite slope: times poison, its gradient is none either; a finite one is untouched."""
+    for loss, ok in ((2.5, True), (math.inf, False), (-math.inf, False), (math.nan, False)):
+        x = torch.tensor(loss, requires_grad=True)
+        (x * guard.poison(x)).backward()
+        assert bool(torch.isfinite(x.grad)) == ok and (not ok or float(x.grad) == 1)
+
+
+def evaluation(accuracy, low, high, chosen):
+    return {"eval_rewards/accuracies": accuracy, "eval_rewards/accuracies_ci95": [low, high], "eval_rewards/chosen": chosen}
+
+
+def test_falling_apart_is_said():
+    good = evaluation(0.8, 0.7, 0.9, 0.5)
+    assert guard.falling(good, {}, 50, 0.1) == [] == guard.falling(good, good, 50, 0.1)
+    [said] = guard.falling(evaluation(0.5, 0.4, 0.6, 0.5), good, 50, 0.1)
+    assert "accuracy is 0.500, it was 0.800" in said
+    [said] = guard.falling(evaluation(0.2, 0.1, 0.3, 0.5), {}, 50, 0.1)
+    assert "below chance" in said
+    [said] = guard.falling(evaluation(0.8, 0.7, 0.9, -3.0), good, 50, 0.1)  # -30 nats over 50 tokens
+    assert "0.60 nats per token less likely" in said
+    assert guard.falling({"eval_loss": 1.0}, {}, 1, 0.1) == []
+
+
+def test_a_probe_that_comes_out_otherwise(home, tmp_path):
+    """A checkpoint whose weights are not those of its probe is refused before a step is made."""
+    base = ["--data", home.data, *RUN, "--use_mixed_precision", "no", "--output_dir", tmp_path / "run"]
+    call(score.main, *base[:-2])
+    did = run_jobs(tmp_path / "out", None, [("run", "train_dpo", [*base, "--max_steps", 2])])
+    assert not did["run"][0]["error"]
+    shutil.rmtree(tmp_path / "run" / "final")
+    path = tmp_path / "run" / "checkpoints" / "step-2" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(disk.sealed(state | {"probe": [state["probe"][0] + 1.0, *state["probe"][1:]]})))
+    assert runs.torn(path.parent) == ""
+    did = run_jobs(tmp_path / "out2", None, [("run", "train_dpo", [*base, "--max_steps", 2])])
+    assert "longest pair's scores differ by" in did["run"][0]["error"]
+    path.write_text(json.dumps(disk.sealed(state)))
+    did = run_jobs(tmp_path / "out3", None, [("run", "train_dpo", [*base, "--max_steps", 2])])
+    assert not did["run"][0]["error"] and (tmp_path / "run" / "final").exists()
