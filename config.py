@@ -243,7 +243,12 @@ def yaml_as_flags(path, accepted):
 def run(main):
     """Call a script's main() and exit: 2 and one sentence for a user's error, 130 when Ctrl-C stopped it."""
     try:
-        sys.exit(main())
+        code = main()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # all is written: torch's threads now and then abort in their destructors,
+            sys.stdout.flush()                        # ("terminate called without an active exception"), which looks like a failure
+            sys.stderr.flush()
+            os._exit(code or 0)
+        sys.exit(code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)

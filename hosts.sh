@@ -16,7 +16,7 @@ printf -v there '%q ' bash "$here/launch.sh" "$@" --num_gpus "$slots"
 pids=()
 for i in "${!names[@]}"; do
     # -tt: when this ends, so does the session there, and launch.sh stops in good order
-    ssh -tt "${names[$i]}" "cd $(printf %q "$PWD") && NNODES=${#names[@]} NODE_RANK=$i MASTER_ADDR=${MASTER_ADDR:-${names[0]}} MASTER_PORT=${MASTER_PORT:-29500} $there" < /dev/null &
+    ssh -tt "${names[$i]}" "cd $(printf %q "$PWD") && HOSTFILE= NNODES=${#names[@]} NODE_RANK=$i MASTER_ADDR=${MASTER_ADDR:-${names[0]}} MASTER_PORT=${MASTER_PORT:-29500} $there" < /dev/null &
     pids+=($!)
 done
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM HUP

@@ -110,6 +110,8 @@ def main(folder):
         path = folder / f"{name}.{os.environ.get('RANK', 0)}.json"
         path.write_text(json.dumps({key: value for key, value in seen.items() if key != "path"}))
     destroy()
+    sys.stdout.flush()
+    os._exit(0)  # as config.run ends a rank
 
 
 if __name__ == "__main__":
