@@ -1,4 +1,4 @@
-"""SFT rows as people have them, to (prompt, response); the sources are those of rows.py.
+"""SFT rows as people have them, to (prompt, response); the sources are sources.py's.
 
 Forms, each recognised by its columns (FORMS) and named in what data_prep prints:
     prompt, response      {"prompt": "Q", "response": "A"}
@@ -10,7 +10,7 @@ Forms, each recognised by its columns (FORMS) and named in what data_prep prints
 A `system` column comes before the prompt.
 """
 from packed import InputError
-from rows import Malformed, columns_of, conversation, question, ready, require, shorten
+from rows import Malformed, columns_of, conversation, listed, question, ready, require
 
 # form -> the columns that tell it, as (prompt, response); the first whose columns are all there is it
 FORMS = {
@@ -36,7 +36,7 @@ def find_columns(rows, given, path):
     why = "no known form of --task sft has these columns"
     if {"chosen", "rejected"} <= set(there):
         why = "these look like preferences, which are packed without --task sft (or add --columns response=chosen)"
-    raise InputError(f"{path}: {why}; the columns are {shorten(', '.join(there), 300)}; name yours with "
+    raise InputError(f"{path}: {why}; the columns are {listed(there)}; name yours with "
                      "--columns prompt=...,response=..., or rewrite the rows so")
 
 
