@@ -11,6 +11,7 @@ The sources are sources.py's. Forms, each recognised by its columns (FORMS) and 
 Messages may be {from, value}, and their content a list of text parts. A `system` column comes before the prompt.
 Rows with a single response, for SFT, are demonstrations.py's.
 """
+import itertools
 import json
 import os
 import re
@@ -84,26 +85,34 @@ def columns_of(rows, given, path):
     return there
 
 
+def choose(forms, rows, there):
+    """(form, columns) of the first of `forms` whose columns half of the rows have, so that a stray row does not decide for all,
+    else of the first whose columns are all there; None if there is none."""
+    tables = [row.value.keys() for row in rows if isinstance(row.value, dict)]
+    found = [(form, columns) for form, columns in forms if set(columns.values()) <= set(there) or not there]
+    usual = (each for each in found if 2 * sum(set(each[1].values()) <= names for names in tables) >= len(tables))
+    return next(usual, found[0] if found else None)
+
+
 def find_columns(rows, given, path):
     """(columns, form): {"prompt", "chosen", "rejected": the file's name for it}, no "prompt" where it is implicit.
 
     An A/B form has {"prompt", "first", "second", "preference"} instead. Refuses columns of no known form.
     """
     there = columns_of(rows, given, path)
-    for form, names in FORMS.items():
-        columns = {**{ours: name for ours, name in zip(("prompt", "chosen", "rejected"), names) if name}, **given}
-        if set(columns.values()) <= set(there) or not there:
-            if "prompt" not in columns:
-                refuse_other_prompt(rows, there, columns, path)
-            return columns, "--columns" if given else form
+    forms = [(form, {**{ours: name for ours, name in zip(("prompt", "chosen", "rejected"), names) if name}, **given})
+             for form, names in FORMS.items()]
+    if there and not given:
+        forms += ab_forms(there)
+    if chosen := choose(forms, rows, there):
+        form, columns = chosen
+        if "first" in columns:
+            refuse_zero(rows, columns, path)
+        elif "prompt" not in columns:
+            refuse_other_prompt(rows, there, columns, path)
+        return columns, "--columns" if given else form
     sides = next((pair for pair in SIDES if set(pair) <= set(there)), None)
-    asked, said = (next((name for name in names if name in there), None) for names in (ASKED, PREFERENCE))
-    if sides and said and not given and (asked or sides[0] == "conversation_a"):
-        if SIDES[sides] == (("1",), ("2",)) and "0" in {word_of(row.value.get(said)) for row in rows if isinstance(row.value, dict)}:
-            raise InputError(f"{path}: '{said}' is 0 in some rows, which names neither {sides[0]} nor {sides[1]}; rewrite it as 1 or 2")
-        columns = {"first": sides[0], "second": sides[1], "preference": said}
-        return ({"prompt": asked} if sides[0] != "conversation_a" else {}) | columns, \
-            f"A/B ({sides[0]}, {sides[1]}, preferred by {said})"
+    asked = next((name for name in ASKED if name in there), None)
     why = "no known form has these columns"
     if {"completion", "label"} <= set(there):
         why = "these are single judged responses, and DPO needs pairs (make_prefs.py --strategy label makes them)"
@@ -115,14 +124,44 @@ def find_columns(rows, given, path):
                      "--columns prompt=...,chosen=...,rejected=..., or rewrite the rows so")
 
 
+def ab_forms(there):
+    """(form, columns) of every A/B form that these columns may be."""
+    for (first, second), said in itertools.product(SIDES, PREFERENCE):
+        columns = {"first": first, "second": second, "preference": said}
+        for asked in ("",) if first == "conversation_a" else ASKED:
+            form = f"A/B ({first}, {second}, preferred by {said})", ({"prompt": asked} if asked else {}) | columns
+            if set(form[1].values()) <= set(there):
+                yield form
+
+
+def refuse_zero(rows, columns, path):
+    """1 and 2 name the responses; where there is a 0, 1 may be the first as well as the second."""
+    first, second, said = columns["first"], columns["second"], columns["preference"]
+    words = {word_of(row.value.get(said)) for row in rows if isinstance(row.value, dict)}
+    if SIDES[first, second] == (("1",), ("2",)) and "0" in words:
+        raise InputError(f"{path}: '{said}' is 0 in some rows, which names neither {first} nor {second}; rewrite it as 1 or 2")
+
+
 def refuse_other_prompt(rows, there, columns, path):
     """No column of a known name holds the prompt: then chosen and rejected must, and no other column may look like it."""
     sides = [row.value.get(columns["chosen"]) for row in rows if isinstance(row.value, dict)]
     whole = all(side.startswith(HUMAN) if isinstance(side, str) else isinstance(side, list) and len(side) > 1
                 for side in sides if side and isinstance(side, (str, list)))
-    if not whole and (name := next((name for name in there if name.lower() in PROMPTS), None)):
-        raise InputError(f"{path}: a column '{name}' beside {columns['chosen']} and {columns['rejected']}, which are no whole "
-                         f"dialogues; if it holds the prompt: --columns prompt={name}; if not, leave it out of the file")
+    for name in there if not whole else ():
+        if name.lower() in PROMPTS:
+            refuse_or_leave_out(
+                rows, name, path, f"a column '{name}' beside {columns['chosen']} and {columns['rejected']}, which are no whole "
+                f"dialogues; if it holds the prompt: --columns prompt={name}; if not, leave it out of the file")
+
+
+def refuse_or_leave_out(rows, name, path, sentence):
+    """What half of the rows say in a column that is not read is the file's mistake, what fewer say is theirs."""
+    tables = [row for row in rows if isinstance(row.value, dict)]
+    saying = [row for row in tables if row.value.get(name)]
+    if saying and 2 * len(saying) >= len(tables):
+        raise InputError(f"{path}: {sentence}")
+    for row in saying:
+        row.reason, row.detail = "malformed", sentence
 
 
 def word_of(said):

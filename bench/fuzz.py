@@ -188,6 +188,7 @@ def run(rows, seed, folder, per_file=200, show=print):
         stop = rng.random() < 0.1  # then few rows are spoilt, else the first would always be
         made = [make_row(rng, task, columns, build, reader.chat, plain=i == 0 or stop and rng.random() < 0.97)
                 for i in range(size)]
+        made = [rng.choice(made[:i]) if i and rng.random() < 0.02 else row for i, row in enumerate(made)]  # again: duplicates
         source = folder / f"rows{ending}"
         lines = MAKERS[ending](rng, source, made)
         outcome = attempt(source, folder / "packed", model, "--task", task, "--on_bad_row", "stop" if stop else "skip")

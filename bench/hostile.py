@@ -22,6 +22,9 @@ WRONG = [None, 7, True, float("nan"), float("inf"), 10 ** 400, [], {}, [7], [[]]
          [{"role": "user", "content": [{"type": "image"}]}], {"messages": {"messages": []}}, {"messages": "x"},
          {"role": ["user"]}]
 NO_ROWS = [b"null", b"7", b"NaN", b'"x"', b"[]", b"{}", b"true", b"[{}]", b"-", b"\0", b"{"]
+STRAY = [dict.fromkeys(names) for names in (  # rows of other forms, which must not decide over the file's
+    ("input", "preferred_output", "non_preferred_output"), ("prompt", "completion", "label"), ("instruction", "chosen"),
+    ("text",))]
 MOST = 400  # --max_length
 
 
@@ -126,6 +129,7 @@ def spoil(rng, row, line, columns, chat):
         "deep": lambda: (rng.choice([b"[" * 10 ** 5, b'{"a":' * 10 ** 5, nested(5000).encode()]), "bad"),
         "digits": lambda: (more + b', "x": ' + b"9" * 5000 + b"}", "bad"),
         "system": lambda: (changed(system=rng.choice([7, ["S"], {"a": 1}]) if chat else "S"), "bad"),
+        "stray": lambda: (json.dumps(rng.choice(STRAY)).encode(), "bad"),
         "flip": lambda: (flipped(rng, line), "free"),
         "nested": lambda: (more + f', "x": {nested(rng.randrange(2, 1200))}}}'.encode(), "free"),
         "CR": lambda: (line + b"\r", "good"),
@@ -148,6 +152,8 @@ def make_row(rng, task, columns, build, chat, plain=False):
     """One Made; plain: nothing is wrong with it."""
     odd = not plain and rng.random() < 0.6
     parts = tuple(text(rng, odd) for _ in range(2 if task == "sft" else 3))
+    if not plain and rng.random() < 0.02:
+        parts = (parts[0], *parts[1:2] * (len(parts) - 1))  # chosen equals rejected
     row, reasons = build(*parts), reasons_of(parts, chat)
     line = json.dumps(row, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
     if b"\xed\xa0\x80" in line or b"\xed\xbf\xbf" in line:

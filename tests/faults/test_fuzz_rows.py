@@ -303,6 +303,22 @@ def test_one_dialogue_among_strings_is_listed(task, attempt, tmp_path):
     assert [*outcome.kept] == [1] and outcome.listed[2][0] == "malformed" and "need a chat template" in outcome.listed[2][1]
 
 
+@pytest.mark.parametrize("task, stray, words", [
+    ("preferences", {"input": "i", "preferred_output": "p", "non_preferred_output": "n"}, "expected a column 'prompt'"),
+    ("sft", {"prompt": "p", "response": "r", "context": "c"}, "a column 'context' beside prompt and response would be left out"),
+    ("sft", {"prompt": "p", "completion": "c"}, "expected a column 'response'")])
+def test_a_stray_row_does_not_decide_the_form(task, stray, words, attempt, tmp_path):
+    """It is the one that is listed, and named where the job stops; half of the rows are no strays."""
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(json.dumps(row) for row in (GOOD[task], stray, GOOD[task] | {"prompt": "Q"})))
+    refused(attempt(source, "--task", task), f"{source}:2: {words}")
+    outcome = attempt(source, "--task", task, "--on_bad_row", "skip")
+    assert [*outcome.kept] == [1, 3] and outcome.listed[2][0] == "malformed"
+    source.write_text("\n".join(json.dumps(row) for row in (GOOD[task], GOOD[task] | {"prompt": "Q", "context": "c"})))
+    if task == "sft":
+        refused(attempt(source, "--task", task, "--on_bad_row", "skip"), f"{source}: a column 'context'")
+
+
 @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
 def test_a_mask_that_the_tokenizer_reads_into_a_text(column, tiny_dir, tmp_path):
     """A unigram tokenizer holds its special tokens as pieces, and NFKC writes full-width letters as plain ones."""
