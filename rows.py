@@ -88,8 +88,8 @@ def columns_of(rows, given, path):
 def choose(forms, rows, there):
     """(form, columns) of the first of `forms` whose columns half of the rows have, so that a stray row does not decide for all,
     else of the first whose columns are all there; None if there is none."""
-    tables = [row.value.keys() for row in rows if isinstance(row.value, dict)]
-    found = [(form, columns) for form, columns in forms if set(columns.values()) <= set(there) or not there]
+    tables, there = [row.value.keys() for row in rows if isinstance(row.value, dict)], set(there)  # a set: they may be many
+    found = [(form, columns) for form, columns in forms if set(columns.values()) <= there or not there]
     usual = (each for each in found if 2 * sum(set(each[1].values()) <= names for names in tables) >= len(tables))
     return next(usual, found[0] if found else None)
 
@@ -126,11 +126,12 @@ def find_columns(rows, given, path):
 
 def ab_forms(there):
     """(form, columns) of every A/B form that these columns may be."""
+    there = set(there)
     for (first, second), said in itertools.product(SIDES, PREFERENCE):
         columns = {"first": first, "second": second, "preference": said}
         for asked in ("",) if first == "conversation_a" else ASKED:
             form = f"A/B ({first}, {second}, preferred by {said})", ({"prompt": asked} if asked else {}) | columns
-            if set(form[1].values()) <= set(there):
+            if set(form[1].values()) <= there:
                 yield form
 
 

@@ -175,7 +175,8 @@ def make_jsonl(rng, path, made):
         if rng.random() < 0.05:
             lines.append(Made(rng.choice([b"", b" ", b"\t ", b"\r", b"\xef\xbb\xbf", b"\xe2\x80\xa8"]), blank=True))
         lines.append(row)
-    path.write_bytes((b"\xef\xbb\xbf" if rng.random() < 0.1 else b"") + b"\n".join(row.line for row in lines)
+    mark = b"\xef\xbb\xbf" if rng.random() < 0.1 and not lines[0].blank else b""
+    path.write_bytes(mark + b"\n".join(row.line for row in lines)
                      + rng.choice([b"", b"\n", b"\r\n\n"]))
     return lines
 

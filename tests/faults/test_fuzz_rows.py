@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import fuzz
 from hostile import SPECIAL, Made, is_json, nested
 
-FEW = settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 GOOD = {"preferences": {"prompt": "How many?", "chosen": " 12", "rejected": " 11"},
         "sft": {"prompt": "How many?", "response": " 12"}}
 TASKS = pytest.mark.parametrize("task", GOOD)
@@ -53,16 +53,21 @@ ROLE = st.sampled_from(["user", "human", "assistant", "gpt", "system", "develope
 TURN = st.tuples(ROLE, TEXTS | st.sampled_from(["Q", "<|mdm_mask|>", "<|eot_id|>", " "]))
 
 
-@TASKS
-@FEW
-@given(data=st.data(), stop=st.booleans(), ending=st.sampled_from([".jsonl", ".json"]))
-def test_any_json_in_any_column(task, attempt, models, tmp_path_factory, data, stop, ending):
-    """Beside a good row, which is kept."""
+def tables(task):
+    """(task, some rows of any JSON, most of it in the columns that are read)."""
     names = st.sampled_from([*GOOD[task], "system"]) | TEXTS.map(lambda name: "x" + name)
     row = (st.fixed_dictionaries({}, optional={name: JSON | TEXTS for name in GOOD[task]})
            | st.dictionaries(names, JSON, max_size=4) | JSON)
+    return st.tuples(st.just(task), st.lists(row, min_size=1, max_size=8))
+
+
+@FEW
+@given(table=st.one_of(map(tables, GOOD)), stop=st.booleans(), ending=st.sampled_from([".jsonl", ".json"]))
+def test_any_json_in_any_column(attempt, models, tmp_path_factory, table, stop, ending):
+    """Beside a good row, which is kept."""
+    task, rows = table
     lines = [Made(json.dumps(GOOD[task]).encode(), parts=tuple(GOOD[task].values()))]
-    lines += [Made(json.dumps(value).encode(), free=True) for value in data.draw(st.lists(row, min_size=1, max_size=8))]
+    lines += [Made(json.dumps(value).encode(), free=True) for value in rows]
     source = tmp_path_factory.mktemp("any") / f"rows{ending}"
     if ending == ".json":
         source.write_bytes(b"[" + b",".join(line.line for line in lines) + b"]")
@@ -146,7 +151,7 @@ def jsonl_corpus(good):
         "brackets": (b"[" * 10 ** 5 + b"\n" + g + b"\n" + b'{"x":' * 10 ** 5 + b"\n" + add(b'"x": ' + nested(10 ** 5).encode()),
                      [2], [1, 3, 4]),
         "columns": (g[:-1] + many + b"}\n" + other[:-1] + many + b', "7": 1}', [1], [2]),
-        "huge rows": (g + b"\n" + put("x" * 2 * 10 ** 6) + b"\n" + other[:-1] + b', "x": "' + b"y" * 2 * 10 ** 6 + b'"}',
+        "huge rows": (g + b"\n" + put("x" * 10 ** 6) + b"\n" + other[:-1] + b', "x": "' + b"y" * 10 ** 6 + b'"}',
                       [1, 3], [2]),
         "nothing": (b"", [], []),
         "blank lines": (b"\n \n\t\r\n\xef\xbb\xbf\n\xe2\x80\xa8\n", [], []),
