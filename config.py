@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from argparse import SUPPRESS
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Literal, Optional
 
@@ -161,9 +162,20 @@ def parse(argv, description, *used):
     for action in parser._actions:
         if action.dest in hidden or action.dest.removeprefix("no_") in hidden:
             action.help = SUPPRESS
-    path = next((argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config_file"), None)
-    path = path or next((word.split("=", 1)[1] for word in argv if word.startswith("--config_file=")), None)
-    flags = (yaml_as_flags(path, accepted) if path else []) + argv
+    paths = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config_file"]
+    paths += [word.split("=", 1)[1] for word in argv if word.startswith("--config_file=")]
+    if len(paths) > 1:
+        raise InputError(f"--config_file is given {len(paths)} times, expected one file")
+    flags = yaml_as_flags(paths[0], accepted) if paths else []
+    try:
+        read(parser, flags)  # by itself first: what is wrong in the file is said of the file
+    except InputError as error:
+        raise InputError(f"{paths[0]}: {error}") from None
+    return [group for group in read(parser, flags + argv) if isinstance(group, used)]
+
+
+def read(parser, flags):
+    """One instance per dataclass of the parser."""
     *groups, _, unknown = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
@@ -171,7 +183,7 @@ def parse(argv, description, *used):
     for group in groups:
         for name in OR_AUTO & vars(group).keys():
             setattr(group, name, number_or_auto(name, getattr(group, name)))
-    return [group for group in groups if isinstance(group, used)]
+    return groups
 
 
 def check(args):
@@ -214,27 +226,46 @@ def number_or_auto(name, value):
         raise InputError(f"--{name} is {value}, expected a number or auto") from None
 
 
-def nearest(word, known):
+def nearest(word, known, otherwise="--help lists them"):
     found = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {found[0]}?" if found else "; --help lists them"
+    return f"; did you mean {found[0]}?" if found else f"; {otherwise}"
+
+
+class Loader(yaml.BaseLoader):
+    """Every value a string, and no name twice: YAML would take the last without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        for name, times in Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)).most_common(1):
+            if times > 1:
+                raise yaml.constructor.ConstructorError(problem=f"{shown(name)} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def shown(name):
+    """A name out of a file, on one line."""
+    return name[:80] if name.isprintable() else repr(name[:80])
 
 
 def yaml_as_flags(path, accepted):
     """The YAML file's entries as flags, word for word: argparse knows their types (YAML would read 5e-6 as a string, no as false)."""
     try:
         with open(path, encoding="utf-8") as file:
-            entries = yaml.load(file, yaml.BaseLoader) or {}
-    except (OSError, yaml.YAMLError) as error:
+            entries = yaml.load(file, Loader)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if entries in (None, ""):
+        return []
     if not isinstance(entries, dict):
         raise InputError(f"{path}: expected lines of 'name: value'")
     known = [item.name for group in accepted for item in fields(group)]
     flags = []
     for name, value in entries.items():
         if name not in known:
-            raise InputError(f"{path}: unknown argument {name}{nearest(str(name), known)}")
-        if not isinstance(value, str):
-            raise InputError(f"{path}: {name} holds {value}, expected one value")
+            raise InputError(f"{path}: unknown argument {shown(name)}{nearest(name, known)}")
+        if not isinstance(value, str):  # not shown: a few aliases of aliases would fill the screen, and memory
+            raise InputError(f"{path}: {name} holds a {'list' if isinstance(value, list) else 'mapping'}, expected one value")
+        if any(letter < " " or "\ud800" <= letter < "\ue000" for letter in value):
+            raise InputError(f"{path}: {name} is {shown(value)}, expected one line of text")
         if value not in ("", "null", "~"):
             flags.append(f"--{name}={value}")
     return flags

@@ -6,9 +6,10 @@ Input: prefs.jsonl or sft.jsonl. Output: packed/ (tokens.npy, bounds.npy, lines.
     python data_prep.py --in prefs.json --columns prompt=question,chosen=response_j,rejected=response_k ...
     python data_prep.py --task sft --in sft.jsonl --out packed-sft --model_name_or_path M
 
-The forms that a row may have are in rows.py, those of SFT rows in demonstrations.py. Prompt and response are made into ids
-separately and joined; every response ends in the end token. Nothing is truncated: a row that cannot be used whole is left out
-and listed with its reason, so that rows in = pairs kept + rows listed. An SFT row is packed as a pair with nothing rejected.
+Where rows come from is in sources.py, the forms that they may have in rows.py, those of SFT rows in demonstrations.py. Prompt
+and response are made into ids separately and joined; every response ends in the end token. Nothing is truncated: a row that
+cannot be used whole is left out and listed with its reason, so that rows in = pairs kept + rows listed. An SFT row is packed as
+a pair with nothing rejected.
 lines.npy int64 (pairs,) is the line of the source (its place in the list, for a .json) that each pair came from.
 """
 import json
@@ -27,7 +28,8 @@ import demonstrations
 import families
 import packed
 from packed import InputError
-from rows import Malformed, find_columns, parse_columns, preference, read_rows, shorten, source_sha256
+from rows import Malformed, find_columns, parse_columns, preference
+from sources import as_text, read_rows, shorten, source_sha256
 
 DESCRIPTION = ("Preference rows, or with --task sft SFT rows, to token ids on disk: prefs.jsonl -> packed/. With --reuse, "
                "nothing is done when the folder is complete and was made of the same file, task, tokenizer, template, "
@@ -68,6 +70,9 @@ class Encoder:
         for side in sides:
             side = side.strip() if self.strips else side
             ids.append(checkpoint.encode(self.response_tokenizer, side) + [self.end])
+        # a tokenizer that normalises may read a special token where none was written: <mask> in full-width letters under NFKC
+        if self.mask in ids[0] or any(self.mask in side or self.end in side[:-1] for side in ids[1:]):
+            return "special token in the text", "as the tokenizer reads it", [[]] * 3
         ids += [[]] * (3 - len(ids))
         if ids[1] == ids[2]:
             return "chosen equals rejected", "", [[]] * 3
@@ -148,12 +153,12 @@ def prepare(path, args, encoder):
         if not row.reason:
             try:
                 row.parts = read(row.value, columns, encoder.template == "chat")
+                if encoder.template == "none" and isinstance(row.parts[0], list):
+                    raise Malformed("conversational rows need a chat template, and "
+                                    + ("--template none was given" if args.template == "none" else "this tokenizer has none"))
             except Malformed as error:
                 row.reason, row.detail = error.reason, str(error)
         stop_at_malformed(row, args, where)
-        if row.parts and encoder.template == "none" and isinstance(row.parts[0], list):
-            raise InputError(f"{where}{row.number}: conversational rows need a chat template, and "
-                             + ("--template none was given" if args.template == "none" else "this tokenizer has none"))
     if fit := [row for row in rows if not row.reason]:
         encode_rows(encoder, fit, args.num_proc)
     seen = {}
@@ -173,9 +178,8 @@ def stop_at_malformed(row, args, where):
 
 def write(folder, kept, left_out, meta):
     """meta.json goes first and comes back last, so that no half is taken for whole."""
-    said = [row.value if isinstance(row.value, str) else json.dumps(row.value, default=str) for row in left_out]  # parquet has dates
-    entries = [{"line": row.number, "reason": row.reason, "detail": row.detail, "text": shorten(text, 500)}
-               for row, text in zip(left_out, said)]
+    entries = [{"line": row.number, "reason": row.reason, "detail": row.detail,
+                "text": shorten(row.value if isinstance(row.value, str) else as_text(row.value), 500)} for row in left_out]
     (folder / "meta.json").unlink(missing_ok=True)
     lines = np.array([row.number for row in kept], np.int64)
     packed.write_array(folder / "lines.npy", lines)
@@ -304,7 +308,8 @@ def main(argv=None):
     dropped = dict(Counter(row.reason for row in left_out).most_common())
     if not kept:
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise InputError(f"{source}: holds no row that can be used ({why or 'it is empty'})")
+        first = next((f"; the first, {row.number}: {row.detail}" for row in left_out if row.detail), "")
+        raise InputError(f"{source}: holds no row that can be used ({why or 'it is empty'}){first}")
     model_config = checkpoint.load_config(name, model_args.trust_remote_code)
     embeddings = getattr(model_config, "embedding_size", None) or getattr(model_config, "vocab_size", sys.maxsize)
     if (largest := max(encoder.mask, *(int(ids.max()) for row in kept for ids in row.ids if len(ids)))) >= embeddings:

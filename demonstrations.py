@@ -1,4 +1,4 @@
-"""SFT rows as people have them, to (prompt, response); the sources are those of rows.py.
+"""SFT rows as people have them, to (prompt, response); the sources are sources.py's.
 
 Forms, each recognised by its columns (FORMS) and named in what data_prep prints:
     prompt, response      {"prompt": "Q", "response": "A"}
@@ -10,7 +10,7 @@ Forms, each recognised by its columns (FORMS) and named in what data_prep prints
 A `system` column comes before the prompt.
 """
 from packed import InputError
-from rows import Malformed, columns_of, conversation, question, ready, require, shorten
+from rows import Malformed, choose, columns_of, conversation, listed, question, ready, refuse_or_leave_out, require
 
 # form -> the columns that tell it, as (prompt, response); the first whose columns are all there is it
 FORMS = {
@@ -28,16 +28,17 @@ JUDGED = ("label", "score", "rating")  # names of what says that a response may 
 def find_columns(rows, given, path):
     """(columns, form): {"prompt", "response": the file's name for it}, no "prompt" where the response is a whole dialogue."""
     there = columns_of(rows, given, path)
-    for form, names in FORMS.items():
-        columns = {**{ours: name for ours, name in zip(("prompt", "response"), names) if name}, **given}
-        if set(columns.values()) <= set(there) or not there:
-            if not given:
-                refuse_more(rows, columns, path)
-            return columns, "--columns" if given else form
+    forms = [(form, {**{ours: name for ours, name in zip(("prompt", "response"), names) if name}, **given})
+             for form, names in FORMS.items()]
+    if chosen := choose(forms, rows, there):
+        form, columns = chosen
+        if not given:
+            refuse_more(rows, columns, path)
+        return columns, "--columns" if given else form
     why = "no known form of --task sft has these columns"
     if {"chosen", "rejected"} <= set(there):
         why = "these look like preferences, which are packed without --task sft (or add --columns response=chosen)"
-    raise InputError(f"{path}: {why}; the columns are {shorten(', '.join(there), 300)}; name yours with "
+    raise InputError(f"{path}: {why}; the columns are {listed(there)}; name yours with "
                      "--columns prompt=...,response=..., or rewrite the rows so")
 
 
@@ -49,9 +50,9 @@ def refuse_more(rows, columns, path):
                          + ",".join(f"{ours}={name}" for ours, name in columns.items()))
     read = {*columns.values(), *(("input", "history") if columns.get("prompt") == "instruction" else ())}
     for name in MORE:
-        if name not in read and any(isinstance(row.value, dict) and row.value.get(name) for row in rows):
-            raise InputError(f"{path}: a column '{name}' beside {' and '.join(columns.values())} would be left out; write it "
-                             "into the prompt, or name the columns to read with --columns prompt=...,response=...")
+        if name not in read:
+            refuse_or_leave_out(rows, name, path, f"a column '{name}' beside {' and '.join(columns.values())} would be left out; "
+                                "write it into the prompt, or name the columns to read with --columns prompt=...,response=...")
 
 
 def demonstration(row, columns, chat):

@@ -58,7 +58,7 @@ def pattern(model, targets="auto"):
 def add(model, r, alpha, targets, seed, source):
     """The model with adapters, which alone require a gradient, and a line that says so. Peft's names them `default`."""
     import peft
-    if r < 1 or alpha <= 0:
+    if r < 1 or not 0 < alpha < float("inf"):
         raise InputError(f"--lora_r is {r} and --lora_alpha {alpha}; expected at least 1, and more than 0")
     text, names = pattern(model, targets)
     base = sum(map(quantized.numel, model.parameters()))

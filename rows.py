@@ -1,7 +1,6 @@
 """Preference rows as people have them, to (prompt, chosen, rejected).
 
-Sources: a .jsonl, .json or .parquet file, or a data set of the hub ("org/name"), through `datasets`.
-Forms, each recognised by its columns (FORMS) and named in what data_prep prints:
+The sources are sources.py's. Forms, each recognised by its columns (FORMS) and named in what data_prep prints:
     strings             {"prompt": "Q", "chosen": "A", "rejected": "B"}
     conversational      prompt: a list of {role, content}; chosen, rejected: one assistant message, or a string
     implicit prompt     no prompt column; chosen and rejected are whole dialogues that share all but the last turn:
@@ -12,23 +11,16 @@ Forms, each recognised by its columns (FORMS) and named in what data_prep prints
 Messages may be {from, value}, and their content a list of text parts. A `system` column comes before the prompt.
 Rows with a single response, for SFT, are demonstrations.py's.
 """
+import itertools
 import json
 import os
 import re
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
-import jsonlines
+from packed import InputError
+from sources import as_text, kind, shorten
 
-from packed import InputError, file_sha256
-
-ENDINGS = (".jsonl", ".json", ".parquet")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # turns of hh-rlhf's string dialogues
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system", "developer": "system"}
-KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list",
-         dict: "an object"}
-
 
 # form -> the columns that tell it, as (prompt, chosen, rejected); the first whose columns are all there is it
 FORMS = {
@@ -68,90 +60,6 @@ class Tie(Malformed):
     reason = "no preference"
 
 
-@dataclass
-class Row:
-    number: int          # line in a .jsonl, place in a .json list, from 1
-    value: object        # the parsed JSON, or the raw text if it is not JSON
-    reason: str = ""     # why it is left out
-    detail: str = ""
-    parts: tuple = ()    # prompt (a string or messages), chosen, rejected
-    ids: tuple = ()      # the same as arrays of ids, uint32
-
-
-def kind(value):
-    return KINDS.get(type(value), f"a {type(value).__name__}")
-
-
-def shorten(text, most):
-    return text if len(text) <= most else text[:most] + "..."
-
-
-def read_rows(path, split="train"):
-    """Every row of the source as a Row, those that are not JSON marked malformed; blank lines are no rows."""
-    if not is_file(path):
-        return [Row(number, value) for number, value in enumerate(hub_rows(path, split), 1)]
-    if path.endswith(".parquet"):
-        import pyarrow.parquet  # here, not above: data_prep --reuse has no need of it
-        try:
-            return [Row(number, value) for number, value in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)]
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{path}: not a parquet file ({shorten(str(error), 120)})") from None
-    if path.endswith(".json"):
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not valid JSON ({error}); call a file of one object a line .jsonl") from None
-        if isinstance(values, dict) and len(lists := [each for each in values.values() if isinstance(each, list)
-                                                      and each and isinstance(each[0], dict)]) == 1:
-            [values] = lists  # {"data": [...]}
-        if not isinstance(values, list):
-            raise InputError(f"{path}: expected a list of rows, or an object that holds one, found {kind(values)}")
-        return [Row(number, value) for number, value in enumerate(values, 1)]
-    if not path.endswith(".jsonl"):
-        raise InputError(f"{path}: expected a file that ends in .jsonl (one object a line), .json (a list) or .parquet")
-    rows = []
-    with open(path, "rb") as file, jsonlines.Reader(file, loads=json.loads) as reader:
-        for number in range(1, sys.maxsize):
-            try:
-                rows.append(Row(number, reader.read(allow_none=True)))
-            except EOFError:
-                return rows
-            except RecursionError:
-                rows.append(Row(number, "", "malformed", "expected a JSON object, found one nested too deep"))
-            except jsonlines.InvalidLineError as error:
-                text = error.line if isinstance(error.line, str) else error.line.decode("utf-8", "replace")
-                if text.strip():
-                    found = shorten(str(error.__cause__), 120)
-                    rows.append(Row(number, text, "malformed", f"expected a JSON object, found invalid JSON ({found})"))
-
-
-def is_file(path):
-    """False for what can be the name of a data set; refuses what is neither."""
-    if os.path.isfile(path):
-        return True
-    if os.path.isdir(path):
-        raise InputError(f"{path}: is a folder; expected one file of rows, .jsonl, .json or .parquet")
-    if os.path.exists(path) or path.endswith(ENDINGS) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise InputError(f"{path}: no such file; expected rows as .jsonl, .json or .parquet, or a data set of the "
-                         "hub, org/name")
-    return False
-
-
-def hub_rows(name, split):
-    """The rows of a data set of the hub."""
-    import datasets
-    try:
-        return datasets.load_dataset(name, split=split)
-    except (OSError, ValueError) as error:  # datasets' own errors are of these kinds
-        raise InputError(f"{name}: neither a file nor a data set of the hub with a split '{split}' that can be read "
-                         f"({shorten(' '.join(str(error).split()), 200)})") from None
-
-
-def source_sha256(path, split="train"):
-    """What tells whether a source has changed: a file's hash, or a data set's fingerprint."""
-    return file_sha256(path) if is_file(path) else hub_rows(path, split)._fingerprint
-
-
 def parse_columns(text, names=("prompt", "chosen", "rejected")):
     """'prompt=question,chosen=a' -> {"prompt": "question", "chosen": "a"}"""
     columns = {}
@@ -163,13 +71,27 @@ def parse_columns(text, names=("prompt", "chosen", "rejected")):
     return columns
 
 
+def listed(names):
+    """Names on one line, whatever is in them."""
+    return shorten(", ".join(name if name.isprintable() else json.dumps(name) for name in names), 300)
+
+
 def columns_of(rows, given, path):
     """The names of all columns of the file; those that --columns gave must be among them."""
     there = list(dict.fromkeys(name for row in rows if isinstance(row.value, dict) for name in row.value))
     for name in given.values():
         if there and name not in there:
-            raise InputError(f"{path}: no column '{name}'; the columns are {shorten(', '.join(there), 300)}")
+            raise InputError(f"{path}: no column '{name}'; the columns are {listed(there)}")
     return there
+
+
+def choose(forms, rows, there):
+    """(form, columns) of the first of `forms` whose columns half of the rows have, so that a stray row does not decide for all,
+    else of the first whose columns are all there; None if there is none."""
+    tables, there = [row.value.keys() for row in rows if isinstance(row.value, dict)], set(there)  # a set: they may be many
+    found = [(form, columns) for form, columns in forms if set(columns.values()) <= there or not there]
+    usual = (each for each in found if 2 * sum(set(each[1].values()) <= names for names in tables) >= len(tables))
+    return next(usual, found[0] if found else None)
 
 
 def find_columns(rows, given, path):
@@ -178,20 +100,19 @@ def find_columns(rows, given, path):
     An A/B form has {"prompt", "first", "second", "preference"} instead. Refuses columns of no known form.
     """
     there = columns_of(rows, given, path)
-    for form, names in FORMS.items():
-        columns = {**{ours: name for ours, name in zip(("prompt", "chosen", "rejected"), names) if name}, **given}
-        if set(columns.values()) <= set(there) or not there:
-            if "prompt" not in columns:
-                refuse_other_prompt(rows, there, columns, path)
-            return columns, "--columns" if given else form
+    forms = [(form, {**{ours: name for ours, name in zip(("prompt", "chosen", "rejected"), names) if name}, **given})
+             for form, names in FORMS.items()]
+    if there and not given:
+        forms += ab_forms(there)
+    if chosen := choose(forms, rows, there):
+        form, columns = chosen
+        if "first" in columns:
+            refuse_zero(rows, columns, path)
+        elif "prompt" not in columns:
+            refuse_other_prompt(rows, there, columns, path)
+        return columns, "--columns" if given else form
     sides = next((pair for pair in SIDES if set(pair) <= set(there)), None)
-    asked, said = (next((name for name in names if name in there), None) for names in (ASKED, PREFERENCE))
-    if sides and said and not given and (asked or sides[0] == "conversation_a"):
-        if SIDES[sides] == (("1",), ("2",)) and "0" in {word_of(row.value.get(said)) for row in rows if isinstance(row.value, dict)}:
-            raise InputError(f"{path}: '{said}' is 0 in some rows, which names neither {sides[0]} nor {sides[1]}; rewrite it as 1 or 2")
-        columns = {"first": sides[0], "second": sides[1], "preference": said}
-        return ({"prompt": asked} if sides[0] != "conversation_a" else {}) | columns, \
-            f"A/B ({sides[0]}, {sides[1]}, preferred by {said})"
+    asked = next((name for name in ASKED if name in there), None)
     why = "no known form has these columns"
     if {"completion", "label"} <= set(there):
         why = "these are single judged responses, and DPO needs pairs (make_prefs.py --strategy label makes them)"
@@ -199,22 +120,55 @@ def find_columns(rows, given, path):
         why = "these look like single responses, which --task sft packs"
     elif sides and asked:
         why = f"two responses, and no column that says which is preferred ({', '.join(PREFERENCE)})"
-    raise InputError(f"{path}: {why}; the columns are {shorten(', '.join(there), 300)}; name yours with "
+    raise InputError(f"{path}: {why}; the columns are {listed(there)}; name yours with "
                      "--columns prompt=...,chosen=...,rejected=..., or rewrite the rows so")
+
+
+def ab_forms(there):
+    """(form, columns) of every A/B form that these columns may be."""
+    there = set(there)
+    for (first, second), said in itertools.product(SIDES, PREFERENCE):
+        columns = {"first": first, "second": second, "preference": said}
+        for asked in ("",) if first == "conversation_a" else ASKED:
+            form = f"A/B ({first}, {second}, preferred by {said})", ({"prompt": asked} if asked else {}) | columns
+            if set(form[1].values()) <= there:
+                yield form
+
+
+def refuse_zero(rows, columns, path):
+    """1 and 2 name the responses; where there is a 0, 1 may be the first as well as the second."""
+    first, second, said = columns["first"], columns["second"], columns["preference"]
+    words = {word_of(row.value.get(said)) for row in rows if isinstance(row.value, dict)}
+    if SIDES[first, second] == (("1",), ("2",)) and "0" in words:
+        raise InputError(f"{path}: '{said}' is 0 in some rows, which names neither {first} nor {second}; rewrite it as 1 or 2")
 
 
 def refuse_other_prompt(rows, there, columns, path):
     """No column of a known name holds the prompt: then chosen and rejected must, and no other column may look like it."""
     sides = [row.value.get(columns["chosen"]) for row in rows if isinstance(row.value, dict)]
     whole = all(side.startswith(HUMAN) if isinstance(side, str) else isinstance(side, list) and len(side) > 1
-                for side in sides if side)
-    if not whole and (name := next((name for name in there if name.lower() in PROMPTS), None)):
-        raise InputError(f"{path}: a column '{name}' beside {columns['chosen']} and {columns['rejected']}, which are no whole "
-                         f"dialogues; if it holds the prompt: --columns prompt={name}; if not, leave it out of the file")
+                for side in sides if side and isinstance(side, (str, list)))
+    for name in there if not whole else ():
+        if name.lower() in PROMPTS:
+            refuse_or_leave_out(
+                rows, name, path, f"a column '{name}' beside {columns['chosen']} and {columns['rejected']}, which are no whole "
+                f"dialogues; if it holds the prompt: --columns prompt={name}; if not, leave it out of the file")
+
+
+def refuse_or_leave_out(rows, name, path, sentence):
+    """What half of the rows say in a column that is not read is the file's mistake, what fewer say is theirs."""
+    tables = [row for row in rows if isinstance(row.value, dict)]
+    saying = [row for row in tables if row.value.get(name)]
+    if saying and 2 * len(saying) >= len(tables):
+        raise InputError(f"{path}: {sentence}")
+    for row in saying:
+        row.reason, row.detail = "malformed", sentence
 
 
 def word_of(said):
     """A preference as a word: 1.0 -> "1", True -> "1", "A" -> "a"."""
+    if isinstance(said, (list, dict)):
+        return kind(said)
     return str(int(said) if isinstance(said, (bool, float)) and float(said).is_integer() else said).strip().lower()
 
 
@@ -223,7 +177,7 @@ def resolve(row, columns):
     first, second, said = columns["first"], columns["second"], row[columns["preference"]]
     word = word_of(said)
     if word in TIES:
-        raise Tie(f"'{columns['preference']}' is {json.dumps(said)}")
+        raise Tie(f"'{columns['preference']}' is {shown(said)}")
     names = [{name.lower(), *words} for name, words in zip((first, second), SIDES[first, second])]
     if (word in names[0]) == (word in names[1]):
         raise Malformed(f"expected '{columns['preference']}' to name {first} or {second}, found {shown(said)}")
@@ -231,28 +185,33 @@ def resolve(row, columns):
 
 
 def shown(value):
-    return shorten(json.dumps(value, default=str), 80)
+    return shorten(as_text(value), 80)
 
 
 def question(row, name):
     """The prompt of a row's column `name`: a string or messages; LLaMA-Factory's input and history are part of it."""
     prompt = conversation(row[name], name)
     if name == "instruction" and isinstance(prompt, str):
-        if row.get("input"):
-            prompt = f"{prompt}\n{row['input']}"
-        if row.get("history"):
-            try:
-                turns = [{"role": role, "content": text} for asked, answered in row["history"]
-                         for role, text in (("user", asked), ("assistant", answered))]
-            except (TypeError, ValueError):
-                raise Malformed(f"expected 'history' to be a list of [question, answer], found {shown(row['history'])}") from None
+        if more := text_or_nothing(row, "input"):
+            prompt = f"{prompt}\n{more}"
+        if history := row.get("history"):
+            if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+                raise Malformed(f"expected 'history' to be a list of [question, answer], found {shown(history)}")
+            turns = [{"role": role, "content": text} for turn in history for role, text in zip(("user", "assistant"), turn)]
             prompt = conversation([*turns, {"role": "user", "content": prompt}], "history")
     return prompt
 
 
+def text_or_nothing(row, name):
+    """The text of a column that a row may lack; anything else in it would be lost, or written as Python writes it."""
+    if not isinstance(text := row.get(name), (str, type(None))):
+        raise Malformed(f"expected '{name}' to be a string, found {kind(text)}")
+    return text
+
+
 def with_system(prompt, system):
     """`prompt` with the text of a system column before it, unless it has a system message already."""
-    if not isinstance(system, str) or not system.strip():
+    if not system or not system.strip():
         return prompt
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     return prompt if messages[0]["role"] == "system" else [{"role": "system", "content": system}, *messages]
@@ -264,7 +223,7 @@ def require(row, columns):
         raise Malformed(f"expected a JSON object, found {kind(row)}")
     for name in columns.values():
         if name not in row:
-            raise Malformed(f"expected a column '{name}', found {shorten(', '.join(row), 200) or 'an empty object'}")
+            raise Malformed(f"expected a column '{name}', found {listed(row) or 'an empty object'}")
 
 
 def preference(row, columns, chat):
@@ -286,7 +245,7 @@ def ready(row, prompt, responses, chat):
         prompt, responses = dialogue(prompt), [response.strip() for response in responses]
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise Malformed("expected a prompt whose last message is the user's, found the assistant's")
-    prompt = with_system(prompt, row.get("system"))
+    prompt = with_system(prompt, text_or_nothing(row, "system"))
     try:
         "".join([prompt] if isinstance(prompt, str) else [said["content"] for said in prompt]).encode()
         "".join(responses).encode()

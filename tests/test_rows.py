@@ -12,6 +12,7 @@ import data_prep
 import packed
 import rows
 from packed import InputError
+from sources import Row, read_rows
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 USER = [{"role": "user", "content": "Q"}]
@@ -66,7 +67,7 @@ def prep(source, out, model, *more):
 def test_forms(form, chat_dir, tmp_path, capsys):
     """Named in the output and in meta.json; as .jsonl, .json, {"data": [...]} and .parquet the same arrays."""
     row, want = FORMS[form]
-    table = [rows.Row(1, row)]
+    table = [Row(1, row)]
     columns, found = rows.find_columns(table, {}, "x")
     assert found == form and rows.preference(row, columns, True) == want
     other = json.loads(json.dumps(row).replace("good", "very good").replace("first", "the first"))
@@ -95,7 +96,7 @@ def test_forms(form, chat_dir, tmp_path, capsys):
     (("completion_1", "completion_2"), "1", 0), (("human_ref_A", "human_ref_B"), 1, 0), (("human_ref_A", "human_ref_B"), 0, 1)])
 def test_ab(names, value, chosen):
     row = {"prompt": "Q", names[0]: "first", names[1]: "second", "preference": value}
-    columns, _ = rows.find_columns([rows.Row(1, row)], {}, "x")
+    columns, _ = rows.find_columns([Row(1, row)], {}, "x")
     assert rows.preference(row, columns, False) == ("Q", *[("first", "second"), ("second", "first")][chosen])
 
 
@@ -105,7 +106,7 @@ def test_ab(names, value, chosen):
     {"prompt": "Q", "response_a": "good", "response_b": "bad", "winner": "model_a"}], ids=list)
 def test_a_system_column_is_part_of_every_forms_prompt(row):
     for system, head in (("S", [{"role": "system", "content": "S"}]), (" ", None), (None, None)):
-        columns, _ = rows.find_columns([rows.Row(1, row | {"system": system})], {}, "x")
+        columns, _ = rows.find_columns([Row(1, row | {"system": system})], {}, "x")
         prompt, chosen, rejected = rows.preference(row | {"system": system}, columns, True)
         assert (chosen, rejected) == ("good", "bad") and prompt in ([head + USER] if head else ["Q", USER])
     own = {"prompt": [{"role": "system", "content": "own"}, *USER], "chosen": "good", "rejected": "bad", "system": "S"}
@@ -114,7 +115,7 @@ def test_a_system_column_is_part_of_every_forms_prompt(row):
 
 def test_history_is_part_of_the_prompt():
     row = {"instruction": "And 3?", "input": "", "history": [["1?", "one"], ["2?", "two"]], "chosen": "good", "rejected": "bad"}
-    columns, form = rows.find_columns([rows.Row(1, row)], {}, "x")
+    columns, form = rows.find_columns([Row(1, row)], {}, "x")
     prompt, *_ = rows.preference(row, columns, True)
     assert form == "LLaMA-Factory instruction"
     assert [each["content"] for each in prompt] == ["1?", "one", "2?", "two", "And 3?"] and prompt[-1]["role"] == "user"
@@ -131,7 +132,7 @@ def test_a_prompt_under_another_name_is_not_thrown_away(tmp_path, tiny_dir, caps
     call(data_prep.main, *argv, "--columns", "prompt=user_prompt")
     assert packed.Packed(tmp_path / "out").meta["form"] == "--columns"
     beside = {"user": "who asked", "chosen": "\n\nHuman: Q\n\nAssistant: good", "rejected": "\n\nHuman: Q\n\nAssistant: bad"}
-    assert rows.find_columns([rows.Row(1, beside)], {}, "x")[1] == "implicit prompt"
+    assert rows.find_columns([Row(1, beside)], {}, "x")[1] == "implicit prompt"
 
 
 def test_dates_beside_a_row_that_is_left_out(tiny_dir, tmp_path):
@@ -179,14 +180,14 @@ def test_text_parts(chat_dir, tmp_path):
     parts = lambda *texts: [{"type": "text", "text": text} for text in texts]  # noqa: E731
     row = {"prompt": [{"role": "user", "content": parts("Q", " and more")}],
            "chosen": [{"role": "assistant", "content": parts("good")}], "rejected": [{"role": "assistant", "content": parts("bad")}]}
-    columns, _ = rows.find_columns([rows.Row(1, row)], {}, "x")
+    columns, _ = rows.find_columns([Row(1, row)], {}, "x")
     assert rows.preference(row, columns, True) == ([{"role": "user", "content": "Q and more"}], "good", "bad")
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "no/such.parquet", "nowhere", "a/b/c"])
 def test_no_such_source(name):
     with pytest.raises(InputError, match="no such file; expected rows as .jsonl, .json or .parquet, or a data set"):
-        rows.read_rows(name)
+        read_rows(name)
 
 
 def test_hub(chat_dir, tmp_path, monkeypatch):
@@ -197,7 +198,7 @@ def test_hub(chat_dir, tmp_path, monkeypatch):
     for split, count in (("train", 3), ("test", 2)):
         (tmp_path / "org" / "prefs" / f"{split}.jsonl").write_text(
             "".join(json.dumps(row | {"prompt": f"Q{i}"}) + "\n" for i in range(count)))
-    monkeypatch.setattr(rows, "is_file", lambda path: False)  # a folder is no hub name; `datasets` reads it like one
+    monkeypatch.setattr("sources.is_file", lambda path: False)  # a folder is no hub name; `datasets` reads it like one
     assert prep("org/prefs", tmp_path / "out", chat_dir)[0]["kept"] == 3
     meta, _ = prep("org/prefs", tmp_path / "test", chat_dir, "--split", "test")
     assert meta["kept"] == 2 and meta["source"] == "org/prefs"
@@ -205,9 +206,9 @@ def test_hub(chat_dir, tmp_path, monkeypatch):
     prep("org/prefs", tmp_path / "out", chat_dir, "--reuse")
     assert (tmp_path / "out" / "tokens.npy").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="a split 'nothing'"):
-        rows.read_rows("org/prefs", "nothing")
+        read_rows("org/prefs", "nothing")
     with pytest.raises(InputError, match="neither a file nor a data set of the hub"):
-        rows.read_rows("org/absent")
+        read_rows("org/absent")
 
 
 @pytest.mark.parametrize("name, kept, rows_in", [

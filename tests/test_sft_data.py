@@ -22,6 +22,7 @@ import score
 import tasks
 import train_dpo
 from packed import InputError
+from sources import Row
 
 TEMPLATE = ("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
             "{% if add_generation_prompt %}[assistant] {% endif %}")
@@ -92,7 +93,7 @@ def test_forms(name, chat_dir, tmp_path, capsys):
     import pyarrow
     import pyarrow.parquet
     form, row, want = FORMS[name]
-    columns, found = demonstrations.find_columns([rows.Row(1, row)], {}, "x")
+    columns, found = demonstrations.find_columns([Row(1, row)], {}, "x")
     assert found == form and demonstrations.demonstration(row, columns, True) == want
     other = json.loads(json.dumps(row).replace("good", "very good"))
     sources = {name: tmp_path / name for name in ("a.jsonl", "a.json", "a.parquet")}
@@ -159,7 +160,7 @@ def test_columns(tiny_dir, tmp_path, capsys):
     want, _ = prep(write_rows(tmp_path / "sft.jsonl", sft), tmp_path / "b", tiny_dir)
     assert (got.tokens == want.tokens).all() and got.meta["fingerprint"] == want.meta["fingerprint"]
     columns = {"response": "turns"}
-    assert demonstrations.find_columns([rows.Row(1, {"turns": SHAREGPT})], columns, "x") == (columns, "--columns")
+    assert demonstrations.find_columns([Row(1, {"turns": SHAREGPT})], columns, "x") == (columns, "--columns")
     said = refusal(data_prep.main, capsys, "--task", "sft", "--in", tmp_path / "sft.jsonl", "--columns", "response=solution")
     assert "no column 'solution'; the columns are prompt, response" in said
 

@@ -1,0 +1,223 @@
+"""data_prep.py against hostile rows: files of odd texts, torn lines and wrong types through its main(), every outcome checked.
+
+    python bench/fuzz.py --rows 100000 --seed 0
+
+Each row is made with what must become of it: kept, with texts that its tokens must decode to, or listed for one of the reasons
+that hold for it. Never a traceback. A file is refused only where --on_bad_row stop meets a malformed row, which the sentence
+names, or where it cannot be read. Prints a table; exits 1 if anything was wrong.
+"""
+import argparse
+import contextlib
+import io
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from hostile import FORMS, HEADERS, MAKERS, MOST, TEMPLATE, make_row, said
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import checkpoint  # noqa: E402
+import data_prep  # noqa: E402
+import packed  # noqa: E402
+from packed import InputError  # noqa: E402
+
+
+# --- what becomes of them ---
+
+@dataclass
+class Outcome:
+    refused: str = ""      # the sentence
+    crash: str = ""        # a traceback
+    kept: dict = None      # line: (prompt, chosen, rejected) ids
+    listed: dict = None    # line: (reason, detail)
+    meta: dict = None
+
+
+def attempt(source, out, model, *flags):
+    """data_prep.main on `source`, in this process."""
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            data_prep.main(["--in", str(source), "--out", str(out), "--model_name_or_path", str(model), "--num_proc", "1",
+                            "--max_length", str(MOST), *flags])
+    except InputError as error:
+        return Outcome(refused=str(error))
+    except (Exception, SystemExit):
+        return Outcome(crash=traceback.format_exc())
+    there = packed.Packed(out)
+    rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    numbers = np.load(out / "lines.npy").tolist()
+    return Outcome(kept=dict(zip(numbers, there, strict=True)), meta=there.meta,
+                   listed={each["line"]: (each["reason"], each["detail"]) for each in rejects})
+
+
+def rendered(turns):
+    """What TEMPLATE makes of (role, content)s."""
+    said_so = (f"<|start_header_id|>{role}<|end_header_id|>{said(content, True)}<|eot_id|>" for role, content in turns)
+    return "".join(said_so) + "<|start_header_id|>assistant<|end_header_id|>"
+
+
+class Reader:
+    """Tokens back to text, without data_prep's help."""
+
+    def __init__(self, model):
+        self.folder, self.tokenizer = model, checkpoint.load_tokenizer(str(model))
+        self.chat = bool(self.tokenizer.chat_template)
+        id_of = self.tokenizer.convert_tokens_to_ids
+        self.end = id_of("<|eot_id|>" if self.chat else "</s>")
+        self.masks = {id_of("<mask>"), id_of("<|mdm_mask|>")} - {self.tokenizer.unk_token_id}
+
+    def text(self, ids):
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def prompt(self, content):
+        if not self.chat:
+            return said(content, False)
+        return rendered([("user", content)])
+
+    def faults(self, ids, parts, strings):
+        """What is wrong with the ids of a kept row that should say `parts`, or, if those are not known, some of `strings`."""
+        prompt, *responses = (each.tolist() for each in ids)
+        responses = [each for each in responses if each]
+        if self.masks & {*prompt, *sum(responses, [])}:
+            yield "a mask among the tokens"
+        if any(each[-1] != self.end or self.end in each[:-1] for each in responses):
+            yield "an end token too few or too many"
+        got, wanted = [self.text(prompt), *(self.text(each[:-1]) for each in responses)], None
+        if parts:
+            wanted = [self.prompt(parts[0]), *(said(part, self.chat) for part in parts[1:])]
+        elif got[0] not in map(self.prompt, strings) or not {*got[1:]} <= {said(part, self.chat) for part in strings}:
+            wanted = "strings of the row"
+        if wanted and got != wanted:
+            yield f"tokens say {got}, expected {wanted}"
+
+
+def strings_in(value):
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from strings_in(item)
+
+
+def check_rows(lines, outcome, reader):
+    """What is wrong with an outcome that is no refusal: every row is kept or listed, as it was made to be."""
+    rows = {number: row for number, row in enumerate(lines, 1) if not row.blank}
+    kept, listed = outcome.kept, outcome.listed
+    if kept.keys() & listed.keys() or kept.keys() | listed.keys() != rows.keys() or outcome.meta["rows"] != len(rows):
+        yield f"rows {sorted(rows.keys() ^ (kept.keys() | listed.keys()))[:5]} are not accounted for"
+        return
+    if len({packed.fingerprint(*ids) for ids in kept.values()}) < len(kept):
+        yield "a pair is kept twice"
+    for number, row in rows.items():
+        reason, detail = listed.get(number, ("", ""))
+        if number in kept:
+            if row.reasons and not row.free and row.reasons != {"too long"}:
+                yield f"{number}: kept, though {sorted(row.reasons)}"
+            value = () if row.parts else strings_in(json.loads(row.line))
+            yield from (f"{number}: {fault}" for fault in reader.faults(kept[number], row.parts, list(value)))
+        elif reason == "duplicate":
+            first = kept.get(int(detail.removeprefix("of ")))
+            if first is None or any(True for _ in reader.faults(first, row.parts, []) if row.parts):
+                yield f"{number}: listed as a duplicate {detail}, which it is not"
+        elif reason not in row.reasons and not row.free:
+            yield f"{number}: listed as {reason} ({detail}), expected {sorted(row.reasons) or 'it to be kept'}"
+
+
+def check_refusal(lines, sentence, source, stop):
+    """What is wrong with a refusal; lines: None where the file cannot be read."""
+    if str(source) not in sentence or "\n" in sentence:
+        yield f"the sentence does not name the file, or is more than one: {sentence}"
+    if lines is None:
+        return
+    bad = [number for number, row in enumerate(lines, 1) if "malformed" in row.reasons]
+    free = [number for number, row in enumerate(lines, 1) if row.free]
+    where = f"{source}:" if source.suffix == ".jsonl" else f"{source}: row "
+    allowed = [number for number in [*bad[:1], *free] if not bad or number <= bad[0]] if stop else []
+    if not any(sentence.startswith(f"{where}{number}: ") for number in allowed):
+        yield f"refused: {sentence}"
+
+
+def check(lines, outcome, source, reader, stop):
+    """Everything that is wrong with what became of a file."""
+    if outcome.crash:
+        return ["traceback"]
+    if outcome.refused:
+        return list(check_refusal(lines, outcome.refused, source, stop))
+    if lines is None:
+        return ["a file that is not JSON was read"]
+    if stop and any("malformed" in row.reasons for row in lines):
+        return ["a malformed row did not stop the job"]
+    return list(check_rows(lines, outcome, reader))
+
+
+# --- the job ---
+
+def make_models(folder):
+    """Two models of the embedded one's tokenizer: as it is, and with LLaDA's special tokens, mask and a chat template."""
+    plain, chat = folder / "plain", folder / "chat"
+    for place, special in ((plain, {}), (chat, {"chat_template": TEMPLATE, "additional_special_tokens": HEADERS})):
+        shutil.copytree(ROOT / "examples" / "tiny", place, ignore=shutil.ignore_patterns("*.safetensors"))
+        settings, config = ({**json.loads((place / name).read_text())} for name in ("tokenizer_config.json", "config.json"))
+        (place / "tokenizer_config.json").write_text(json.dumps(settings | special))
+        if special:
+            mask = checkpoint.load_tokenizer(str(place)).convert_tokens_to_ids("<|mdm_mask|>")
+            changes = {"mask_token_id": mask, "vocab_size": 520, "embedding_size": 520}
+            (place / "config.json").write_text(json.dumps(config | changes))
+    return plain, chat
+
+
+def run(rows, seed, folder, per_file=200, show=print):
+    """Fuzz with `rows` rows; the counts."""
+    folder, counts, rng = Path(folder), Counter(), random.Random(seed)
+    readers = {model: Reader(model) for model in make_models(folder)}
+    while counts["rows tried"] < rows:
+        model, reader = rng.choice(list(readers.items()))
+        task, ending = rng.choice(["preferences", "sft"]), rng.choices(list(MAKERS), (6, 2, 1))[0]
+        columns, build = rng.choice(FORMS[task, False] + (FORMS[task, True] if reader.chat else []))
+        size = min(per_file, rows - counts["rows tried"])
+        stop = rng.random() < 0.1  # then few rows are spoilt, else the first would always be
+        made = [make_row(rng, task, columns, build, reader.chat, plain=i == 0 or stop and rng.random() < 0.97)
+                for i in range(size)]
+        made = [rng.choice(made[:i]) if i and rng.random() < 0.02 else row for i, row in enumerate(made)]  # again: duplicates
+        source = folder / f"rows{ending}"
+        lines = MAKERS[ending](rng, source, made)
+        outcome = attempt(source, folder / "packed", model, "--task", task, "--on_bad_row", "stop" if stop else "skip")
+        wrong = check(lines, outcome, source, reader, stop)
+        tried = made if lines is None else [row for row in lines if not row.blank]
+        counts.update({"files": 1, "rows tried": len(tried), "refused files": bool(outcome.refused),
+                       "kept": len(outcome.kept or ()), "listed": len(outcome.listed or ()),
+                       "tracebacks": bool(outcome.crash), "wrong results": len(wrong) - bool(outcome.crash)})
+        counts.update(f"listed: {reason}" for reason, _ in (outcome.listed or {}).values())
+        for fault in wrong[:3]:
+            show(f"file {counts['files']} ({task}, {columns}, {model.name}, {ending}, {'stop' if stop else 'skip'}): {fault} "
+                 f"{outcome.crash}")
+    return counts
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=100000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        counts = run(args.rows, args.seed, folder)
+    names = ("rows tried", "files", "kept", "listed", "refused files", "tracebacks", "wrong results")
+    for name in (*names, *sorted(name for name in counts if name not in names)):
+        print(f"{counts[name]:8d}  {name}")
+    print(f"{(time.monotonic() - began) / 60:8.1f}  minutes")
+    return int(bool(counts["tracebacks"] or counts["wrong results"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
