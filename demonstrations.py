@@ -44,10 +44,10 @@ def find_columns(rows, given, path):
 
 def refuse_more(rows, columns, path):
     """A part of the prompt, or a judgement, in a column that the form does not read must not be lost unsaid."""
-    if judged := [name for name in JUDGED if any(isinstance(row.value, dict) and name in row.value for row in rows)]:
-        raise InputError(f"{path}: a column '{judged[0]}' says that some responses are bad ones, and SFT would learn them all; pair them "
-                         "(make_prefs.py --strategy label), keep the good rows, or say --columns "
-                         + ",".join(f"{ours}={name}" for ours, name in columns.items()))
+    for name in JUDGED:
+        refuse_or_leave_out(rows, name, path, f"a column '{name}' says that some responses are bad ones, and SFT would learn them all; "
+                            "pair them (make_prefs.py --strategy label), keep the good rows, or say --columns "
+                            + ",".join(f"{ours}={theirs}" for ours, theirs in columns.items()), lambda _: True)
     read = {*columns.values(), *(("input", "history") if columns.get("prompt") == "instruction" else ())}
     for name in MORE:
         if name not in read:

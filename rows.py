@@ -155,10 +155,10 @@ def refuse_other_prompt(rows, there, columns, path):
                 f"dialogues; if it holds the prompt: --columns prompt={name}; if not, leave it out of the file")
 
 
-def refuse_or_leave_out(rows, name, path, sentence):
+def refuse_or_leave_out(rows, name, path, sentence, says=bool):
     """What half of the rows say in a column that is not read is the file's mistake, what fewer say is theirs."""
     tables = [row for row in rows if isinstance(row.value, dict)]
-    saying = [row for row in tables if row.value.get(name)]
+    saying = [row for row in tables if name in row.value and says(row.value[name])]
     if saying and 2 * len(saying) >= len(tables):
         raise InputError(f"{path}: {sentence}")
     for row in saying:

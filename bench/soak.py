@@ -1,0 +1,67 @@
+"""A long run at small size: host memory, open files and step time must stay flat, and the log be as long as the run.
+
+    python bench/soak.py [--steps 3000] [--deepspeed ds_configs/zero3_offload_4080.json]
+
+A model of 60,000 parameters, one pair a step, a checkpoint every 100 steps of which two are kept. Resident memory and file handles
+are read from /proc every second; the table compares the medians of the run's second and last tenth (the first holds the start).
+"""
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import small  # noqa: E402
+
+
+def watch(process):
+    """[(seconds, MiB resident, open files)] until the process ends."""
+    seen, began = [], time.time()
+    while process.poll() is None:
+        try:
+            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+            seen.append((time.time() - began, pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(f"/proc/{process.pid}/fd"))))
+        except OSError:
+            break
+        time.sleep(1)
+    return seen
+
+
+def tenth(values, which):
+    size = max(1, len(values) // 10)
+    return statistics.median(values[which * size:(which + 1) * size] or values[-size:])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--deepspeed", default=str(ROOT / "ds_configs" / "zero3_offload_4080.json"))
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        model = small.make_model(work / "model", ROOT / "examples" / "tiny")
+        data = small.pack(work / "packed", small.make_pairs([(5, 9, 11)] * 40, 3), model)
+        noise = ["--data", data, *small.flags(use_mixed_precision="no", diffusion_steps=2, trajectories=1)]
+        small.run([ROOT / "score.py", *noise])
+        process = small.start([ROOT / "train_dpo.py", *noise, "--deepspeed", args.deepspeed, "--output_dir", work / "run", *small.flags(
+            max_steps=args.steps, save_steps=100, gradient_accumulation_steps=1, eval_fraction=0.1, eval_steps=500, logging_steps=10**6)])
+        seen = watch(process)
+        said = process.communicate()[0]
+        if process.returncode:
+            sys.exit(said[-3000:])
+        lines = small.log(work / "run")
+        assert [line["step"] for line in lines] == list(range(1, args.steps + 1))
+        print(f"{args.steps} steps, {seen[-1][0]:.0f} s, log of {(work / 'run' / 'log.jsonl').stat().st_size / len(lines):.0f} bytes a step")
+        for name, values in (("resident MiB", [each[1] for each in seen]), ("open files", [each[2] for each in seen]),
+                             ("ms a step", [1e3 / line["pairs_per_second"] for line in lines])):
+            early, late = tenth(values, 1), tenth(values, 9)
+            print(f"{name:14}{early:10.1f} in the second tenth, {late:10.1f} in the last, ratio {late / early:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
