@@ -12,9 +12,12 @@ cannot be used whole is left out and listed with its reason, so that rows in = p
 a pair with nothing rejected.
 lines.npy int64 (pairs,) is the line of the source (its place in the list, for a .json) that each pair came from.
 """
+import ctypes
+import functools
 import json
 import os
 import re
+import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -117,6 +120,12 @@ def encode_batch(batch, encoder):
             **{name: [ids[i] for _, _, ids in done] for i, name in enumerate(("prompt", "chosen", "rejected"))}}
 
 
+def end_with_us(parent):
+    """In a process that was just forked off `parent`: end when that is killed, instead of waiting for it for ever."""
+    if os.getppid() == parent:  # and not a fork of that process's own
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
+
+
 def encode_rows(encoder, rows, num_proc):
     """Fill in reason, detail and ids of each row; the same for every num_proc."""
     import datasets  # here, not above: it takes a second, and --reuse has no need of it
@@ -124,6 +133,8 @@ def encode_rows(encoder, rows, num_proc):
     if num_proc < 0:
         raise InputError(f"--num_proc {num_proc}: expected 0 (one per core) or more")
     num_proc = min(num_proc or (os.cpu_count() if len(rows) >= SMALL else 1), len(rows))
+    if num_proc > 1:
+        os.register_at_fork(after_in_child=functools.partial(end_with_us, os.getpid()))
     ids = datasets.List(datasets.Value("uint32"))
     columns = {"reason": datasets.Value("string"), "detail": datasets.Value("string"),
                "prompt": ids, "chosen": ids, "rejected": ids}

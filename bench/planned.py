@@ -14,6 +14,8 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,9 +54,21 @@ def worker(argv):
     for flag, name in (("--lora_r", "peft"), ("--load_in_4bit", "bitsandbytes")):  # these come in late
         if flag in argv:
             importlib.import_module(name)
-    held = engine.memory_now(engine.torch.device("cpu"))[0]
+    held, private, peak = engine.memory_now(engine.torch.device("cpu"))[0], anonymous(), [0]
+
+    def watch():
+        while True:
+            peak[0] = max(peak[0], anonymous())
+            time.sleep(0.005)
+    threading.Thread(target=watch, daemon=True).start()
     train_dpo.main(argv)
-    print("measured", held / 2**30, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    print("measured", held / 2**30, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, (peak[0] - private) / 2**30)
+
+
+def anonymous():
+    """Bytes resident but for pages of files, which the kernel may take back: those of a model that is being read."""
+    [size] = [int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return size * 2**10
 
 
 def run(script, argv, folder):
@@ -73,7 +87,7 @@ def measure(name, folder, args):
                        gradient_accumulation_steps=1, deepspeed=f"ds_configs/{name}.json") + args.more
     run(ROOT / "score.py", argv, folder)
     said = run(__file__, ["--worker", *argv], folder).split()
-    held, peak = (float(word) for word in said[said.index("measured") + 1:][:2])
+    held, peak, private = (float(word) for word in said[said.index("measured") + 1:][:3])
     training = max(row["host_peak_gib"] for row in small.log(folder / name))
     data_args, model_args, noise_args, train_args = config.parse(argv, "", *config.GROUPS)
     noise_args.estimator = "spread"
@@ -85,7 +99,7 @@ def measure(name, folder, args):
     print(plan.table(made))
     return {"ds_config": name, "parameters": made.parameters, "planned": planned - saving, "measured": training - held,
             "ratio": (planned - saving) / (training - held), "planned_end": planned - passing, "measured_end": peak - held,
-            "ratio_end": (planned - passing) / (peak - held)}
+            "ratio_end": (planned - passing) / (peak - held), "anonymous": private, "ratio_anonymous": planned / private}
 
 
 def main(argv=None):
@@ -105,7 +119,7 @@ def main(argv=None):
         for name in args.ds:
             rows.append(measure(name, Path(folder), args))
             print("{ds_config}: training {planned:.2f} GiB planned, {measured:.2f} measured, ratio {ratio:.3f}; with the end "
-                  "{planned_end:.2f}, {measured_end:.2f}, {ratio_end:.3f}".format(**rows[-1]), flush=True)
+                  "{planned_end:.2f}, {measured_end:.2f}, {ratio_end:.3f}; without pages of files {anonymous:.2f}, {ratio_anonymous:.3f}".format(**rows[-1]), flush=True)
     if args.json:
         disk.write_json(args.json, {"table": rows, "length": args.length})
     return 0

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -153,6 +154,22 @@ def test_cli_two_processes_make_the_same(tiny, tmp_path):
     assert sorted(os.listdir(tmp_path / "1")) == sorted(os.listdir(tmp_path / "2"))
     for name in set(os.listdir(tmp_path / "1")) - {".lock"}:  # which says whose it was
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_workers_end_with_a_killed_job(tiny, tmp_path):
+    """Nothing of it stays behind, which would hold its memory and its output open."""
+    source = write_rows(tmp_path / "prefs.jsonl", list(tasks.preference_rows(6000, "train", 1)))
+    process = subprocess.Popen([sys.executable, str(ROOT / "data_prep.py"), "--in", source, "--out", str(tmp_path / "out"), "--num_proc", "2",
+                                "--model_name_or_path", str(tiny)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (found := children.read_text().split()):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    time.sleep(1)
+    process.kill()
+    process.communicate(timeout=20)  # its output is closed: no one holds it
+    left = [Path(f"/proc/{pid}/stat") for pid in found]
+    assert not [path for path in left if path.exists() and path.read_text().rpartition(")")[2].split()[0] not in "ZX"]  # but the reaped
 
 
 # --- forms of a row ---------------------------------------------------------------------------------------
