@@ -1,4 +1,5 @@
 """Stop in good order: after the first SIGTERM or SIGINT what is in hand is finished and kept; the second ends the process at once."""
+import ctypes
 import os
 import shlex
 import signal
@@ -17,6 +18,8 @@ class Stop:
         self.ranks, self.signal = ranks, None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.hear)
+        if "LAUNCH_COMMAND" in os.environ:  # launch.sh killed: as if it had told us
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of linux/prctl.h
 
     def hear(self, number, _):
         if self.signal is not None:

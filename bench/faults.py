@@ -113,6 +113,7 @@ def measure(work, names, wanted, seed, deepspeed, report=print):
         else:
             shutil.rmtree(folder)
         trials += 1
+        print(f"{kills.total()} kills, {trials} trials, {len(wrong)} wrong", file=sys.stderr, flush=True)
     return kills, trials, wrong
 
 

@@ -95,16 +95,17 @@ def test_two_signals_stop_at_once(home, tmp_path):
     assert process.returncode in (0, 128 + signal.SIGTERM) and time.time() - began < 30
 
 
-def test_launch_stops_and_goes_on(home, tmp_path):
-    """launch.sh on two ranks: SIGTERM to it alone; the command that it prints goes on by itself."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_launch_stops_and_goes_on(home, tmp_path, number):
+    """launch.sh on two ranks, a signal to it alone: they save. The command that it prints goes on by itself; so does its own."""
     argv = [*home.argv, "--model_name_or_path", home.model, "--output_dir", tmp_path / "run", "--gradient_accumulation_steps", 1]
     environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
     process = subprocess.Popen(["bash", ROOT / "launch.sh", DS, "--num_gpus", "2", *map(str, argv)], cwd=ROOT, text=True,
                                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for(process, lambda: (tmp_path / "run" / "log.jsonl").exists())
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and "stopped and saved; go on with: bash " in said, said
+    assert process.returncode == (0 if number == signal.SIGTERM else -number) and "stopped and saved; go on with: bash " in said, said
     again = subprocess.run(said.rpartition("go on with: ")[2].strip(), shell=True, cwd=ROOT, text=True, capture_output=True,
                            env=environment)
     assert again.returncode == 0 and "going on after step" in again.stdout, again.stdout + again.stderr
