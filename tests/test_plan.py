@@ -170,7 +170,10 @@ def test_presets(tmp_path, capsys, monkeypatch, name):
     said = capsys.readouterr().out
     assert said.splitlines()[-1].startswith("FITS") and "warning" not in said
     assert plan.main([*argv, "--host_gib", "2"]) == 1
-    _, model_args, _, train_args = config.parse(["--config_file", path], "", *config.GROUPS)
+    groups = _, model_args, _, train_args = config.parse(["--config_file", path], "", *config.GROUPS)
+    made = plan.plan(checkpoint.load_config(str(tmp_path)), *groups, engine.read_ds_config(model_args.deepspeed), plan.Machine(16, 256))
+    [row] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{name}.yaml` |")]
+    assert row.endswith(f"| {made.total('card') / 2**30:.1f} | {made.total('host') / 2**30:.1f} | {3600 / made.seconds:.0f} |")
     text = (ROOT / path).read_text()
     assert f"launch.sh {model_args.deepspeed} --config_file {path}" in text and f"plan.py --config_file {path}" in text
     assert bool(model_args.lora_r) == ("lora" in name) and train_args.save_steps
