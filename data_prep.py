@@ -12,7 +12,6 @@ cannot be used whole is left out and listed with its reason, so that rows in = p
 a pair with nothing rejected.
 lines.npy int64 (pairs,) is the line of the source (its place in the list, for a .json) that each pair came from.
 """
-import ctypes
 import functools
 import json
 import os
@@ -30,6 +29,7 @@ import config
 import demonstrations
 import families
 import packed
+import stopping
 from packed import InputError
 from rows import Malformed, find_columns, parse_columns, preference
 from sources import as_text, read_rows, shorten, source_sha256
@@ -123,7 +123,7 @@ def encode_batch(batch, encoder):
 def end_with_us(parent):
     """In a process that was just forked off `parent`: end when that is killed, instead of waiting for it for ever."""
     if os.getppid() == parent:  # and not a fork of that process's own
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of linux/prctl.h
+        stopping.when_the_parent_ends(signal.SIGKILL)
 
 
 def encode_rows(encoder, rows, num_proc):
@@ -213,19 +213,20 @@ def default_model(folder, reuse):
 
 
 def up_to_date(args, model_args, tokenizer):
-    """Whether args.data is complete and is what these arguments would make; with no source given, just complete."""
+    """args.data's packed.Packed if it is complete and is what these arguments would make (with no source given, just complete); else
+    None."""
     source, model = args.preference_data_path, model_args.model_name_or_path
     remake = mend(args.task, args.data, model)
     if not (Path(args.data) / "meta.json").exists():
         if source:
-            return False
+            return None
         raise InputError(f"{args.data}: no packed {said_of(args.task)} there, and no preference_data_path given; run: {remake}")
     try:
         folder = packed.Packed(args.data)
         folder.lines()
     except InputError:
         if source:
-            return False
+            return None
         raise
     meta, tokens = folder.meta | {"task": folder.task}, checkpoint.tokenizer_fingerprint(tokenizer)
     if not source:
@@ -234,13 +235,13 @@ def up_to_date(args, model_args, tokenizer):
                              f"run: {mend(folder.task, args.data, model)}")
         if args.task == "sft" != folder.task:
             raise InputError(f"{args.data}: holds preferences, and --task sft was given; leave it out, or run: {remake}")
-        return True
+        return folder
     wanted = {"task": args.task, "tokenizer": tokens, "max_length": args.max_length,
               "columns": parse_columns(args.columns, COLUMNS[args.task]),
               "template": "chat" if checkpoint.uses_chat(tokenizer, args.template) else "none"}
     wanted |= {name: value for name in ("mask_token_id", "end_token_id") if (value := getattr(model_args, name)) is not None}
     wanted["source_sha256"] = source_sha256(source, args.split)
-    return all(meta.get(key) == value for key, value in wanted.items())
+    return folder if all(meta.get(key) == value for key, value in wanted.items()) else None
 
 
 # --- what is printed ---
@@ -267,9 +268,8 @@ def token(tokenizer, number):
     return f"{number}" if text is None else f"{text} ({number})"
 
 
-def said_up_to_date(folder):
-    there = packed.Packed(folder)
-    print(f"{folder}: {len(there)} {'SFT rows' if there.task == 'sft' else 'pairs'}, up to date")
+def say_up_to_date(there):
+    print(f"{there.folder}: {len(there)} {'SFT rows' if there.task == 'sft' else 'pairs'}, up to date")
 
 
 def said_of(task):
@@ -310,8 +310,8 @@ def main(argv=None):
         raise InputError(f"{folder}: expected a folder for the packed arrays, found a file")
     name = model_args.model_name_or_path = model_args.model_name_or_path or default_model(folder, reuse)
     tokenizer = checkpoint.load_tokenizer(name, model_args.trust_remote_code)
-    if reuse and up_to_date(args, model_args, tokenizer):
-        return said_up_to_date(folder)
+    if reuse and (there := up_to_date(args, model_args, tokenizer)):
+        return say_up_to_date(there)
     encoder = make_encoder(args, model_args, tokenizer)
     rows, form = prepare(source, args, encoder)
     kept, left_out = [row for row in rows if not row.reason], [row for row in rows if row.reason]
@@ -328,8 +328,8 @@ def main(argv=None):
                          "its tokenizer and config.json do not belong together")
     folder.mkdir(parents=True, exist_ok=True)
     lock = packed.wait_for(folder / ".lock", f"{folder}")  # noqa: F841  ours until this process ends
-    if reuse and up_to_date(args, model_args, tokenizer):  # whom we waited for has made the same
-        return said_up_to_date(folder)
+    if reuse and (there := up_to_date(args, model_args, tokenizer)):  # whom we waited for has made the same
+        return say_up_to_date(there)
     write(folder, kept, left_out, {
         "task": args.task, "source": source, "tokenizer": checkpoint.tokenizer_fingerprint(tokenizer), "model_name_or_path": name,
         "source_sha256": source_sha256(source, args.split), "form": form,

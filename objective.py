@@ -19,6 +19,14 @@ from packed import InputError, fingerprint
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
 
 
+def counts(args, states):
+    """(states of each response of a pair, those that carry the gradient); a third is the SFT row of --sft_weight."""
+    if not 0 <= args.backprop_steps <= states:
+        raise InputError(f"--backprop_steps is {args.backprop_steps}, expected at most the {states} states of a response (0: all)")
+    extra = [1] if args.sft_weight else []
+    return [states, states] + extra, [args.backprop_steps or states] * 2 + extra
+
+
 def preference_loss(margin, beta, loss_type="sigmoid", label_smoothing=0.0):
     """The loss of one pair; margin: () float32, (S(w) - S_ref(w)) - (S(l) - S_ref(l)).
 
@@ -79,11 +87,7 @@ class Preference:
     def __init__(self, args, noise_args, packed, reference, mask_id):
         self.args, self.noise, self.packed, self.reference, self.mask_id = args, noise_args, packed, reference, mask_id
         self.metrics, self.lengths = METRICS, None
-        states, extra = score.state_count(noise_args), [1] if args.sft_weight else []
-        if not 0 <= args.backprop_steps <= states:
-            raise InputError(f"--backprop_steps is {args.backprop_steps}, expected at most the {states} states of a response (0: all)")
-        self.counts = [states, states] + extra  # states of each response, and those that carry the gradient
-        self.carrying = [args.backprop_steps or states] * 2 + extra
+        self.counts, self.carrying = counts(args, score.state_count(noise_args))
 
     def work(self, batch):
         """Pieces of a micro-batch [(pair, epoch)] that are scored one after the other, each with its share of the loss."""

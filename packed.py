@@ -132,7 +132,11 @@ def sealed(value):
 
 def read_sealed(path, mend):
     """read_json() of an object that was written sealed()."""
-    value = read_json(path, mend)
+    return unharmed(read_json(path, mend), path, mend)
+
+
+def unharmed(value, path, mend):
+    """`value`, read at `path`, if it is as it was sealed()."""
     if value != sealed(value):
         raise InputError(f"{path}: is not as it was written; make it again with: {mend}")
     return value
@@ -208,7 +212,7 @@ class Packed:
         self.meta = read_json(self.folder / "meta.json", mend)
         if self.meta.get("format") != FORMAT:
             raise InputError(f"{folder}/meta.json: format {self.meta.get('format')}, expected {FORMAT}; run: {mend}")
-        read_sealed(self.folder / "meta.json", mend)
+        unharmed(self.meta, self.folder / "meta.json", mend)
         if self.task == "sft":
             mend = f"python data_prep.py --task sft --in sft.jsonl --out {folder}"
         self.tokens, self.bounds = (open_array(self.folder / f"{name}.npy", mend) for name in ("tokens", "bounds"))

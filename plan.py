@@ -24,10 +24,11 @@ import config
 import diffusion
 import engine
 import families
+import objective
 import quantized
+import score
 from footprint import Item, Machine, activations, card_items, host_items, logits, offload, shape, states
 from packed import InputError
-import score
 from score import backward_passes, sizes
 
 DS_CONFIGS = Path(__file__).parent / "ds_configs"
@@ -67,8 +68,7 @@ def work(noise_args, train_args):
         rows = train_args.per_device_train_batch_size
         return [rows], [rows]
     steps = noise_args.diffusion_steps if noise_args.diffusion_steps != "auto" else AUTO_STEPS
-    S, extra = diffusion.state_count(noise_args.estimator, steps, noise_args.trajectories), [1] * bool(train_args.sft_weight)
-    return [S, S] + extra, [train_args.backprop_steps or S] * 2 + extra
+    return objective.counts(train_args, diffusion.state_count(noise_args.estimator, steps, noise_args.trajectories))
 
 
 def rows(counts, carrying, size):
@@ -241,9 +241,6 @@ def main(argv=None):
         raise InputError(f"--max_length is {data_args.max_length}, expected at least 1")
     score.check_numbers(model_args, noise_args)
     config.check(train_args)
-    states = work(noise_args, train_args)[0][0]
-    if train_args.loss_type != "sft" and not 0 <= train_args.backprop_steps <= states:
-        raise InputError(f"--backprop_steps is {train_args.backprop_steps}, expected at most the {states} states of a response (0: all)")
     here = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 16.0
     machine = Machine(own.gpu_gib or here, own.host_gib or memory_total(), own.tflops, own.pcie_gbs, own.ranks,
                       rounded=torch.__version__ < "2.13")  # from there on launch.sh can tell torch not to

@@ -4,6 +4,7 @@
 """
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -47,6 +48,17 @@ def tiny_dir(tmp_path_factory):
         writer.write_all(tasks.preference_rows(300, "train", 0))
     new_tiny.main(["--in", str(folder / "prefs.jsonl"), "--out", str(folder / "model")])
     return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def chat_dir(tiny_dir, tmp_path_factory):
+    """The tiny model, its tokenizer with a chat template."""
+    folder = shutil.copytree(tiny_dir, tmp_path_factory.mktemp("chat") / "model")
+    path = folder / "tokenizer_config.json"
+    template = ("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+                "{% if add_generation_prompt %}[assistant] {% endif %}")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    return folder
 
 
 @pytest.fixture(scope="session")

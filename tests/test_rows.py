@@ -3,7 +3,6 @@
     .venv/bin/python -m pytest -q tests/test_rows.py
 """
 import json
-import shutil
 
 import pytest
 from small import call, refusal
@@ -14,7 +13,6 @@ import rows
 from packed import InputError
 from sources import Row, read_rows
 
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 USER = [{"role": "user", "content": "Q"}]
 AB = {"question": "Q", "response_a": "first", "response_b": "second"}
 said = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
@@ -44,15 +42,6 @@ FORMS = {  # name in what is printed: (row, (prompt, chosen, rejected))
         {"conversation_a": USER + said("first"), "conversation_b": USER + said("second"), "winner": "model_b"},
         (USER, "second", "first")),
 }
-
-
-@pytest.fixture(scope="module")
-def chat_dir(tiny_dir, tmp_path_factory):
-    """The tiny model, its tokenizer with a chat template."""
-    folder = shutil.copytree(tiny_dir, tmp_path_factory.mktemp("chat") / "model")
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
-    return folder
 
 
 def prep(source, out, model, *more):

@@ -17,15 +17,12 @@ import demonstrations
 import diffusion
 import objective
 import packed
-import rows
 import score
 import tasks
 import train_dpo
 from packed import InputError
 from sources import Row
 
-TEMPLATE = ("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
-            "{% if add_generation_prompt %}[assistant] {% endif %}")
 USER, SAID = [{"role": "user", "content": "Q"}], [{"role": "assistant", "content": "good"}]
 FIRST = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, *USER]
 SHAREGPT = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "good"}]
@@ -49,15 +46,6 @@ FORMS = {  # name of the test: (form printed, row, (prompt, response))
     "hh-rlhf's turns": ("prompt, response", {"prompt": "\n\nHuman: Q\n\nAssistant:", "response": " good"}, (USER, "good")),
 }
 GOOD = {"prompt": "Question: how many?\nAnswer:", "response": " 7 + 5 = 12\n#### 12"}
-
-
-@pytest.fixture(scope="module")
-def chat_dir(tiny_dir, tmp_path_factory):
-    """The tiny model, its tokenizer with a chat template."""
-    folder = shutil.copytree(tiny_dir, tmp_path_factory.mktemp("chat") / "model")
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
-    return folder
 
 
 @pytest.fixture(scope="module")
