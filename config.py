@@ -89,6 +89,8 @@ class TrainArguments:
     eval_fraction: float = arg(0.05, "share of the prompts held out")
     eval_steps: int = arg(0, "score the held-out pairs every so many steps, and at the end; 0: only at the end")
     logging_steps: int = arg(1, "print every so many steps (log.jsonl gets every one)")
+    report_to: str = arg("tensorboard", "tensorboard, wandb, both with a comma, or none")
+    run_name: Optional[str] = arg(None, "the run's name in W&B; default: output_dir")
     save_steps: int = arg(0, "checkpoint every so many steps; 0: never")
     save_total_limit: int = arg(2, "checkpoints kept")
     seed: int = arg(42, "seed of the order of the data and of the held-out split")

@@ -41,6 +41,17 @@ def state_count(estimator, T, R):
     return T * R if estimator.startswith("elbo") else 1 + R * (T - 1)
 
 
+def step_of_state(estimator, T, R):
+    """(S,) int64: the denoising step before which each state stands, 0..T-1 (elbo: the number of its level).
+
+    >>> step_of_state("spread", 3, 2).tolist()
+    [0, 1, 2, 1, 2]
+    """
+    if estimator.startswith("elbo"):
+        return np.arange(T).repeat(R)
+    return np.append(0, np.tile(np.arange(1, T), R))
+
+
 def state_masks(n, estimator, T, R, rng, block_length=None):
     """Draw the states of one response: masked (S, n) bool."""
     if estimator.startswith("elbo"):

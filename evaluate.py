@@ -25,6 +25,7 @@ import checkpoint
 import config
 import generate
 import harness
+import runs
 import samples
 import tasks
 from packed import InputError, Packed, fingerprint, read_json, replacing, write_json
@@ -94,7 +95,7 @@ def runs_of(model):
         if not all(isinstance(record.get(name), dict) for name in ("arguments", "inputs")):
             raise InputError(f"{run}/run.json: not what train_dpo.py writes; train again, or move that file away")
         yield run, record
-        model = next((path for path in places(run, record, "model_name_or_path")
+        model = next((path for path in runs.places(run, record, "model_name_or_path")
                       if holds(path, record["inputs"].get("model"))), None)
         if model is None and record.get("start_is_folder", True):  # not one of the hub
             yield run, None
@@ -106,12 +107,6 @@ def holds(folder, fingerprint):
         return folder.is_dir() and checkpoint.model_fingerprint(str(folder)) == fingerprint
     except InputError:
         return False
-
-
-def places(run, record, name):
-    """Where a folder that run.json names may be: as far from the run's folder as it was, or as it is written there."""
-    arguments = record["arguments"]
-    return [run / os.path.relpath(arguments[name], arguments["output_dir"]), Path(arguments[name])]
 
 
 def packed_folders(models, args):
@@ -128,7 +123,7 @@ def packed_folders(models, args):
             wanted = record["inputs"]["data"]
             if any(packed.meta["fingerprint"] == wanted for packed in folders.values()):
                 continue
-            for folder in places(run, record, "data"):
+            for folder in runs.places(run, record, "data"):
                 if (folder / "meta.json").is_file() and (packed := Packed(folder)).meta["fingerprint"] == wanted:
                     folders[os.path.relpath(folder)] = packed
                     break

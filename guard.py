@@ -2,7 +2,6 @@
 
     runs/NAME/skipped.jsonl     a line for each pair (its place and its line in the source) that made a step's numbers unusable
 """
-import json
 import math
 
 import torch
@@ -52,15 +51,14 @@ class Skips:
         found = sum(self.job.ranks.gather(self.evidence(step, pieces)), [])
         bad = [entry for entry in found if entry["finite"] is False] or found
         if self.job.ranks.first:
-            with open(self.run.folder / "skipped.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in bad)
+            self.run.add(self.run.skipped_path, bad)
         where = ", ".join(f"pair {entry['pair']} (line {entry['line']} of {entry['source']})" for entry in bad[:3])
         said = f"step {step} has no finite gradient and is skipped: {where}{' and others' if len(bad) > 3 else ''}"
         if self.row >= IN_A_ROW:
-            raise InputError(f"{said}, {self.row} in a row; {self.run.folder}/skipped.jsonl has them all. Weights that overflow want "
+            raise InputError(f"{said}, {self.row} in a row; {self.run.skipped_path} has them all. Weights that overflow want "
                              "--use_mixed_precision no or a lower --learning_rate; a pair that does, to be left out")
         if self.job.ranks.first:
-            print(f"warning: {said} ({self.run.folder}/skipped.jsonl)", flush=True)
+            print(f"warning: {said} ({self.run.skipped_path})", flush=True)
         return True
 
     def evidence(self, step, pieces):

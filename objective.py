@@ -86,7 +86,7 @@ class Preference:
 
     def __init__(self, args, noise_args, packed, reference, mask_id):
         self.args, self.noise, self.packed, self.reference, self.mask_id = args, noise_args, packed, reference, mask_id
-        self.metrics, self.lengths = METRICS, None
+        self.metrics, self.lengths, self.lines = METRICS, None, packed.lines()
         self.counts, self.carrying = counts(args, score.state_count(noise_args))
 
     def work(self, batch):
@@ -138,6 +138,18 @@ class Preference:
         rewards = [self.args.beta * (logp - float(ref)) / n for logp, ref, n in zip(logps, self.ref_scores(item), self.per(item))]
         return numbers(loss, *rewards, rewards[0] - rewards[1], rewards[0] > rewards[1], *logps, torch.ones_like(loss))
 
+    def entry(self, item, scores):
+        """What scores.jsonl has of a pair: its place, its line in the source, each state's score of [chosen, rejected], the reference's."""
+        index, epoch = item
+        policy = torch.stack(scores[:2]).double().cpu().numpy()  # (2, S)
+        return {"pair": index, "line": int(self.lines[index]), "policy": finite(policy),
+                "ref": finite(self.reference.scores[epoch % self.noise.noise_sets][index].astype(np.float64))}
+
+    def tokens(self):
+        """(pairs,) through the model for each pair."""
+        prompt, chosen, rejected = np.diff(self.packed.bounds.astype(np.int64), axis=1).T
+        return self.counts[0] * (2 * prompt + chosen + rejected) + bool(self.args.sft_weight) * (prompt + chosen)
+
 
 class SFT:
     """Masked-diffusion NLL of the chosen response: a piece of work is a whole micro-batch, scored in one forward."""
@@ -164,6 +176,16 @@ class SFT:
 
     def measure(self, item, loss, scores):
         return numbers(loss * len(item), torch.full_like(loss, len(item)))
+
+    def tokens(self):
+        """(pairs,) through the model for each row, before rows are padded to the longest beside them."""
+        prompt, response, _ = np.diff(self.packed.bounds.astype(np.int64), axis=1).T
+        return prompt + np.maximum(response, self.args.sft_pad_to)
+
+
+def finite(array):
+    """An array as lists of numbers with four decimals; None for what JSON has no number for."""
+    return [[round(float(value), 4) + 0.0 if math.isfinite(value) else None for value in row] for row in array]
 
 
 def numbers(*values):

@@ -12,12 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-from packed import InputError, file_sha256, hold, owner, read_sealed, sealed, write_json
+from packed import InputError, file_sha256, hold, owner, read_sealed, replacing, sealed, write_json
 
 # These may differ when a run goes on: where things are, how often it speaks and saves, how the work is cut.
 FREE = {"task", "preference_data_path", "split", "columns", "template", "on_bad_row", "num_proc", "max_length", "data", "output_dir",
         "resume_from_checkpoint", "local_rank", "logging_steps", "save_steps", "save_total_limit", "eval_steps",
-        "states_per_forward", "gradient_checkpointing", "deepspeed", "model_name_or_path", "trust_remote_code", "ranks"}
+        "report_to", "run_name", "states_per_forward", "gradient_checkpointing", "deepspeed", "model_name_or_path", "trust_remote_code", "ranks"}
 
 
 class Run:
@@ -26,7 +26,7 @@ class Run:
     def __init__(self, output_dir):
         self.folder = Path(output_dir)
         self.checkpoints = self.folder / "checkpoints"
-        self.log_path = self.folder / "log.jsonl"
+        self.log_path, self.scores_path, self.skipped_path = (self.folder / f"{name}.jsonl" for name in ("log", "scores", "skipped"))
 
     @property
     def final(self):
@@ -105,22 +105,22 @@ class Run:
             "git_commit": git_commit(), "command": ["python", *sys.argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))
 
     def cut_log(self, step):
-        """Keep the lines of log.jsonl up to `step`; a torn last line goes too."""
-        kept = []
-        if self.log_path.exists():
-            for line in self.log_path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError):
-                    break
-        temporary = self.log_path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.log_path)
+        """Keep the lines of log.jsonl, scores.jsonl and skipped.jsonl up to `step`; a torn last line goes too."""
+        for path in (self.log_path, self.scores_path, self.skipped_path):
+            if not path.exists():
+                continue
+            with replacing(path) as kept, open(path, encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    try:
+                        if json.loads(line)["step"] <= step:
+                            kept.write(line.rstrip("\n") + "\n")
+                    except (ValueError, KeyError):
+                        break
 
-    def log(self, line):
-        with open(self.log_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def add(self, path, lines):
+        """Lines to one of those files."""
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def temporary(self, step):
         """Name under checkpoints/ to write a checkpoint to, before `keep` makes it count."""
@@ -146,6 +146,13 @@ class Run:
                 shutil.rmtree(gone)
             os.replace(path, gone)
             shutil.rmtree(gone)
+
+
+def places(run, record, name):
+    """Where a folder that run.json names may be: as far from the run's folder as it was, or as it is written there."""
+    arguments = record["arguments"]
+    path = os.path.expanduser(arguments[name])
+    return [run / os.path.relpath(path, os.path.expanduser(arguments["output_dir"])), Path(path)]
 
 
 def digests(folder):

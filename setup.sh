@@ -22,8 +22,8 @@ if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && serves python3; then
 else
     python=$here/.venv/bin/python
     if ! serves "$python"; then
-        command -v python3 >/dev/null || die "python3 is not installed; Python 3.10 or newer is needed"
-        python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$(python3 --version) is too old; Python 3.10 or newer is needed"
+        command -v python3 >/dev/null || die "python3 is not installed; Python 3.11 or newer is needed"
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "$(python3 --version) is too old; Python 3.11 or newer is needed"
         echo "setup: making $here/.venv from requirements.txt (1.5 GB on a CPU, more with CUDA; a few minutes, once)"
         python3 -m venv "$here/.venv" || die "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv"
         "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt" 2> "$here/.venv/pip.log" ||

@@ -31,6 +31,7 @@ import runs
 import score
 import stopping
 import tasks
+import tracking
 from objective import SFT, Preference, Stream, split
 from packed import InputError
 
@@ -45,6 +46,7 @@ class Job(NamedTuple):
     ranks: engine.Ranks
     stop: stopping.Stop
     states_per_forward: int
+    record: tracking.Record
 
 
 def learning_rate(step, total, args):
@@ -85,6 +87,7 @@ def optimizer_step(job, step, backwards, rate):
             sums = sums + job.objective.measure(item, loss, scores)
             tokens += sum(states.inputs.size for states in responses)
             pieces.append((item, loss, scores))
+            job.record.pair(step, len(pieces) * job.ranks.world)
             if done < backwards and job.stop.asked():
                 return None
     assert done == backwards, f"{done} backward passes, {backwards} were planned"
@@ -92,9 +95,10 @@ def optimizer_step(job, step, backwards, rate):
 
 
 @torch.no_grad()
-def evaluate(job, pairs):
-    """Mean metrics over the held-out `pairs`, noise set 0, dealt over the ranks with the same forwards on each; None if told to stop."""
-    sums = torch.zeros(len(job.objective.metrics) + 1, dtype=torch.float64, device=job.ranks.device)
+def evaluate(job, pairs, step, write=True):
+    """Mean metrics over the held-out `pairs`, noise set 0, dealt over the ranks with the same forwards on each, after `step`; None if
+    told to stop. write: their scores, too, to scores.jsonl."""
+    sums, pieces = torch.zeros(len(job.objective.metrics) + 1, dtype=torch.float64, device=job.ranks.device), []
     for turn in range(0, len(pairs), job.ranks.world):
         mine = turn + job.ranks.rank
         item = (int(pairs[min(mine, len(pairs) - 1)]), 0)  # an idle rank scores the last pair and throws it away
@@ -104,9 +108,13 @@ def evaluate(job, pairs):
         loss = job.objective.loss(item)([state.sum() for state in scores])
         if mine < len(pairs):
             sums += job.objective.measure(item, loss, scores)
+            pieces.append((item, loss, scores))
+        job.record.rewrite(f"step {step} | evaluating {mine + 1}/{len(pairs)} held-out pairs")
         if job.stop.asked():
             return None
-    means = named(job, total(sums, job.ranks), "eval_")
+    if write:
+        job.record.pairs(step, "eval", pieces)
+    means = tracking.named(job.objective.metrics, total(sums, job.ranks), "eval_")
     if "eval_rewards/accuracies" in means:
         means["eval_rewards/accuracies_ci95"] = tasks.wilson(means["eval_rewards/accuracies"], len(pairs))
     return means
@@ -116,11 +124,6 @@ def total(sums, ranks):
     """Sum over the ranks."""
     dist.all_reduce(sums)
     return sums.cpu().numpy()
-
-
-def named(job, sums, prefix=""):
-    names = job.objective.metrics
-    return {prefix + name: guard.plain(float(value / sums[len(names)])) for name, value in zip(names, sums)}
 
 
 def fit(job):
@@ -175,71 +178,43 @@ def prepare(argv):
 def train(job, run, held, state, steps, backwards):
     """The loop: step, log, evaluate, save. state: that of the checkpoint, or of a new run. Returns the last evaluation, or None if
     it was told to stop; then all is saved."""
-    args, ranks, began, evaluation, start, kept = job.args, job.ranks, time.time(), {}, state["step"], state["step"]
+    args, record, clock, evaluation, start, kept = job.args, job.record, job.record.clock, {}, state["step"], state["step"]
     skips, num_tokens = guard.Skips(job, run, state["skipped"]), state["num_tokens"]
     counters = lambda: {"num_tokens": num_tokens, "skipped": skips.count}  # noqa: E731
     if start and len(held) and (state["line"] or start == steps):  # it was stopped before that evaluation was made
-        evaluation = evaluate(job, held)
+        evaluation = evaluate(job, held, start, write=bool(state["line"]))
         if evaluation is None:
             return None
-        if ranks.first and state["line"]:
-            run.log(state["line"] | evaluation)
+        if state["line"]:
+            record.step(state["line"], evaluation, {})
     for step in range(start, steps):
-        clock, rate = time.time(), learning_rate(step, steps, args)
+        began, rate = time.time(), learning_rate(step, steps, args)
         did = optimizer_step(job, step, backwards, rate)
         if did is None:
             if step > kept:
                 resume.save(job, run, step, counters())
             return None
         sums, norm, pieces = did
-        skipped, sums = skips.see(step + 1, norm, pieces), total(sums, ranks)
+        skipped, sums = skips.see(step + 1, norm, pieces), total(sums, job.ranks)
+        clock.took.append(time.time() - began)
         num_tokens += int(sums[-1])
-        line = {**measured(job, step, sums, time.time() - clock), "learning_rate": rate, "grad_norm": guard.plain(norm),
-                "skipped": skipped, "num_tokens": num_tokens,
-                "seconds_left": (time.time() - began) / (step + 1 - start) * (steps - step - 1)}
+        line = {**tracking.measured(job, step, sums, clock.took[-1]), "learning_rate": rate, "grad_norm": guard.plain(norm),
+                "skipped": skipped, "num_tokens": num_tokens, "seconds_left": clock.left(step + 1, False)}
+        record.pairs(step + 1, "train", pieces)
         before, made = evaluation, {}
         if len(held) and (step + 1 == steps or args.eval_steps and (step + 1) % args.eval_steps == 0):
-            made = evaluate(job, held)
+            made = clock.time(clock.evaluations, evaluate, job, held, step + 1)
             evaluation = made or evaluation
         pending = line if made is None else None  # told to stop before it was made: the resumed run makes it
-        if ranks.first and not pending:
-            run.log(line | made)
-            if made or step in (start, steps - 1) or (step + 1) % args.logging_steps == 0:
-                print(progress(line | made, steps), flush=True)
-            for words in guard.falling(made, before, job.objective.chosen_tokens(held), args.beta) if made else ():
-                print(f"warning: {words}", flush=True)
+        if not pending:
+            record.step(line | {"seconds_left": clock.left(step + 1, True)}, made, before)
         leaving = pending or (step + 1 < steps and job.stop.asked())
         if leaving or args.save_steps and (step + 1) % args.save_steps == 0:
-            resume.save(job, run, step + 1, counters(), pending)
+            clock.time(clock.saves, resume.save, job, run, step + 1, counters(), pending)
             kept = step + 1
         if leaving:
             return None
     return evaluation
-
-
-def measured(job, step, sums, seconds):
-    """The part of a step's line that its sums over all ranks give."""
-    pairs, tokens = sums[len(job.objective.metrics)], sums[-1]
-    gpu, host = engine.memory_peaks(job.ranks.device)
-    return {"step": step + 1, "epoch": round((step + 1) * pairs / len(job.stream.train), 4), **named(job, sums),
-            "pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds, "gpu_peak_gib": gpu, "host_peak_gib": host}
-
-
-def progress(line, steps):
-    """One line for the terminal."""
-    words = [f"step {line['step']}/{steps}", "skipped" if line["skipped"] else f"loss {line['loss']:.4f}"]
-    if "rewards/margins" in line and not line["skipped"]:
-        words += [f"margin {line['rewards/margins']:+.3f}", f"accuracy {line['rewards/accuracies']:.2f}"]
-    if "eval_loss" in line:
-        words += [f"eval loss {line['eval_loss']:.4f}"]
-    if "eval_rewards/accuracies" in line:
-        low, high = line["eval_rewards/accuracies_ci95"]
-        words += [f"eval accuracy {line['eval_rewards/accuracies']:.3f} [{low:.3f}, {high:.3f}]"]
-    gpu = "" if line["gpu_peak_gib"] is None else f"GPU {line['gpu_peak_gib']:.1f} GiB, "
-    left = round(line["seconds_left"])
-    return " | ".join(words + [f"lr {line['learning_rate']:.1e}", f"{line['pairs_per_second']:.2f} pairs/s",
-                               f"{line['tokens_per_second']:.0f} tok/s", f"{gpu}host {line['host_peak_gib']:.1f} GiB",
-                               f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"])
 
 
 def refuse_long_rows(packed, args, model_config):
@@ -314,7 +289,7 @@ def main(argv=None):
     backwards = passes(1 if auto else states_per_forward)
     policy = start_policy(model_args, args, engine.training_config(ds_config, args, model_args, backwards, model_args.deepspeed), ranks)
     stream = Stream(train_pairs, args.seed, rows, objective.lengths)
-    job = Job(args, policy, objective, stream, ranks, stopping.Stop(ranks), states_per_forward)
+    job = Job(args, policy, objective, stream, ranks, stopping.Stop(ranks), states_per_forward, None)
     if auto:
         job = fit(job)
         backwards = passes(job.states_per_forward)
@@ -326,6 +301,10 @@ def main(argv=None):
     if checkpoint_path:
         state = resume.load(job, checkpoint_path, model_args.use_mixed_precision)
     start = state["step"]
+    tokens = objective.tokens()
+    each = np.array([tokens[stream[place][0]] for place in range(start * per_step, steps * per_step)]).reshape(-1, per_step)
+    clock = tracking.Clock(each.sum(1), int(tokens[held].sum()), (args.eval_steps, args.save_steps), start)
+    job = job._replace(record=tracking.Record(run, ranks, args, objective, held, clock, per_step))
     if ranks.first:
         noun = "rows" if objective.packed.task == "sft" else "pairs"
         print(f"{model_args.model_name_or_path}: {len(train_pairs)} {noun} to train on, {len(held)} held out, {steps} steps of "
@@ -338,10 +317,12 @@ def main(argv=None):
     if ranks.first:
         run.begin(arguments, wanted, {"torch": torch.__version__, "deepspeed": engine.deepspeed.__version__, "ranks": ranks.world})
         run.cut_log(start)
+    job.record.open(arguments)
     dist.barrier()
 
     # 4. the loop, and what comes out
     evaluation = train(job, run, held, state, steps, backwards)
+    job.record.close()
     if evaluation is not None:
         save_final(job, run, model_args, arguments, evaluation)
     elif ranks.first:

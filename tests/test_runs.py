@@ -226,23 +226,31 @@ def test_kept_again(run):
 
 # --- the log ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("torn", ["", '{"step": 4, "lo', '{"step": 4', '{"st', "{", "\x00\x00", '{"loss": 1}\n'])
+@pytest.mark.parametrize("torn", ["", '{"step": 4, "lo', '{"step": 4', '{"st', "{", "\x00\x00", '{"loss": 1}\n', "\udcff"])
 @pytest.mark.parametrize("step, left", [(0, []), (2, [1, 2]), (3, [1, 2, 3]), (9, [1, 2, 3])])
-def test_cut_log(run, torn, step, left):
-    for number in (1, 2, 3):
-        run.log({"step": number, "loss": 0.5})
-    with open(run.log_path, "a") as file:
+@pytest.mark.parametrize("name", ["log", "scores", "skipped"])
+def test_cut_log(run, name, torn, step, left):
+    path = getattr(run, f"{name}_path")
+    run.add(path, [{"step": number, "loss": 0.5} for number in (1, 2, 3)])
+    with open(path, "a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(torn)
     run.cut_log(step)
-    assert [json.loads(line) for line in run.log_path.read_text().splitlines()] == [{"step": n, "loss": 0.5} for n in left]
-    run.log({"step": 10})
-    assert run.log_path.read_text().endswith('\n{"step": 10}\n' if left else '{"step": 10}\n')
-    assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoints", "log.jsonl", "run.json"]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": n, "loss": 0.5} for n in left]
+    run.add(path, [{"step": 10}])
+    assert path.read_text().endswith('\n{"step": 10}\n' if left else '{"step": 10}\n')
+    assert sorted(path.name for path in run.folder.iterdir()) == sorted(["checkpoints", f"{name}.jsonl", "run.json"])
+
+
+def test_cut_log_that_lacks_its_last_newline(run):
+    run.log_path.write_text('{"step": 1}\n{"step": 2}')
+    run.cut_log(5)
+    run.add(run.log_path, [{"step": 3}])
+    assert [json.loads(line)["step"] for line in run.log_path.read_text().splitlines()] == [1, 2, 3]
 
 
 def test_cut_no_log(run):
     run.cut_log(5)
-    assert run.log_path.read_text() == ""
+    assert not run.log_path.exists()
 
 
 # --- the commit -------------------------------------------------------------------------------------------

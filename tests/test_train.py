@@ -274,6 +274,7 @@ def test_resume_from_every_checkpoint(whole, tmp_path):
     for name in did:
         assert numbers(tmp_path / name) == numbers(whole.folder), name
         assert weights(tmp_path / name) == weights(whole.folder), name
+        assert (tmp_path / name / "scores.jsonl").read_bytes() == (whole.folder / "scores.jsonl").read_bytes(), name
 
 
 def test_killed_run(whole, tmp_path):
@@ -290,6 +291,7 @@ def test_killed_run(whole, tmp_path):
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "run" / "final").exists()
     assert "going on after step" in run(command)
     assert numbers(tmp_path / "run") == numbers(whole.folder) and weights(tmp_path / "run") == weights(whole.folder)
+    assert (tmp_path / "run" / "scores.jsonl").read_bytes() == (whole.folder / "scores.jsonl").read_bytes()
 
 
 def test_finished_run(whole, capsys):

@@ -1,0 +1,217 @@
+"""A run's numbers as they come: a line on the terminal, log.jsonl, scores.jsonl, TensorBoard, Weights & Biases.
+
+    runs/NAME/log.jsonl         a line a step: TRL's metrics, times, memory
+    runs/NAME/scores.jsonl      a line a scored pair: {"step", "split": train or eval, "pair", "line": its line in the source,
+                                "policy", "ref": scores of each state of [chosen, rejected]}
+    runs/NAME/events.out.*      TensorBoard's:  tensorboard --logdir runs
+
+TensorBoard and W&B get the names that transformers' callbacks give TRL's ("train/rewards/margins", "eval/loss"), so that runs line up.
+On a terminal the line is rewritten pair by pair; elsewhere there is one every --logging_steps. Only rank 0 writes.
+"""
+import json
+import os
+import secrets
+import shutil
+import sys
+import time
+
+import numpy as np
+
+import engine
+import guard
+from packed import InputError
+
+
+class Clock:
+    """Seconds that a run still takes: the tokens to come at the pace of the later half of the steps, evaluations and saves as they were.
+
+    tokens: (steps to come,) through the model in each; evaluation: those of one evaluation; due: (eval_steps, save_steps).
+    """
+
+    def __init__(self, tokens, evaluation, due, start):
+        self.start, self.steps = start, start + len(tokens)
+        self.tokens, self.evaluation, self.due = tokens, evaluation, due
+        self.after = np.append(tokens[::-1].cumsum()[::-1], 0)  # (steps to come + 1,) tokens from each step on
+        self.took, self.evaluations, self.saves = [], [], []  # seconds
+
+    def left(self, step, evaluated):
+        """After `step` (1-based). evaluated: whether that step's evaluation, if it is to have one, is behind us."""
+        first = max(len(self.took) // 2, 1) if len(self.took) > 1 else 0  # the first step also warms up
+        pace = sum(self.took[first:]) / self.tokens[first:len(self.took)].sum()
+        # scores are a quarter to a third of a step, which also goes back and computes anew what it did not keep
+        evaluation = mean(self.evaluations, self.evaluation * pace / 4)
+        eval_steps, save_steps = self.due
+        next_one = step + bool(evaluated)
+        evaluations = multiples(eval_steps, next_one, self.steps) + (not multiples(eval_steps, self.steps, self.steps)
+                                                                     and next_one <= self.steps)
+        saves = multiples(save_steps, step + 1, self.steps) * mean(self.saves, 0)
+        return float(self.after[step - self.start] * pace + evaluations * evaluation + saves)
+
+
+    def time(self, seconds, act, *args):
+        """What act(*args) returns; how long it took joins the list `seconds`."""
+        began = time.time()
+        made = act(*args)
+        seconds.append(time.time() - began)
+        return made
+
+
+def mean(values, otherwise):
+    return sum(values) / len(values) if values else otherwise
+
+
+def multiples(of, first, last):
+    """How many of first..last are multiples of `of`; none of 0."""
+    return last // of - (first - 1) // of if of else 0
+
+
+class Record:
+    """Takes what a run makes and writes it down. ranks, args, objective as in train_dpo.Job; per_step: pairs a step, of all ranks."""
+
+    def __init__(self, run, ranks, args, objective, held, clock, per_step):
+        self.run, self.ranks, self.args, self.objective, self.held = run, ranks, args, objective, held
+        self.clock, self.per_step, self.steps = clock, per_step, clock.steps
+        self.live = ranks.first and sys.stdout.isatty()
+        self.last, self.trackers, self.said = None, [], clock.start
+
+    def open(self, arguments):
+        """Start the trackers of --report_to, with the run's arguments."""
+        if self.ranks.first:
+            self.trackers = [TRACKERS[name](self.run, self.args, arguments, self.clock.start) for name in names(self.args.report_to)]
+
+    def close(self):
+        for tracker in self.trackers:
+            tracker.close()
+
+    def pairs(self, step, split, pieces):
+        """[(item, loss, scores)] of this rank, to scores.jsonl."""
+        if len(self.objective.metrics) == 1:
+            return  # SFT: neither pairs nor states
+        entries = sum(self.ranks.gather([self.objective.entry(item, scores) for item, _, scores in pieces]), [])
+        if self.ranks.first:
+            self.run.add(self.run.scores_path, [{"step": step, "split": split, **entry} for entry in entries])
+
+    def step(self, line, evaluation, before):
+        """A step's numbers and, where one was made, its evaluation's; before: those of the evaluation before it."""
+        if not self.ranks.first:
+            return
+        self.last = line = line | evaluation
+        self.run.add(self.run.log_path, [line])
+        numbers = {name if name.startswith("eval/") else f"train/{name}": value for name, value in
+                   ((name.replace("eval_", "eval/", 1), value) for name, value in line.items())
+                   if isinstance(value, (int, float)) and name not in ("step", "skipped", "seconds_left")}
+        for tracker in self.trackers:
+            tracker.log(line["step"], numbers)
+        if evaluation or self.said in (self.clock.start, self.steps - 1) or line["step"] % self.args.logging_steps == 0:
+            self.print(self.words(line))
+        self.said = line["step"]
+        if evaluation:
+            for words in guard.falling(evaluation, before, self.objective.chosen_tokens(self.held), self.args.beta):
+                self.print(f"warning: {words}")
+
+    def print(self, words):
+        """A line that stays."""
+        print(("\r\x1b[K" if self.live else "") + words, flush=True)
+
+    def rewrite(self, words):
+        """On a terminal: the line that the next one replaces."""
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            sys.stdout.write(f"\r\x1b[K{words[:width]}")
+            sys.stdout.flush()
+
+    def pair(self, step, done):
+        """`done` of this step's (0-based) pairs have been through the model."""
+        if self.live:
+            pairs = f"step {step + 1}/{self.steps} | pair {step * self.per_step + done}/{self.steps * self.per_step}"
+            self.rewrite(self.words(self.last, pairs) if self.last else pairs)
+
+    def words(self, line, head=None):
+        """A step as a line for people."""
+        pairs = f"pair {line['step'] * self.per_step}/{self.steps * self.per_step}"
+        words = [head or f"step {line['step']}/{self.steps} | {pairs}", "skipped" if line["skipped"] else f"loss {line['loss']:.4f}"]
+        if "rewards/margins" in line and not line["skipped"]:
+            words += [f"margin {line['rewards/margins']:+.3f}", f"accuracy {line['rewards/accuracies']:.2f}"]
+        if "eval_loss" in line:
+            words += [f"eval loss {line['eval_loss']:.4f}"]
+        if "eval_rewards/accuracies" in line:
+            low, high = line["eval_rewards/accuracies_ci95"]
+            words += [f"eval accuracy {line['eval_rewards/accuracies']:.3f} [{low:.3f}, {high:.3f}]"]
+        gpu = "" if line["gpu_peak_gib"] is None else f"GPU {line['gpu_peak_gib']:.1f} GiB, "
+        left = round(line["seconds_left"])
+        return " | ".join(words + [f"lr {line['learning_rate']:.1e}", f"{line['pairs_per_second']:.2f} pairs/s",
+                                   f"{line['tokens_per_second']:.0f} tok/s", f"{gpu}host {line['host_peak_gib']:.1f} GiB",
+                                   f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"])
+
+
+class TensorBoard:
+    """Events in the run's folder; what an earlier process wrote of steps that are done again is purged."""
+
+    def __init__(self, run, args, arguments, start):
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+        self.writer = SummaryWriter(str(run.folder), purge_step=start + 1)
+        self.writer.add_text("args", "```json\n" + json.dumps(arguments, indent=2) + "\n```")
+        for summary in hparams({name: value if isinstance(value, (int, float)) else str(value) for name, value in arguments.items()}, {}):
+            self.writer.file_writer.add_summary(summary)
+
+    def log(self, step, numbers):
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()  # a killed run has lost nothing
+
+    def close(self):
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases under runs/NAME/wandb/; one that goes on has the same id. WANDB_PROJECT, WANDB_MODE as W&B reads them."""
+
+    def __init__(self, run, args, arguments, start):
+        try:
+            import wandb
+        except ImportError:
+            raise InputError("--report_to wandb: wandb is not installed; run: pip install -r requirements-wandb.txt") from None
+        ident = run.folder / "wandb.id"
+        if not ident.exists():
+            ident.write_text(secrets.token_hex(4))
+        try:
+            self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "huggingface"), name=args.run_name or args.output_dir,
+                                  config=arguments, dir=str(run.folder), id=ident.read_text(), resume="allow",
+                                  settings=wandb.Settings(console="off"))
+        except wandb.errors.Error as error:
+            raise InputError(f"--report_to wandb: {' '.join(str(error).split())[:200]}; log in (wandb login), set WANDB_MODE=offline, or "
+                             "leave it out") from None
+        self.run.define_metric("train/global_step")
+        self.run.define_metric("*", step_metric="train/global_step", step_sync=True)
+
+    def log(self, step, numbers):
+        self.run.log(numbers | {"train/global_step": step})
+
+    def close(self):
+        self.run.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def names(text):
+    """The trackers of --report_to."""
+    found = [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
+    for name in found:
+        if name not in TRACKERS:
+            raise InputError(f"--report_to {text}: no tracker {name}; expected {', '.join(TRACKERS)}, both with a comma, or none")
+    return found
+
+
+def measured(job, step, sums, seconds):
+    """The part of a step's line that its sums over all ranks give."""
+    pairs, tokens = sums[len(job.objective.metrics)], sums[-1]
+    gpu, host = engine.memory_peaks(job.ranks.device)
+    return {"step": step + 1, "epoch": round((step + 1) * pairs / len(job.stream.train), 4), **named(job.objective.metrics, sums),
+            "pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds, "gpu_peak_gib": gpu, "host_peak_gib": host}
+
+
+def named(metrics, sums, prefix=""):
+    """Means by name of sums whose last but one, or last, is the number of pairs."""
+    return {prefix + name: guard.plain(float(value / sums[len(metrics)])) for name, value in zip(metrics, sums)}
