@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def model_folder(name):
         raise InputError(f"{name}: no such model folder (and not a hub name such as GSAI-ML/LLaDA-8B-Instruct)")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]))
     except Exception as error:  # the hub's client raises dozens of kinds; each ends here as one sentence
         raise InputError(f"{name}: neither a local folder nor to be had from the hub ({type(error).__name__})") from None
 
@@ -303,18 +304,32 @@ def writing(parameter):
 def save_model(folder, model, state_dict, source, tokenizer, card, mask_id=None):
     """Write a Hugging Face folder (config, safetensors, tokenizer, README.md): all of it, or nothing.
 
-    state_dict: whole tensors by name, as the engine gathers them. source: the model folder that training started from; what
-    its config.json says stays said. mask_id: noted there if the source left it to the tokenizer or the command line.
+    state_dict: whole tensors by name, as the engine gathers them. source: folder or hub name of the model that training started from;
+    what its config.json says stays said. mask_id: noted there if the source left it to the tokenizer or the command line.
     """
+    origin = model_folder(source) if source else None
     with replacing_folder(folder) as work:
         model.save_pretrained(work, state_dict={key: value.contiguous() for key, value in state_dict.items()})
         tokenizer.save_pretrained(work)
         saved = json.loads((work / "config.json").read_text())
-        original = json.loads((Path(source) / "config.json").read_text()) if source else {}
+        original = json.loads((origin / "config.json").read_text()) if source else {}
         kept = {key: value for key, value in original.items() if key not in ("transformers_version", "torch_dtype", "dtype")}
+        if "auto_map" in kept:
+            kept["auto_map"] = own_code(kept["auto_map"], source, work)
         noted = {} if mask_id is None else {"mask_token_id": mask_id}
         (work / "config.json").write_text(json.dumps(saved | noted | kept, indent=2) + "\n")
         (work / "README.md").write_text(card, encoding="utf-8")
+
+
+def own_code(auto_map, source, work):
+    """auto_map for a copy, in `work`, of the model `source`, so that whoever lets its own code run finds it: a folder's files are
+    copied, unread; a hub name is put before each, as transformers writes it."""
+    if os.path.isdir(source):
+        for path in Path(source).glob("*.py"):
+            shutil.copyfile(path, work / path.name)
+        return auto_map
+    named = lambda value: f"{source}--{value}" if isinstance(value, str) and "--" not in value else value  # noqa: E731
+    return {name: [*map(named, value)] if isinstance(value, list) else named(value) for name, value in auto_map.items()}
 
 
 # --- command line: merge, convert ---
@@ -324,11 +339,13 @@ def merge(adapter, out, dtype):
     folder = model_folder(adapter)
     if not lora.read(folder):
         raise InputError(f"{adapter}: holds no adapter_config.json; expected the folder of an adapter")
-    source, noted, config = base_folder(adapter), lora.base_of(folder), load_config(adapter)
+    source, noted, config = lora.read(folder)["base_model_name_or_path"], lora.base_of(folder), load_config(adapter)
     shift = "yes" if families.shifted(config) else "no"
-    model = load_model(str(source), DTYPES[dtype], shift_logits=shift)
+    model = load_model(source, DTYPES[dtype], shift_logits=shift)
     kept = lora.merge(model, folder)
-    card = f"---\nlibrary_name: transformers\ntags: [diffusion-language-model]\n---\n{adapter}, merged into {source}.\n"
+    card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else "---\nlibrary_name: peft\n---\n"
+    card = card.replace("library_name: peft", "library_name: transformers", 1).replace("_relation: adapter", "_relation: finetune", 1)
+    card += f"\nThis is the adapter merged into its base: of what it adds, {100 * kept:.1f}% is left after rounding.\n"
     save_model(out, model, dict(model.named_parameters()), source, load_tokenizer(adapter), card, noted.get("mask_token_id"))
     print(f"{out}: {adapter} merged into {source}; {100 * kept:.1f}% of what it adds is left after rounding to "
           f"{'bfloat16' if dtype == 'bf16' else 'float32'}", flush=True)

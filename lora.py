@@ -156,8 +156,3 @@ def attach(model, folder, writing):
                     if mine:
                         matrix.copy_(value)
     return wrapped
-
-
-def card_of(text, source):
-    """The model card of an adapter: peft's library, and the base by name."""
-    return text.replace("library_name: transformers", f"library_name: peft\nbase_model: {json.dumps(str(source))}", 1)

@@ -6,6 +6,7 @@ final/ is there; an unfinished one goes on from its newest checkpoint, its log c
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -77,7 +78,8 @@ class Run:
             raise InputError(f"{self.folder}: that run has {there} micro-batches a step on each of {ranks} rank(s), this one {here} on "
                              f"{world}, which is another batch; give this one {more}")
         free = FREE | ({steps} if ranks != world else set())
-        pairs = [(name, before["arguments"].get(name), value) for name, value in arguments.items() if name not in free]
+        pairs = [(name, before["arguments"].get(name), value) for name, value in without_home(arguments).items()
+                 if name not in free]
         pairs += [(name, before["inputs"].get(name), value) for name, value in inputs.items()]
         for name, old, new in pairs:
             if old != new:
@@ -101,8 +103,10 @@ class Run:
         for left in self.checkpoints.glob(".step-*"):
             shutil.rmtree(left)
         write_json(self.folder / "run.json", sealed({
-            "arguments": arguments, "inputs": inputs, "start_is_folder": os.path.isdir(arguments["model_name_or_path"]), "versions": {"python": platform.python_version(), **versions},
-            "git_commit": git_commit(), "command": ["python", *sys.argv], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))
+            "arguments": without_home(arguments), "inputs": inputs,
+            "start_is_folder": os.path.isdir(arguments["model_name_or_path"]),
+            "versions": {"python": platform.python_version(), **versions}, "git_commit": git_commit(),
+            "command": without_home(["python", *sys.argv]), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))
 
     def cut_log(self, step):
         """Keep the lines of log.jsonl, scores.jsonl and skipped.jsonl up to `step`; a torn last line goes too."""
@@ -146,6 +150,16 @@ class Run:
                 shutil.rmtree(gone)
             os.replace(path, gone)
             shutil.rmtree(gone)
+
+
+def without_home(value):
+    """Arguments or a command with the home folder as ~ wherever a path begins with it: a run's folder is shared, its user's name is not."""
+    if isinstance(value, dict):
+        return {name: without_home(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [without_home(each) for each in value]
+    home = os.path.expanduser("~").rstrip("/")
+    return re.sub(rf"(?<![^\s=,:]){re.escape(home)}(?=/|$)", "~", value) if home and isinstance(value, str) else value
 
 
 def places(run, record, name):

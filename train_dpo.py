@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import calibrate
+import card
 import checkpoint
 import config
 import engine
@@ -153,6 +154,7 @@ def prepare(argv):
     """Read the arguments and everything on disk that the run replays; refuse what cannot be right."""
     groups = data_args, model_args, noise_args, args = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS)
     config.check(args)
+    tracking.names(args.report_to)
     packed = disk.Packed(data_args.data)
     if args.loss_type != "sft":
         packed.need_pairs()
@@ -240,23 +242,26 @@ def start_policy(model_args, args, ds_config, ranks):
     return engine.build(model, ds_config)
 
 
-def save_final(job, run, model_args, arguments, evaluation):
-    """final/: the model, or LoRA's adapter alone."""
+def save_final(job, run, model_args, arguments, evaluation, pairs):
+    """final/: the model, or LoRA's adapter alone. pairs: (trained on, held out)."""
     source, weights = model_args.model_name_or_path, engine.gather_weights(job.policy, job.ranks)
     if job.ranks.first:
-        model, text = job.policy.module, card(arguments, evaluation)
+        model, objective = job.policy.module, job.objective
         tokenizer = checkpoint.load_tokenizer(source, model_args.trust_remote_code)
+        counts = {"trained on": pairs[0], "held out": pairs[1], "steps": job.record.steps, "pairs a step": job.record.per_step}
+        text = card.text(run.folder.name, arguments, objective.packed, counts, evaluation, model.config.model_type)
         if model_args.lora_r:
-            lora.save(run.final, model, weights, tokenizer, lora.card_of(text, source), {
+            lora.save(run.final, model, weights, tokenizer, text, {
                 "is_folder": os.path.isdir(source), "fingerprint": checkpoint.model_fingerprint(source),
-                "mask_token_id": job.objective.mask_id, "shift_logits": bool(getattr(model.config, "shift_logits", False)),
+                "mask_token_id": objective.mask_id, "shift_logits": bool(getattr(model.config, "shift_logits", False)),
                 "load_in_4bit": model_args.load_in_4bit})
             said = f"the adapter, in peft's format (python checkpoint.py merge {run.final} OUT makes one model of it, rounded)"
         else:
-            checkpoint.save_model(run.final, model, weights, checkpoint.model_folder(source), tokenizer, text, job.objective.mask_id)
+            checkpoint.save_model(run.final, model, weights, source, tokenizer, text, objective.mask_id)
             said = "the aligned model, in Hugging Face format"
         flag = " --load_in_4bit true" if model_args.load_in_4bit else ""
-        print(f"{run.final}: {said}\nnext: python generate.py --model_name_or_path {run.final}{flag} --prompt '...'", flush=True)
+        print(f"{run.final}: {said}\nnext: python report.py {run.folder}\n"
+              f"and:  python generate.py --model_name_or_path {run.final}{flag} --prompt '...'", flush=True)
     dist.barrier()
 
 
@@ -317,29 +322,19 @@ def main(argv=None):
     if ranks.first:
         run.begin(arguments, wanted, {"torch": torch.__version__, "deepspeed": engine.deepspeed.__version__, "ranks": ranks.world})
         run.cut_log(start)
-    job.record.open(arguments)
+    job.record.open(runs.without_home(arguments))
     dist.barrier()
 
     # 4. the loop, and what comes out
     evaluation = train(job, run, held, state, steps, backwards)
     job.record.close()
     if evaluation is not None:
-        save_final(job, run, model_args, arguments, evaluation)
+        save_final(job, run, model_args, arguments, evaluation, (len(train_pairs), len(held)))
     elif ranks.first:
         print(f"stopped and saved; go on with: {stopping.command()}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
     return 0
-
-
-def card(arguments, evaluation):
-    """The model card: what made these weights, and what the held-out pairs said."""
-    names = ("loss_type", "beta", "estimator", "diffusion_steps", "trajectories", "backprop_steps", "learning_rate", "num_train_epochs", "seed", "noise_seed")
-    table = "\n".join(f"| {name} | {value} |" for name, value in
-                      [(name, arguments[name]) for name in names] + [(name, value) for name, value in evaluation.items()])
-    return (f"---\nlibrary_name: transformers\ntags: [diffusion-language-model, dpo]\n---\n"
-            f"{arguments['model_name_or_path']} trained with train_dpo.py ({arguments['loss_type']}).\n\n"
-            f"| | |\n|---|---|\n{table}\n")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ class Stage:
         """{name: digest or value}."""
         if self.name == "train":
             lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-            return {"weights": disk.file_sha256(folder / "run" / "final" / "model.safetensors"),
+            return {"scores": disk.file_sha256(folder / "run" / "scores.jsonl"),
+                    "weights": disk.file_sha256(folder / "run" / "final" / "model.safetensors"),
                     "log": [{key: value for key, value in line.items() if key not in VARIES} for line in lines]}
         pattern = "*.npy" if self.name == "prep" else "ref-*/*.npy"
         found = {str(path.relative_to(folder / "packed")): disk.file_sha256(path) for path in (folder / "packed").glob(pattern)}

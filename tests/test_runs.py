@@ -56,6 +56,24 @@ def test_begin(run, monkeypatch):
     assert json.loads((run.folder / "run.json").read_text())["start_is_folder"] is True
 
 
+def test_no_home_in_run_json(tmp_path, monkeypatch):
+    """The user's folder is written as ~, found again, and no reason to refuse to go on."""
+    monkeypatch.setenv("HOME", str(tmp_path / "anna"))
+    monkeypatch.setattr("sys.argv", ["train_dpo.py", f"--data={tmp_path}/anna/packed", "--columns", f"a=x,b={tmp_path}/anna", "--beta", "0.1"])
+    got, folder = Run(tmp_path / "anna" / "runs" / "a"), tmp_path / "anna" / "packed"
+    arguments = ARGUMENTS | {"data": str(folder), "output_dir": str(got.folder), "model_name_or_path": str(tmp_path / "annabel"), "columns": str(folder)}
+    got.begin(arguments, INPUTS, {})
+    text = (got.folder / "run.json").read_text()
+    assert f"{tmp_path}/anna/" not in text and f"{tmp_path}/annabel" in text
+    record = json.loads(text)
+    assert record["command"] == ["python", "train_dpo.py", "--data=~/packed", "--columns", "a=x,b=~", "--beta", "0.1"]
+    assert runs.places(got.folder, record, "data") == [got.folder / "../../packed", folder]
+    write_checkpoint(got, 1)
+    got.check_same(arguments, INPUTS)
+    monkeypatch.setenv("HOME", "/")
+    assert runs.without_home({"a": ["/x", 1, None, "a=/b"]}) == {"a": ["/x", 1, None, "a=/b"]}
+
+
 def test_begin_clears_what_a_killed_save_left(run):
     (run.checkpoints / run.temporary(7)).mkdir()
     (run.checkpoints / ".step-3.old").mkdir()
