@@ -3,6 +3,7 @@
     model folder or hub name -> load_tokenizer(...), load_model(...) -> save_model(...) -> Hugging Face folder
     python checkpoint.py merge runs/NAME/final OUT                      a LoRA adapter into its base model
     python checkpoint.py convert SMDM.safetensors OUT --tokenizer T     SMDM's file to a folder (and back: FOLDER SMDM.safetensors)
+    python checkpoint.py convert FOLDER OUT --allow_pickle              weights of pytorch_model*.bin to safetensors (pickled.py)
 
 Under ZeRO-3 the model is built partitioned (zero.Init) and filled one tensor at a time, so that an 8B model is never
 whole in host memory twice. No remote code runs unless trust_remote_code is given; weights are safetensors only.
@@ -25,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import families
 import lora
+import pickled
 import quantized
 import smdm
 from packed import InputError, fingerprint, open_tensors, read_json, read_tensors, replacing_folder
@@ -193,7 +195,8 @@ def weight_files(folder):
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
-        raise InputError(f"{folder}: holds no *.safetensors weights")
+        raise InputError(f"{folder}: holds no *.safetensors weights (of pytorch_model*.bin, pickles, which may hold code: if you trust "
+                         f"them, python checkpoint.py convert {folder} OUT --allow_pickle; from the hub: hf download NAME --local-dir DIR)")
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise InputError(f"{folder}: its index names {name}, which is not there; download the model again")
@@ -355,9 +358,11 @@ def merge(adapter, out, dtype):
     print(f"next: python generate.py --model_name_or_path {out} --prompt '...'", flush=True)
 
 
-def convert(source, out, tokenizer, heads):
-    """An original file of SMDM to a Hugging Face folder, or such a folder back to a file."""
-    if smdm.is_original(source):
+def convert(source, out, tokenizer, heads, allow_pickle):
+    """An original file of SMDM to a Hugging Face folder, or such a folder back to a file; pickles to safetensors."""
+    if allow_pickle:
+        pickled.convert(source, out)
+    elif smdm.is_original(source):
         if not tokenizer:
             raise InputError("--tokenizer is missing: SMDM's is TinyLlama's; give a folder or TinyLlama/TinyLlama_v1.1")
         tensors = read_tensors(source)
@@ -398,18 +403,19 @@ def main(argv=None):
     one.add_argument("adapter", help="folder of the adapter, such as runs/NAME/final")
     one.add_argument("out", help="folder to write")
     one.add_argument("--use_mixed_precision", choices=DTYPES, default="bf16", help="bf16: bfloat16 weights; no: float32")
-    two = commands.add_parser("convert", help="SMDM's .safetensors to a folder, or such a folder to a .safetensors")
+    two = commands.add_parser("convert", help="SMDM's .safetensors to a folder, or such a folder to a .safetensors; .bin to .safetensors")
     two.add_argument("source")
     two.add_argument("out")
     two.add_argument("--tokenizer", help="folder or hub name of the tokenizer, TinyLlama/TinyLlama_v1.1 (to a folder)")
     two.add_argument("--n_heads", type=int, help="attention heads, for a width that SMDM released no model of")
+    two.add_argument("--allow_pickle", action="store_true", help="a folder of pytorch_model*.bin that you trust, to safetensors")
     args = parser.parse_args(argv)
     if os.path.exists(args.out):
         raise InputError(f"{args.out}: exists already; remove it or name another")
     if args.command == "merge":
         merge(args.adapter, args.out, args.use_mixed_precision)
     else:
-        convert(args.source, args.out, args.tokenizer, args.n_heads)
+        convert(args.source, args.out, args.tokenizer, args.n_heads, args.allow_pickle)
     return 0
 
 

@@ -62,6 +62,9 @@ class Run:
         if not (path / "state.json").exists():
             known = ", ".join(str(item) for _, item in saved) or "none"
             raise InputError(f"--resume_from_checkpoint {wanted}: not a checkpoint of this project; there are: {known}")
+        if path.resolve().parent != self.checkpoints.resolve():
+            raise InputError(f"--resume_from_checkpoint {wanted}: a checkpoint holds pickles, which may hold code, and only {self.checkpoints} "
+                             "is trusted; if you trust this one, copy it there")
         if why := torn(path):
             raise InputError(f"--resume_from_checkpoint {wanted}: {why}; name another, or leave the flag out for the newest whole one")
         return path

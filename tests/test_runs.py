@@ -175,6 +175,15 @@ def test_torn_is_passed_over(run, capsys, harm):
     refused(lambda: run.start_from(None), "none of its 1 checkpoint(s) is whole")
 
 
+def test_a_checkpoint_from_elsewhere_is_not_unpickled(run, tmp_path):
+    """Whole as it may be: it is trusted where this project wrote it, or where its user puts it."""
+    write_checkpoint(run, 2)
+    other = shutil.copytree(run.checkpoints / "step-2", tmp_path / "download" / "step-2")
+    refused(lambda: run.start_from(str(other)), str(other), "pickles", "copy it there", str(run.checkpoints))
+    (tmp_path / "link").symlink_to(run.folder)  # the same folder by another name
+    assert run.start_from(str(tmp_path / "link" / "checkpoints" / "step-2")).samefile(run.checkpoints / "step-2")
+
+
 def test_unfinished_is_never_found(run):
     """Killed while writing, before state.json, or while an old one was being removed."""
     write_checkpoint(run, 1)
