@@ -331,6 +331,8 @@ def main(argv=None):
         "arguments": asdict(sample) | asdict(likelihood) | asdict(args)})
     print_table(table)
     print(f"{folder}: every response, and results.json")
+    if run := next((Path(model).parent for model in models if (Path(model).parent / "run.json").is_file()), None):
+        print(f"next: python report.py {run} --evaluation {folder}")
     return 0
 
 

@@ -335,6 +335,8 @@ def main(argv=None):
     have = ranks.broadcast(have)
     if have >= noise_args.noise_sets:  # whom we waited for has made them
         return leave()
+    if ranks.first:
+        print(f"{packed.folder}, {model_args.model_name_or_path} -> {folder}", flush=True)
     stop = stopping.Stop(ranks)
     model, began = load(model_args, ranks), time.time()
     with torch.no_grad():

@@ -312,7 +312,7 @@ def main(argv=None):
     job = job._replace(record=tracking.Record(run, ranks, args, objective, held, clock, per_step))
     if ranks.first:
         noun = "rows" if objective.packed.task == "sft" else "pairs"
-        print(f"{model_args.model_name_or_path}: {len(train_pairs)} {noun} to train on, {len(held)} held out, {steps} steps of "
+        print(f"{objective.packed.folder}, {model_args.model_name_or_path} -> {run.folder}: {len(train_pairs)} {noun} to train on, {len(held)} held out, {steps} steps of "
               f"{per_step} {noun}, {sum(objective.counts)} states each, {backwards} backward passes a step"
               + (f"; going on after step {start} ({checkpoint_path})" if start else ""), flush=True)
     if not start and args.loss_type != "sft":
