@@ -265,26 +265,11 @@ def save_final(job, run, model_args, arguments, evaluation, pairs):
     dist.barrier()
 
 
-def main(argv=None):
-    # 1. what is on disk, and whether this run is finished, unfinished or new
-    groups, objective, arguments, wanted = prepare(argv)
+def make_job(groups, objective, run, train_pairs, ds_config, ranks, checkpoint_path):
+    """(Job without its record, steps of the run, backward passes of a step): the policy in its engine, the states a forward settled."""
     _, model_args, _, args = groups
-    run = runs.Run(args.output_dir)
-    run.check_same(arguments, wanted)
-    if run.finished:
-        print(f"{run.final}: this run is finished; another needs another --output_dir", flush=True)
-        return 0
-    train_pairs, held = split(objective.packed, args.eval_fraction, args.seed)
-    ds_config = engine.read_ds_config(model_args.deepspeed)
-    ranks, rows = engine.start(), args.per_device_train_batch_size
-    if ranks.first:
-        run.lock()
-        print(plan.at_start(groups, ds_config, ranks), flush=True)
-    checkpoint_path = ranks.broadcast(run.start_from(args.resume_from_checkpoint) if ranks.first else None)
-
-    # 2. the policy in its engine
-    per_step = rows * args.gradient_accumulation_steps * ranks.world
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(train_pairs) / per_step)
+    rows = args.per_device_train_batch_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(train_pairs) / pairs_a_step(args, ranks))
     pieces = args.gradient_accumulation_steps * len(objective.work([(0, 0)] * rows))
     passes = lambda size: pieces * score.backward_passes(objective.counts, objective.carrying, size)  # noqa: E731
     states_per_forward = rows if args.loss_type == "sft" else model_args.states_per_forward
@@ -298,6 +283,41 @@ def main(argv=None):
     if auto:
         job = fit(job)
         backwards = passes(job.states_per_forward)
+    return job, steps, backwards
+
+
+def pairs_a_step(args, ranks):
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world
+
+
+def make_record(job, run, held, start, steps):
+    """Its clock knows the tokens of every step to come."""
+    per_step, tokens = pairs_a_step(job.args, job.ranks), job.objective.tokens()
+    places = range(start * per_step, steps * per_step)
+    each = np.array([tokens[job.stream[place][0]] for place in places]).reshape(-1, per_step).sum(1)
+    clock = tracking.Clock(each, int(tokens[held].sum()), (job.args.eval_steps, job.args.save_steps), start)
+    return tracking.Record(run, job.ranks, job.args, job.objective, held, clock, per_step)
+
+
+def main(argv=None):
+    # 1. what is on disk, and whether this run is finished, unfinished or new
+    groups, objective, arguments, wanted = prepare(argv)
+    _, model_args, _, args = groups
+    run = runs.Run(args.output_dir)
+    run.check_same(arguments, wanted)
+    if run.finished:
+        print(f"{run.final}: this run is finished; another needs another --output_dir", flush=True)
+        return 0
+    train_pairs, held = split(objective.packed, args.eval_fraction, args.seed)
+    ds_config = engine.read_ds_config(model_args.deepspeed)
+    ranks = engine.start()
+    if ranks.first:
+        run.lock()
+        print(plan.at_start(groups, ds_config, ranks), flush=True)
+    checkpoint_path = ranks.broadcast(run.start_from(args.resume_from_checkpoint) if ranks.first else None)
+
+    # 2. the policy in its engine
+    job, steps, backwards = make_job(groups, objective, run, train_pairs, ds_config, ranks, checkpoint_path)
     if args.loss_type != "sft":
         arguments["states_per_forward"] = job.states_per_forward
 
@@ -305,23 +325,19 @@ def main(argv=None):
     state = {"step": 0, "num_tokens": 0, "skipped": 0, "line": None}
     if checkpoint_path:
         state = resume.load(job, checkpoint_path, model_args.use_mixed_precision)
-    start = state["step"]
-    tokens = objective.tokens()
-    each = np.array([tokens[stream[place][0]] for place in range(start * per_step, steps * per_step)]).reshape(-1, per_step)
-    clock = tracking.Clock(each.sum(1), int(tokens[held].sum()), (args.eval_steps, args.save_steps), start)
-    job = job._replace(record=tracking.Record(run, ranks, args, objective, held, clock, per_step))
+    job = job._replace(record=make_record(job, run, held, state["step"], steps))
     if ranks.first:
         noun = "rows" if objective.packed.task == "sft" else "pairs"
-        print(f"{objective.packed.folder}, {model_args.model_name_or_path} -> {run.folder}: {len(train_pairs)} {noun} to train on, {len(held)} held out, {steps} steps of "
-              f"{per_step} {noun}, {sum(objective.counts)} states each, {backwards} backward passes a step"
-              + (f"; going on after step {start} ({checkpoint_path})" if start else ""), flush=True)
-    if not start and args.loss_type != "sft":
+        print(f"{objective.packed.folder}, {model_args.model_name_or_path} -> {run.folder}: {len(train_pairs)} {noun} to train on, "
+              f"{len(held)} held out, {steps} steps of {job.record.per_step} {noun}, {sum(objective.counts)} states each, {backwards} "
+              f"backward passes a step" + (f"; going on after step {state['step']} ({checkpoint_path})" if checkpoint_path else ""), flush=True)
+    if not checkpoint_path and args.loss_type != "sft":
         gap = guard.check_reference(job, micro_batch(job, 0, 0), model_args.use_mixed_precision)
         if ranks.first:
             print(f"policy and reference agree to {gap:.1e} per token", flush=True)
     if ranks.first:
         run.begin(arguments, wanted, {"torch": torch.__version__, "deepspeed": engine.deepspeed.__version__, "ranks": ranks.world})
-        run.cut_log(start)
+        run.cut_log(state["step"])
     job.record.open(runs.without_home(arguments))
     dist.barrier()
 
