@@ -7,7 +7,8 @@ Each row is a process of its own, with the engine, the score and the default est
 tokens, states_per_forward found as `auto` finds it, one step of two pairs to warm up, --steps timed.
 
 pairs/s, tokens/s   tokens: prompt and response through the model, states times length, of both responses
-TFLOP/s             of the arithmetic that is needed: forward, and twice that backward; what is computed twice counts once
+TFLOP/s             of the arithmetic that is needed: forward, and twice that backward (once through frozen weights); what is
+                    computed twice counts once
 of peak             that, as a share of a bfloat16 matrix product's rate in the same process
 bus                 parameters in and gradients out over the bus at a pinned copy's rate, as a share of the step
 GPU, host GiB       peaks of the process
@@ -31,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import config  # noqa: E402
 import diffusion  # noqa: E402
 import engine  # noqa: E402
+import lora  # noqa: E402
 import packed as disk  # noqa: E402
 import score  # noqa: E402
 from llada import LLaDAConfig, LLaDAModelLM  # noqa: E402
@@ -42,8 +44,8 @@ LLADA_8B, SMDM, HALF = (4096, 32, 32, 12288, 126464), (1792, 20, 14, 7168, 32001
 TINY = (64, 2, 4, 128, 512)
 ROWS = {  # shape, what is done, where memory lives
     "8B-score": (LLADA_8B, "score", "zero3_offload_4080"), "1.1B-full": (SMDM, "train", "zero3_offload_4080"),
-    "0.5B-full": (HALF, "train", "zero3_offload_4080"), "0.5B-full-zero2": (HALF, "train", "zero2_offload_4080")}
-NOT_RUN = {"8B-LoRA": "LoRA is not here yet", "8B-full": "needs 96 to 160 GB of host memory (ds_configs/README.md)"}
+    "8B-LoRA": (LLADA_8B, "lora", "zero3_offload_4080"), "0.5B-full": (HALF, "train", "zero3_offload_4080"), "0.5B-full-zero2": (HALF, "train", "zero2_offload_4080")}
+NOT_RUN = {"8B-full": "needs 96 to 160 GB of host memory (ds_configs/README.md)"}
 PROMPT, RESPONSE, MASK, ACCUMULATE = 128, 256, 3, 2
 T, R = config.NoiseArguments.diffusion_steps, config.NoiseArguments.trajectories
 
@@ -90,10 +92,12 @@ class Work:
         self.model = random_model(shape, ds_config, torch.bfloat16)
         self.parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.model.parameters())
         self.streamed = ds_config["zero_optimization"]["stage"] == 3
+        self.flops = flops(self.model, self.states)
         self.model.register_forward_hook(self.count)
-        if kind == "train":
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.engine = engine.build(self.model, ds_config)
+        if kind != "score":
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        trained = lora.add(self.model, 16, 32, "auto", 0, "random")[0] if kind == "lora" else self.model
+        self.engine = engine.build(trained, ds_config)
         self.size = engine.grow(score.sizes(self.S), lambda size: 2 * size if size == self.S else size, self.trial, self.ranks)[0]
 
     def count(self, *_):
@@ -124,7 +128,7 @@ class Work:
             score.score_and_backward(
                 self.engine, self.states, lambda scores: preference_loss(scores[0] - scores[1], BETA), self.size, self.ranks.device,
                 lambda loss: self.backward(loss, pair + 1 == ACCUMULATE and next(left) == 1))
-        if self.kind == "train":
+        if self.kind != "score":
             engine.step(self.engine)
         wait(self.ranks.device)
 
@@ -174,8 +178,9 @@ def worker(name, args):
     for _ in range(args.steps):
         work.step()
     seconds = (time.perf_counter() - began) / args.steps
-    need = ACCUMULATE * flops(work.model, work.states) / (1 if kind == "train" else 3)  # score: forward alone
-    moved = 2 * work.parameters * (work.forwards + 2 * work.backwards if work.streamed else work.backwards) / args.steps
+    need = ACCUMULATE * work.flops * {"score": 1 / 3, "lora": 2 / 3, "train": 1}[kind]  # forward; through frozen weights; with their gradients
+    gradients = work.backwards if kind == "train" else 0
+    moved = 2 * work.parameters * (gradients + (work.forwards + work.backwards if work.streamed else 0)) / args.steps
     gpu, host = engine.memory_peaks(work.ranks.device)
     print(json.dumps({
         "row": name, "parameters": work.parameters, "states_per_forward": work.size, "seconds": seconds,
