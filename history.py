@@ -259,18 +259,26 @@ def correlation(x, y):
 
 def load_tokenizer(run):
     """Set run.tokenizer to the one that packed the arrays: of final/, or of the model that the run began with. Nothing is downloaded."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
     import checkpoint  # here alone: with torch and transformers it takes longer than all the rest
-    names = [run.folder / "final", *runs.places(run.folder, run.record, "model_name_or_path"), run.packed.meta["model_name_or_path"]]
-    for name in map(str, names):
+    source = run.packed.meta["model_name_or_path"]
+    for name in (run.folder / "final", *runs.places(run.folder, run.record, "model_name_or_path"), source):
         try:
-            tokenizer = checkpoint.load_tokenizer(name)
+            tokenizer = checkpoint.load_tokenizer(local(str(name)))
         except InputError:
             continue
         if checkpoint.tokenizer_fingerprint(tokenizer) == run.packed.meta["tokenizer"]:
             run.tokenizer = tokenizer
             return
-    run.missing.append(f"The tokenizer of {run.packed.meta['model_name_or_path']} is not here: the pairs' texts cannot be read.")
+    run.missing.append(f"The tokenizer of {source} is not here: the pairs' texts cannot be read.")
+
+
+def local(name):
+    """The folder of a model that is on this machine: `name` itself, or what the hub's cache has of it; None if there is none."""
+    from huggingface_hub import snapshot_download
+    try:
+        return name if os.path.isdir(name) else snapshot_download(name, local_files_only=True)
+    except (OSError, ValueError):  # not in the cache; not a name of the hub
+        return None
 
 
 def texts(run, pair):

@@ -80,8 +80,8 @@ def fold(summary, inner, opened=False):
 
 
 def block(title, text, place=""):
-    """A text as it is, under a title."""
-    return f'<div{place}><h4>{say(title)}</h4><pre dir="auto">{say(text)}</pre></div>'
+    """A text as it is, under a title; a browser leaves out a line's end that a <pre> begins with, so one more is there."""
+    return f'<div{place}><h4>{say(title)}</h4><pre dir="auto">\n{say(text)}</pre></div>'
 
 
 def opening(text, length=70):

@@ -51,7 +51,7 @@ class Reader(HTMLParser):
 
     def handle_data(self, data):
         if self.inside:
-            self.pres[-1] += data
+            self.pres[-1] += data if self.pres[-1] else data.removeprefix("\n")
 
     def values(self, name):
         return [value for _, each, value in self.attributes if each == name]
@@ -167,6 +167,26 @@ def test_moved_and_bare(trained, tmp_path):
     assert "are gone or hold other data now" in page and not Reader(page).pres and "<h3>Margin by response length" not in page
     shutil.copytree(trained.folder, tmp_path / "all")
     assert Reader(page_of(tmp_path / "all/runs/a")).pres
+
+
+def test_tokenizer_of_the_hub(tiny_dir, hostile, tmp_path, monkeypatch):
+    """A model of the hub that is in its cache gives the texts; one that is not is not asked for."""
+    asked = []
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", lambda *_, **__: asked.append("a file"))
+    monkeypatch.setattr("huggingface_hub.hf_api.HfApi.repo_info", lambda *_, **__: asked.append("a model"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    data = shutil.copytree(hostile, tmp_path / "packed")
+    packed.write_json(data / "meta.json", packed.sealed(packed.read_json(data / "meta.json", "") | {"model_name_or_path": "org/tiny"}))
+    folder = write_run(tmp_path / "a", data=data, model="org/tiny", finished=False)
+    found = history.read(folder)
+    history.load_tokenizer(found)
+    assert found.tokenizer is None and "tokenizer of org/tiny is not here" in found.missing[-1]
+    shutil.copytree(tiny_dir, tmp_path / "models--org--tiny" / "snapshots" / "abc")
+    (tmp_path / "models--org--tiny" / "refs").mkdir()
+    (tmp_path / "models--org--tiny" / "refs" / "main").write_text("abc")
+    history.load_tokenizer(found)
+    assert history.texts(found, 3)[0] == f"{HOSTILE} 3" and not asked
 
 
 def test_stopped_going_on_torn(trained, tmp_path):
