@@ -3,6 +3,7 @@
     .venv/bin/python -m pytest -q tests/test_report.py
 """
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -121,6 +122,15 @@ def hostile(tiny_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def shown(hostile, tiny_dir, tmp_path_factory):
+    """The page of a run whose name, texts and skipped pairs are hostile."""
+    folder = write_run(tmp_path_factory.mktemp("shown") / f"<script>alert(1)</script>$x${'long' * 20}", data=hostile, model=tiny_dir)
+    skipped = [{"step": 1, "pair": HOSTILE, "line": [HOSTILE], "source": HOSTILE, "loss": None}, {"step": 2, "source": "x" * 300}]
+    runs.Run(folder).add(folder / "skipped.jsonl", skipped)
+    return page_of(folder)
+
+
+@pytest.fixture(scope="module")
 def trained(tiny_dir, tmp_path_factory):
     """A real run of four steps, evaluated after the second and the last."""
     folder = tmp_path_factory.mktemp("trained")
@@ -199,9 +209,8 @@ def test_stopped_going_on_torn(trained, tmp_path):
     page = page_of(folder)
     assert "it ended after step 4 of 4" in page and "1 line(s) of log.jsonl" in page
     with open(folder / ".lock", "a+") as lock:
-        import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "The run is going on: step 4 of 4" in page_of(folder)
+        assert diagnosis.findings(history.read(folder))[0].startswith("The run is going on: step 4 of 4")
 
 
 def test_without_a_step(tmp_path):
@@ -216,29 +225,25 @@ def test_without_a_step(tmp_path):
 
 # --- the page ---------------------------------------------------------------------------------------------
 
-def test_hostile_texts(tiny_dir, hostile, tmp_path):
+def test_hostile_texts(shown):
     """No text becomes an element; all of it is shown as it is."""
-    folder = write_run(tmp_path / "<script>alert(1)</script>$x$", data=hostile, model=tiny_dir)
-    (folder / "skipped.jsonl").write_text(json.dumps({"step": 1, "pair": HOSTILE, "line": [HOSTILE], "source": HOSTILE, "loss": None}) + "\n")
-    reader = Reader(page_of(folder))
+    reader = Reader(shown)
     assert not {"script", "img", "iframe", "object"} & set(reader.tags)
     assert reader.pres[0].startswith(HOSTILE) and reader.pres[1].startswith("a\n  b ")
     assert not [name for _, name, _ in reader.attributes if name.startswith("on")]
 
 
-def test_loads_nothing(hostile, tiny_dir, tmp_path):
-    page = page_of(write_run(tmp_path / "a", data=hostile, model=tiny_dir))
-    reader = Reader(page)
+def test_loads_nothing(shown):
+    page, reader = shown, Reader(shown)
     linked = reader.values("href") + reader.values("src") + reader.values("xlink:href") + re.findall(r"url\(([^)]*)\)", page)
     assert linked and all(each.startswith(("#", "data:")) for each in linked)
     assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in reader.attributes
     assert not re.search(r"@import|@font-face", page)
 
 
-def test_charts_follow_the_theme(hostile, tiny_dir, tmp_path):
+def test_charts_follow_the_theme(shown):
     """Colours are the page's variables, ids are unique, every chart is named, letters are large enough on a phone."""
-    page = page_of(write_run(tmp_path / "a", data=hostile, model=tiny_dir))
-    reader, svgs = Reader(page), re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    page, reader, svgs = shown, Reader(shown), re.findall(r"<svg.*?</svg>", shown, re.DOTALL)
     assert len(svgs) == 11 and not re.search(r"#[0-9a-fA-F]{6}\b", "".join(svgs))
     used = set(re.findall(r"var\(--(\w+)\)", "".join(svgs)))
     style = page[:page.index("</style>")]
@@ -287,11 +292,9 @@ def test_several_runs(hostile, tiny_dir, tmp_path):
 
 @pytest.mark.skipif(not BROWSER, reason="no chromium here: the page's width is not tried in a browser")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_no_sideways_scroll(hostile, tiny_dir, tmp_path, width):
+def test_no_sideways_scroll(shown, tmp_path, width):
     """In a browser, the page is as wide as its window, and no letter of a chart leaves it."""
-    folder = write_run(tmp_path / ("long" * 20), data=hostile, model=tiny_dir)
-    (folder / "skipped.jsonl").write_text(json.dumps({"step": 1, "pair": 1, "line": 2, "source": "x" * 300, "loss": None}) + "\n")
-    inner = json.dumps(page_of(folder)).replace("</", "<\\/")
+    inner = json.dumps(shown).replace("</", "<\\/")
     (tmp_path / "frame.html").write_text(f"""<iframe id="page" style="width: {width}px; height: 800px; border: 0"></iframe><p id="said"></p><script>
 const frame = document.getElementById("page");
 frame.onload = () => {{
