@@ -5,7 +5,7 @@
 import numpy as np
 
 import runs
-from history import correlation, restarts, steps_of
+from history import correlation
 
 TAIL = 0.1        # the share of the steps, the last of them, that training's figures are means of
 RISEN = 1.05      # held-out loss against its lowest that is worth a sentence
@@ -38,8 +38,7 @@ def headlines(run):
         if value is not None and (name != "loss" or run.sft):
             said = (f"{value:.3f}", "nats a token") if name == "loss" else (f"{value:+.3f}", f"reward, {where}")
             found.append((f"{'held-out' if where == 'held-out pairs' else 'training'} {title}", *said))
-    total, sure = steps_of(run)
-    found.append(("steps", f"{run.done}" + (f" of {total}" if sure else f" of about {total}" if total else ""), run.state))
+    found.append(("steps", f"{run.done} of {run.record['steps']}", run.state))
     speed = run.column("pairs_per_second")[1]
     if len(speed):
         average, unit = len(speed) / (1 / speed).sum(), "rows" if run.sft else "pairs"
@@ -62,8 +61,7 @@ def findings(run):
 
 
 def progress(run):
-    total, sure = steps_of(run)
-    of = f" of {'' if sure else 'about '}{total}" if total else ""
+    of = f" of {run.record['steps']}"
     if run.state == "running":
         left = run.last("seconds_left")
         yield f"The run is going on: step {run.done}{of} is done" + (f", some {clock(left)} are left." if left is not None else ".")
@@ -122,6 +120,5 @@ def length(run):
 
 
 def restarted(run):
-    if at := restarts(run):
-        yield (f"The run was stopped and gone on with after step {', '.join(map(str, at))} (peak memory, which only grows in a process, "
-               "fell there).")
+    if at := [str(each["after_step"]) for each in run.record["starts"][1:]]:
+        yield f"The run was stopped and gone on with after step {', '.join(at)}."

@@ -158,27 +158,6 @@ def read_log(path):
     return {"step": np.zeros(0)} | log, intervals, unread
 
 
-def steps_of(run):
-    """(steps of the whole run or None, whether that is sure): --max_steps, or the passes over the training pairs, whose number the
-    rounded epochs of the log tell."""
-    if run.state == "finished":
-        return run.done, True
-    if run.arguments["max_steps"] > 0:
-        return run.arguments["max_steps"], True
-    steps, epochs = run.column("epoch")
-    if not len(steps) or epochs[-1] < 1e-4:
-        return None, False
-    read, epoch = steps[-1] * run.per_step, epochs[-1]
-    low, high = math.ceil(read / (epoch + 5e-5) - 1e-6), math.floor(read / (epoch - 5e-5) + 1e-6)  # training pairs
-    return math.ceil(run.arguments["num_train_epochs"] * round(read / epoch) / run.per_step), low == high
-
-
-def restarts(run):
-    """Steps after which another process went on: the host's peak memory, which only grows in a process, fell."""
-    steps, peak = run.column("host_peak_gib")
-    return steps[:-1][np.diff(peak) < 0].tolist()
-
-
 # --- packed arrays, scored pairs --------------------------------------------------------------------------
 
 def find_packed(run):

@@ -101,7 +101,7 @@ def header(runs):
         return f"<header><h1>{len(runs)} runs</h1></header>"
     run = runs[0]
     kind = "SFT" if run.sft else f"DPO ({run.arguments['loss_type']}, beta {run.arguments['beta']:g})"
-    about = [kind, f"model {run.arguments['model_name_or_path']}", f"begun or gone on with {run.record['started'][:16].replace('T', ' ')}"]
+    about = [kind, f"model {run.arguments['model_name_or_path']}", f"begun {run.record['starts'][0]['time'][:16].replace('T', ' ')}"]
     return f'<header><h1>{say(run.name)}</h1><p class="soft">{say(", ".join(about))}</p></header>'
 
 
@@ -204,7 +204,7 @@ def origin(runs):
     for run in runs:
         record, packed = run.record, run.packed
         columns.append({"command": " ".join(record["command"]), "git commit": record["git_commit"] or "not in a clone",
-                        "begun or gone on with": record["started"], **record["versions"],
+                        "begun": record["starts"][0]["time"], **record["versions"],
                         **{f"{name}, its fingerprint": record["inputs"].get(name) for name in ("data", "model", "tokenizer")}})
         if packed:
             columns[-1]["source"] = f"{packed.meta.get('source')}: {len(packed)} {packed.task}, in {os.path.normpath(packed.folder)}"

@@ -100,16 +100,21 @@ class Run:
         """Those that the run began with."""
         return read_sealed(self.folder / "run.json", "another --output_dir")["arguments"]
 
-    def begin(self, arguments, inputs, versions):
-        """Write run.json; everything needed to say what made these weights. What a killed save left goes."""
+    def begin(self, arguments, inputs, versions, steps, start=0):
+        """Write run.json; everything needed to say what made these weights. What a killed save left goes.
+
+        steps: of the whole run; start: that after which this process goes on, which joins those of the processes before it.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for left in self.checkpoints.glob(".step-*"):
             shutil.rmtree(left)
+        starts = read_sealed(self.folder / "run.json", "another --output_dir")["starts"] if start else []
         write_json(self.folder / "run.json", sealed({
             "arguments": without_home(arguments), "inputs": inputs,
             "start_is_folder": os.path.isdir(arguments["model_name_or_path"]),
             "versions": {"python": platform.python_version(), **versions}, "git_commit": git_commit(),
-            "command": without_home(["python", *sys.argv]), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}))
+            "command": without_home(["python", *sys.argv]), "steps": steps,
+            "starts": starts + [{"after_step": start, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}]}))
 
     def cut_log(self, step):
         """Keep the lines of log.jsonl, scores.jsonl and skipped.jsonl up to `step`; a torn last line goes too."""

@@ -336,7 +336,8 @@ def main(argv=None):
         if ranks.first:
             print(f"policy and reference agree to {gap:.1e} per token", flush=True)
     if ranks.first:
-        run.begin(arguments, wanted, {"torch": torch.__version__, "deepspeed": engine.deepspeed.__version__, "ranks": ranks.world})
+        versions = {"torch": torch.__version__, "deepspeed": engine.deepspeed.__version__, "ranks": ranks.world}
+        run.begin(arguments, wanted, versions, steps, state["step"])
         run.cut_log(state["step"])
     job.record.open(runs.without_home(arguments))
     dist.barrier()

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -66,7 +65,7 @@ def write_run(folder, steps=40, held=20, data=None, model="gone", finished=True,
         "trajectories": R, "ranks": 1, "max_steps": steps, "beta": 0.5} | changes
     wanted = packed.read_json(data / "meta.json", "")["fingerprint"] if data else "none"
     run_of = runs.Run(folder)
-    run_of.begin(arguments, {"data": wanted}, {"torch": "2"})
+    run_of.begin(arguments, {"data": wanted}, {"torch": "2"}, steps)
     for step in range(1, steps + 1):
         line = {"step": step, "epoch": round(step * 8 / 96, 4), "loss": 0.7 - 0.001 * step, "learning_rate": 1e-4, "grad_norm": 1.5,
                 "skipped": False, "num_tokens": step, "pairs_per_second": 4.0, "tokens_per_second": 1.0, "gpu_peak_gib": None,
@@ -358,7 +357,6 @@ def test_margin_by_step(tmp_path):
     (lambda line: line.update({"eval_loss": 0.9}) if line["step"] == 40 else None, "Held-out loss was lowest after step 30 (0.6700)"),
     (lambda line: line.update({"skipped": True, "grad_norm": None, "loss": None}) if line["step"] > 37 else None,
      "3 of 40 steps had no finite gradient and changed nothing, the last 3 in a row"),
-    (lambda line: line.update({"host_peak_gib": 0.5}) if line["step"] > 20 else None, "stopped and gone on with after step 20 "),
 ])
 def test_findings(tmp_path, change, said):
     """What is wrong is said; of a sound run, nothing is."""
@@ -383,12 +381,11 @@ def test_length_is_found_out(hostile, tiny_dir, tmp_path):
     assert 88 <= sum(low < 0.5 < high for _, low, high in (history.correlation(*pairs) for pairs in drawn)) < 100
 
 
-def test_steps_that_are_planned(tmp_path):
-    """From --max_steps, or from the epochs of the log: 96 training pairs, 8 a step."""
-    plan = lambda name, **changes: history.steps_of(history.read(write_run(tmp_path / name, finished=False, **changes)))  # noqa: E731
-    assert plan("a", steps=10, max_steps=90) == (90, True)
-    assert plan("b", steps=10, max_steps=-1, num_train_epochs=2.5) == (30, True)
-    assert plan("c", steps=0, max_steps=-1) == (None, False)
+def test_a_run_that_went_on(tmp_path):
+    folder = write_run(tmp_path / "a")
+    record = packed.read_json(folder / "run.json", "")
+    packed.write_json(folder / "run.json", packed.sealed(record | {"starts": record["starts"] + [{"after_step": n, "time": ""} for n in (20, 30)]}))
+    assert "The run was stopped and gone on with after step 20, 30." in diagnosis.findings(history.read(folder))
 
 
 def test_sft(tmp_path):
@@ -397,16 +394,14 @@ def test_sft(tmp_path):
 
 
 def test_a_long_run(tmp_path):
-    """60,000 steps are drawn as means, and said to be; seconds, and a page of less than a megabyte."""
+    """60,000 steps are drawn as means, and said to be, on a page of less than a megabyte."""
     folder = write_run(tmp_path / "a", steps=1)
     line = json.loads((folder / "log.jsonl").read_text())
     rng = np.random.default_rng(0)
     with open(folder / "log.jsonl", "w") as file:
         for step in range(1, 60001):
             file.write(json.dumps(line | {"step": step, "epoch": step / 10, "loss": float(rng.random())}) + "\n")
-    began = time.process_time()
     page = page_of(folder)
-    assert time.process_time() - began < 30
     assert "60000 steps, drawn as means of 200" in page and len(page) < 1_000_000
     steps, mean, low, high, size = charts.thin(np.arange(60000), np.arange(60000.0))
     assert len(steps) == 300 and size == 200 and mean[0] == 99.5 and low[1] == 200 and high[1] == 399

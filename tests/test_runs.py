@@ -22,7 +22,7 @@ INPUTS = {"data": "d", "model": "m"}
 @pytest.fixture
 def run(tmp_path):
     got = Run(tmp_path / "run")
-    got.begin(ARGUMENTS, INPUTS, {"torch": "2"})
+    got.begin(ARGUMENTS, INPUTS, {"torch": "2"}, 9)
     return got
 
 
@@ -49,11 +49,20 @@ def refused(call, *words):
 def test_begin(run, monkeypatch):
     got = json.loads((run.folder / "run.json").read_text())
     assert got["arguments"] == ARGUMENTS and got["inputs"] == INPUTS and got["versions"]["torch"] == "2"
-    assert {"git_commit", "command", "started"} <= set(got) and "python" in got["versions"]
+    assert {"git_commit", "command", "steps", "starts"} <= set(got) and "python" in got["versions"]
     run.check_same(ARGUMENTS, INPUTS)
     assert got["start_is_folder"] is False  # a name of the hub
-    run.begin(ARGUMENTS | {"model_name_or_path": str(run.folder)}, INPUTS, {})
+    run.begin(ARGUMENTS | {"model_name_or_path": str(run.folder)}, INPUTS, {}, 9)
     assert json.loads((run.folder / "run.json").read_text())["start_is_folder"] is True
+
+
+def test_starts_of_a_run_that_goes_on(run):
+    run.begin(ARGUMENTS, INPUTS, {}, 9, start=4)
+    run.begin(ARGUMENTS, INPUTS, {}, 9, start=6)
+    record = json.loads((run.folder / "run.json").read_text())
+    assert record["steps"] == 9 and [each["after_step"] for each in record["starts"]] == [0, 4, 6]
+    run.begin(ARGUMENTS, INPUTS, {}, 9)  # anew
+    assert len(json.loads((run.folder / "run.json").read_text())["starts"]) == 1
 
 
 def test_no_home_in_run_json(tmp_path, monkeypatch):
@@ -62,7 +71,7 @@ def test_no_home_in_run_json(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_dpo.py", f"--data={tmp_path}/anna/packed", "--columns", f"a=x,b={tmp_path}/anna", "--beta", "0.1"])
     got, folder = Run(tmp_path / "anna" / "runs" / "a"), tmp_path / "anna" / "packed"
     arguments = ARGUMENTS | {"data": str(folder), "output_dir": str(got.folder), "model_name_or_path": str(tmp_path / "annabel"), "columns": str(folder)}
-    got.begin(arguments, INPUTS, {})
+    got.begin(arguments, INPUTS, {}, 9)
     text = (got.folder / "run.json").read_text()
     assert f"{tmp_path}/anna/" not in text and f"{tmp_path}/annabel" in text
     record = json.loads(text)
@@ -78,7 +87,7 @@ def test_begin_clears_what_a_killed_save_left(run):
     (run.checkpoints / run.temporary(7)).mkdir()
     (run.checkpoints / ".step-3.old").mkdir()
     write_checkpoint(run, 4)
-    run.begin(ARGUMENTS, INPUTS, {})
+    run.begin(ARGUMENTS, INPUTS, {}, 9)
     assert os.listdir(run.checkpoints) == ["step-4"]
 
 
@@ -111,7 +120,7 @@ def test_free_arguments(run):
 def test_another_number_of_ranks(tmp_path):
     """As many micro-batches a step in all, or refused with what to give."""
     run, steps = Run(tmp_path / "run"), "gradient_accumulation_steps"
-    run.begin(ARGUMENTS | {"ranks": 2, steps: 4}, INPUTS, {})
+    run.begin(ARGUMENTS | {"ranks": 2, steps: 4}, INPUTS, {}, 9)
     write_checkpoint(run, 3)
     for ranks, accumulated in ((2, 4), (1, 8), (4, 2), (8, 1)):
         run.check_same(ARGUMENTS | {"ranks": ranks, steps: accumulated}, INPUTS)
