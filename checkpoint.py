@@ -4,8 +4,8 @@
     command line: merge, an adapter and its base model -> one model; convert, SMDM's file -> a folder, or back to such a file; weights
     of pytorch_model*.bin -> safetensors (pickled.py)
     python data_prep.py --in examples/prefs.jsonl
-    python score.py --data packed
-    python train_dpo.py --data packed --lora_r 8 --max_steps 5 --output_dir runs/lora
+    python score.py --data packed --use_mixed_precision no
+    python train_dpo.py --data packed --use_mixed_precision no --lora_r 8 --max_steps 5 --output_dir runs/lora
     python checkpoint.py merge runs/lora/final runs/merged
 
 Under ZeRO-3 the model is built partitioned (zero.Init) and filled one tensor at a time, so that an 8B model is never

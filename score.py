@@ -2,8 +2,8 @@
 
     packed/ + model -> packed/ref-<key>/ (noise and reference scores; replayed by train_dpo.py)
     python data_prep.py --in examples/prefs.jsonl
-    python score.py --data packed
-    python score.py --data packed --calibrate --calibrate_pairs 2 --calibrate_draws 2
+    python score.py --data packed --use_mixed_precision no
+    python score.py --data packed --use_mixed_precision no --calibrate --calibrate_pairs 2 --calibrate_draws 2
 
 S(x, y) = 1/R sum_r sum_s sum_{i: reveal_step_r[i] = s} log p(y_i | state before s, x)      (the guide's S_theta, rotated)
 

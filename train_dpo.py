@@ -2,8 +2,8 @@
 
     packed/ + packed/ref-<key>/ + model -> runs/NAME/ (run.json, log.jsonl, checkpoints/, final/)
     python data_prep.py --in examples/prefs.jsonl
-    python score.py --data packed
-    python train_dpo.py --data packed --deepspeed ds_configs/zero0.json --max_steps 5 --output_dir runs/example
+    python score.py --data packed --use_mixed_precision no
+    python train_dpo.py --data packed --use_mixed_precision no --max_steps 5 --output_dir runs/example
 
 The loop is here, visible; the loss is in objective.py, the score and its exact gradient in score.py, the engine in engine.py. The
 first step has margin 0 and loss ln 2, because policy and reference replay the same noise; a run where they do not is refused.
