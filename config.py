@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, Optional
 
 import yaml
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from packed import InputError
 
@@ -48,6 +48,7 @@ class DataArguments:
 
 REMOTE = "run code that comes with the model (needed for none of the families that README names)"
 MASK = "id of the mask token; without it as config.json or the tokenizer says"
+FITTING = "Precision, memory and speed"
 SHIFT = "whether logits at i - 1 predict token i; auto: as config.json or the family says"
 
 
@@ -60,15 +61,13 @@ class ModelArguments:
     mask_token_id: Optional[int] = arg(None, MASK)
     end_token_id: Optional[int] = arg(None, "id of the token that ends a response; without it the chat template's end of turn, else eos")
     shift_logits: Literal["auto", "yes", "no"] = arg("auto", SHIFT)
-    use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights, float32 scores; no: float32",
-                                                     heading="Precision, memory and speed")
+    use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights, float32 scores; no: float32", heading=FITTING)
     lora_r: int = arg(0, "rank of the adapters; 0: no adapters, every weight is trained", heading="LoRA")
     lora_alpha: float = arg(32, "the adapters' product counts alpha / r")
     lora_targets: str = arg("auto", "linear layers that get adapters: auto, all of the blocks; or q_proj,v_proj", metavar="NAME,...")
-    load_in_4bit: bool = arg(False, "LoRA: the blocks' weights in 4 bits on the card (QLoRA's NF4, bitsandbytes), without ZeRO-3",
-                             heading="Precision, memory and speed")
+    load_in_4bit: bool = arg(False, "LoRA: the blocks' weights in 4 bits on the card (QLoRA's NF4, bitsandbytes), no ZeRO-3", heading=FITTING)
     gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass: less memory, a third more work")
-    states_per_forward: str = arg("auto", "states of a response that share a forward pass; auto: as many as fit, tried on the longest pair")
+    states_per_forward: str = arg("auto", "states of a response in one forward pass; auto: as many as fit, tried on the longest pair", metavar="N|auto")
     deepspeed: Optional[str] = arg(None, "ds_configs/*.json: where parameters and optimizer live; without it on the card", metavar="FILE")
     local_rank: int = arg(-1, "set by the launcher")
 
@@ -78,12 +77,10 @@ class NoiseArguments:
     estimator: Literal["auto", "stepwise", "spread", "elbo", "elbo_stratified"] = arg(
         "auto", "how masks are drawn and weighted; auto: spread, and stepwise with --order blocks; diffusion.py says what each is",
         heading="Noise: the masked states in which a response is scored")
-    diffusion_steps: str = arg(3, "T, denoising steps of a trajectory; auto: what score.py --calibrate recommends, trajectories too")
-    trajectories: int = arg(3, "R, rotated trajectories per response; its 1 + R(T-1) states each cost a forward pass (elbo: R masks at "
-                            "each of T levels)")
-    order: Literal["random", "blocks"] = arg("random", "order in which tokens are revealed: random, or blocks from left to right and random "
-                                             "inside (the sampler's --block_length)")
-    block_length: int = arg(32, "length of a block of --order blocks, in tokens")
+    diffusion_steps: str = arg(3, "T, denoising steps of a trajectory; auto: as score.py --calibrate recommends, R too", metavar="N|auto")
+    trajectories: int = arg(3, "R, rotated trajectories per response; 1 + R(T-1) states each cost a forward pass (elbo: R masks at T levels)")
+    order: Literal["random", "blocks"] = arg("random", "order of revealing: random, or blocks from left to right and random inside")
+    block_length: int = arg(32, "tokens of a block of --order blocks; the sampler's --block_length")
     noise_sets: int = arg(1, "K, draws of noise per pair; epoch e uses draw e mod K")
     noise_seed: int = arg(0, "seed of the noise (not the run's --seed)")
 
@@ -131,12 +128,12 @@ class CalibrateArguments:
 
 @dataclass
 class SampleArguments:
-    model_name_or_path: Optional[str] = arg(None, "a folder or a hub name; needed for all that samples", "--model", metavar="MODEL", heading="Model")
+    model_name_or_path: Optional[str] = arg(None, "folder or hub name; needed to sample", "--model", metavar="MODEL", heading="Model")
     trust_remote_code: bool = arg(False, REMOTE)
     mask_token_id: Optional[int] = arg(None, MASK)
     end_token_id: Optional[int] = arg(None, "id of a token that ends a response, besides eos; without it the chat template's end of turn")
     shift_logits: Literal["auto", "yes", "no"] = arg("auto", SHIFT)
-    use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights; no: float32", heading="Precision, memory and speed")
+    use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights; no: float32", heading=FITTING)
     load_in_4bit: bool = arg(False, "keep the blocks' weights in 4 bits on the card (NF4, bitsandbytes), instead of streaming them")
     deepspeed: Optional[str] = arg(None, "ds_config of ZeRO-3, to stream weights from the host; without it all are on the card", metavar="FILE")
     device: str = arg("auto", "auto, cpu, cuda or cuda:N; auto: a GPU if there is one", metavar="NAME")
@@ -152,7 +149,7 @@ class SampleArguments:
     confidence_eos_eot_inf: bool = arg(False, "commit eos and end-of-turn last")
     threshold: Optional[float] = arg(None, "confidence-parallel decoding (an approximation): commit every prediction at least this sure, more "
                                      "than 0 and at most 1; without it --steps says how many")
-    batch_size: int = arg(8, "most prompts of one length per forward pass", heading="Precision, memory and speed")
+    batch_size: int = arg(8, "most prompts of one length per forward pass", heading=FITTING)
     seed: int = arg(0, "seed of the sampler's noise", heading="Sampling")
 
 
@@ -183,7 +180,7 @@ class Parser(HfArgumentParser):
             value = action.default
             action.help += f" (default: {str(value).lower() if isinstance(value, bool) else value})"
         if not action.choices and not action.metavar:
-            action.metavar = "N|auto" if action.dest in OR_AUTO and action.type is str else "true|false" if action.const else METAVARS.get(action.type)
+            action.metavar = METAVARS.get(action.type)
         return action
 
     def error(self, message):
@@ -191,7 +188,7 @@ class Parser(HfArgumentParser):
 
 
 OR_AUTO = {"diffusion_steps", "states_per_forward"}  # a number, or the word
-METAVARS = {int: "N", float: "X"}  # what a value is called
+METAVARS = {int: "N", float: "X", string_to_bool: "true|false"}  # what a value is called
 GROUPS = (DataArguments, ModelArguments, NoiseArguments, TrainArguments)
 
 
