@@ -6,7 +6,7 @@
     python data_prep.py --in examples/prefs.jsonl
     python score.py --data packed --use_mixed_precision no
     python train_dpo.py --data packed --use_mixed_precision no --lora_r 8 --max_steps 5 --output_dir runs/lora
-    python checkpoint.py merge runs/lora/final runs/merged
+    python checkpoint.py merge runs/lora/final runs/merged --use_mixed_precision no
 
 Under ZeRO-3 the model is built partitioned (zero.Init) and filled one tensor at a time, so that an 8B model is never
 whole in host memory twice. No remote code runs unless trust_remote_code is given; weights are safetensors only.

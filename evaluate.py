@@ -1,7 +1,7 @@
 """Accuracy on reasoning tasks, of one model or of several on the same items; what a run trained on is left out.
 
     model(s) -> OUTPUT_DIR/MODEL-TASK.jsonl (every item: prompt, response, gold answer, verdict), OUTPUT_DIR/results.json
-    python evaluate.py --model examples/tiny --tasks arithmetic,ordering --limit 20 --gen_length 40
+    python evaluate.py --model examples/tiny --tasks arithmetic,ordering --limit 20 --gen_length 40 --block_length 1
 
 The embedded tasks are tasks.py's families, on held-out problems; the benchmarks are benchmarks.py's, from the hub or from
 files in --data_dir. Models are compared by McNemar's exact test (1947) on the items that only one of two answers rightly.

@@ -1,9 +1,9 @@
 """LLaDA's sampler: a response starts as masks, and the most confident predictions are committed, block by block.
 
     --prompt TEXT -> the response on stdout; --in FILE --out FILE -> its rows with a "response"; --task NAME -> solved 93 of 200 (46.5%, ...)
-    python generate.py --model examples/tiny --gen_length 40 --prompt "Question: What is 7 + 5?"
-    python generate.py --model examples/tiny --gen_length 40 --in examples/prefs.jsonl --out responses.jsonl
-    python generate.py --model examples/tiny --gen_length 40 --task arithmetic --num 20
+    python generate.py --model examples/tiny --gen_length 40 --block_length 1 --prompt "Question: What is 7 + 5?"
+    python generate.py --model examples/tiny --gen_length 40 --block_length 1 --in examples/prefs.jsonl --out responses.jsonl
+    python generate.py --model examples/tiny --gen_length 40 --block_length 1 --task arithmetic --num 20
 
 Each forward pass predicts c_i = argmax_v exp(z_iv) / (-log u_iv)^temperature, u ~ U(0, 1), at the block's masked
 positions i and commits those where softmax(z_i)[c_i] is highest; the others stay masked (low-confidence remasking).

@@ -2,7 +2,7 @@
 
     model or solutions or judgements -> prefs.jsonl (prompt, chosen, rejected, meta: where each row comes from)
     python make_prefs.py --strategy corrupt --task arithmetic --num 400 --out corrupted.jsonl
-    python make_prefs.py --strategy sample --model examples/tiny --task arithmetic --num 16 --k 4 --temperature 1 --gen_length 40 --out sampled.jsonl
+    python make_prefs.py --strategy sample --model examples/tiny --task arithmetic --num 16 --k 4 --temperature 1 --gen_length 40 --block_length 1 --out sampled.jsonl
 
 sample: k responses a prompt, a verified one against a wrong one; on-policy, so DPO teaches what this model gets wrong.
 corrupt: a correct solution against the same with one named reasoning error. label: the better scored against the worse.
