@@ -1,9 +1,12 @@
-"""Find, load, fingerprint and save models and tokenizers. Strict: every tensor is accounted for by name and shape.
+"""Models and tokenizers: find, load, fingerprint, save, merge, convert. Strict: every tensor is accounted for by name and shape.
 
     model folder or hub name -> load_tokenizer(...), load_model(...) -> save_model(...) -> Hugging Face folder
-    python checkpoint.py merge runs/NAME/final OUT                      a LoRA adapter into its base model
-    python checkpoint.py convert SMDM.safetensors OUT --tokenizer T     SMDM's file to a folder (and back: FOLDER SMDM.safetensors)
-    python checkpoint.py convert FOLDER OUT --allow_pickle              weights of pytorch_model*.bin to safetensors (pickled.py)
+    command line: merge, an adapter and its base model -> one model; convert, SMDM's file -> a folder, or back to such a file; weights
+    of pytorch_model*.bin -> safetensors (pickled.py)
+    python data_prep.py --in examples/prefs.jsonl
+    python score.py --data packed --use_mixed_precision no
+    python train_dpo.py --data packed --use_mixed_precision no --lora_r 8 --max_steps 5 --output_dir runs/lora
+    python checkpoint.py merge runs/lora/final runs/merged --use_mixed_precision no
 
 Under ZeRO-3 the model is built partitioned (zero.Init) and filled one tensor at a time, so that an 8B model is never
 whole in host memory twice. No remote code runs unless trust_remote_code is given; weights are safetensors only.
@@ -24,6 +27,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
+import config as arguments
 import families
 import lora
 import pickled
@@ -397,17 +401,19 @@ def check_shapes(path, got, want):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(**arguments.described(__doc__))
+    commands = parser.add_subparsers(dest="command", required=True, title="commands (--help after one: its arguments)")
     one = commands.add_parser("merge", help="a LoRA adapter into its base model")
     one.add_argument("adapter", help="folder of the adapter, such as runs/NAME/final")
-    one.add_argument("out", help="folder to write")
-    one.add_argument("--use_mixed_precision", choices=DTYPES, default="bf16", help="bf16: bfloat16 weights; no: float32")
+    one.add_argument("out", help="folder to write, which must not exist yet")
+    one.add_argument("--use_mixed_precision", choices=DTYPES, default="bf16", help="bf16: bfloat16 weights; no: float32 (default: bf16)")
     two = commands.add_parser("convert", help="SMDM's .safetensors to a folder, or such a folder to a .safetensors; .bin to .safetensors")
-    two.add_argument("source")
-    two.add_argument("out")
-    two.add_argument("--tokenizer", help="folder or hub name of the tokenizer, TinyLlama/TinyLlama_v1.1 (to a folder)")
-    two.add_argument("--n_heads", type=int, help="attention heads, for a width that SMDM released no model of")
+    two.add_argument("source", help="SMDM's file, such as mdm-1028M-1600e18.safetensors; a folder that was made of one; with --allow_pickle "
+                                    "a folder of pytorch_model*.bin")
+    two.add_argument("out", help="folder or .safetensors file to write, which must not exist yet")
+    two.add_argument("--tokenizer", metavar="MODEL", help="folder or hub name of the tokenizer, such as TinyLlama/TinyLlama_v1.1; needed "
+                                                          "to make a folder of SMDM's file")
+    two.add_argument("--n_heads", type=int, metavar="N", help="attention heads; without it those of SMDM's released model of that width")
     two.add_argument("--allow_pickle", action="store_true", help="a folder of pytorch_model*.bin that you trust, to safetensors")
     args = parser.parse_args(argv)
     if os.path.exists(args.out):
@@ -420,5 +426,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    import config as arguments
     arguments.run(main)

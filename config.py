@@ -8,131 +8,154 @@ import difflib
 import math
 import os
 import shlex
+import shutil
 import sys
-from argparse import SUPPRESS
+import textwrap
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Literal, Optional
 
 import yaml
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from packed import InputError
 
 
-def arg(default, help, *aliases):
-    return field(default=default, metadata={"help": help, **({"aliases": list(aliases)} if aliases else {})})
+def arg(default, help, *aliases, metavar=None, heading=None):
+    """A field of a group. metavar: what --help calls its value; heading: under which it stands there, and the fields after it."""
+    shown = {"aliases": list(aliases) or None, "metavar": metavar, "heading": heading}
+    return field(default=default, metadata={"help": help} | {name: value for name, value in shown.items() if value})
 
 
 @dataclass
 class DataArguments:
-    task: Literal["preferences", "sft"] = arg("preferences", "what is packed: preferences, or prompts with one response each, for --loss_type sft")
-    preference_data_path: Optional[str] = arg(None, "preferences, or rows of --task sft: a .jsonl, .json or .parquet file, or a data set of the hub, org/name", "--in")
-    split: str = arg("train", "split of a hub data set")
-    data: str = arg("packed", "folder of the packed arrays", "--out")
-    columns: Optional[str] = arg(None, "other column names, e.g. prompt=question,chosen=response_j,rejected=response_k; with --task sft, prompt=question,response=solution")
+    task: Literal["preferences", "sft"] = arg(
+        "preferences", "what the rows are: preferences, or prompts with one response each, for --loss_type sft", heading="Data")
+    preference_data_path: Optional[str] = arg(
+        None, "the rows, preferences or those of --task sft: a .jsonl, .json or .parquet file, or a data set of the hub, org/name; "
+        "without it the arrays that --data holds are used", "--in", metavar="FILE")
+    split: str = arg("train", "split of a hub data set", metavar="NAME")
+    data: str = arg("packed", "folder of the packed arrays: data_prep.py writes it, the others read it", "--out", metavar="FOLDER")
+    columns: Optional[str] = arg(
+        None, "names of the columns, such as prompt=question,chosen=response_j,rejected=response_k, or with --task sft "
+        "prompt=question,response=solution; without it they are recognised by the usual names", metavar="NAME=COLUMN,...")
     max_length: int = arg(1024, "longest prompt + response, in tokens; longer pairs are left out and listed")
-    template: Literal["auto", "chat", "none"] = arg("auto", "auto: the tokenizer's chat template if it has one")
-    on_bad_row: Literal["stop", "skip"] = arg("stop", "a malformed row stops the job, or is listed and skipped")
-    num_proc: int = arg(0, "processes; 0: one per core")
+    template: Literal["auto", "chat", "none"] = arg("auto", "whether prompts get the tokenizer's chat template; auto: if it has one")
+    on_bad_row: Literal["stop", "skip"] = arg("stop", "what a malformed row does: stop the job, or be listed and skipped")
+    num_proc: int = arg(0, "processes that tokenize; 0: one per core")
+
+
+REMOTE = "run code that comes with the model (needed for none of the families that README names)"
+MASK = "id of the mask token; without it as config.json or the tokenizer says"
+FITTING = "Precision, memory and speed"
+SHIFT = "whether logits at i - 1 predict token i; auto: as config.json or the family says"
 
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: Optional[str] = arg(None, "model folder or hub name: the policy's start and the reference; when not given, the one that packed the data; data_prep: examples/tiny")
-    trust_remote_code: bool = arg(False, "run code that comes with the model (needed for none of the families that README names)")
-    mask_token_id: Optional[int] = arg(None, "the mask's id, where neither config.json nor the tokenizer says it, or says another")
-    end_token_id: Optional[int] = arg(None, "what ends a response; default: the chat template's end of turn, else eos")
-    shift_logits: Literal["auto", "yes", "no"] = arg("auto", "logits at i - 1 predict token i; auto: as config.json or the family says")
-    use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights, float32 scores; no: float32")
-    lora_r: int = arg(0, "rank of LoRA adapters; 0: every weight is trained")
-    lora_alpha: float = arg(32, "LoRA: their product counts alpha / r")
-    lora_targets: str = arg("auto", "LoRA: auto, every linear layer of the blocks; or names such as q_proj,v_proj")
-    load_in_4bit: bool = arg(False, "LoRA: the blocks' weights in 4 bits on the card (QLoRA's NF4, bitsandbytes), without ZeRO-3")
-    gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass")
-    states_per_forward: str = arg("auto", "states of one response that share a forward pass; auto: as many as fit, tried on the longest pair")
-    deepspeed: Optional[str] = arg(None, "ds_configs/*.json: where parameters and optimizer live")
+    model_name_or_path: Optional[str] = arg(
+        None, "the model that training starts from, which is also the reference: a folder or a hub name; without it data_prep.py takes "
+        "examples/tiny, score.py and train_dpo.py take the model that packed the data", metavar="MODEL", heading="Model")
+    trust_remote_code: bool = arg(False, REMOTE)
+    mask_token_id: Optional[int] = arg(None, MASK)
+    end_token_id: Optional[int] = arg(None, "id of the token that ends a response; without it the chat template's end of turn, else eos")
+    shift_logits: Literal["auto", "yes", "no"] = arg("auto", SHIFT)
+    use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights, float32 scores; no: float32", heading=FITTING)
+    lora_r: int = arg(0, "rank of the adapters; 0: no adapters, every weight is trained", heading="LoRA")
+    lora_alpha: float = arg(32, "the adapters' product counts alpha / r")
+    lora_targets: str = arg("auto", "linear layers that get adapters: auto, all of the blocks; or q_proj,v_proj", metavar="NAME,...")
+    load_in_4bit: bool = arg(False, "LoRA: the blocks' weights in 4 bits on the card (QLoRA's NF4, bitsandbytes), no ZeRO-3", heading=FITTING)
+    gradient_checkpointing: bool = arg(True, "recompute activations in the backward pass: less memory, a third more work")
+    states_per_forward: str = arg("auto", "states of a response in one forward pass; auto: as many as fit, tried on the longest pair", metavar="N|auto")
+    deepspeed: Optional[str] = arg(None, "ds_configs/*.json: where parameters and optimizer live; without it on the card", metavar="FILE")
     local_rank: int = arg(-1, "set by the launcher")
 
 
 @dataclass
 class NoiseArguments:
-    estimator: Literal["auto", "stepwise", "spread", "elbo", "elbo_stratified"] = arg("auto", "auto: spread, and stepwise in blocks; diffusion.py says what each is")
-    diffusion_steps: str = arg(3, "T, denoising steps of a trajectory; auto: what score.py --calibrate recommends, trajectories too")
-    trajectories: int = arg(3, "R, rotated trajectories per response; 1 + R(T-1) states each cost a forward pass (elbo: R masks at each of T levels)")
-    order: Literal["random", "blocks"] = arg("random", "order of revealing: random, or blocks from left to right and random inside (the sampler's --block_length)")
-    block_length: int = arg(32, "order blocks: tokens of a block")
+    estimator: Literal["auto", "stepwise", "spread", "elbo", "elbo_stratified"] = arg(
+        "auto", "how masks are drawn and weighted; auto: spread, and stepwise with --order blocks; diffusion.py says what each is",
+        heading="Noise: the masked states in which a response is scored")
+    diffusion_steps: str = arg(3, "T, denoising steps of a trajectory; auto: as score.py --calibrate recommends, R too", metavar="N|auto")
+    trajectories: int = arg(3, "R, rotated trajectories per response; 1 + R(T-1) states each cost a forward pass (elbo: R masks at T levels)")
+    order: Literal["random", "blocks"] = arg("random", "order of revealing: random, or blocks from left to right and random inside")
+    block_length: int = arg(32, "tokens of a block of --order blocks; the sampler's --block_length")
     noise_sets: int = arg(1, "K, draws of noise per pair; epoch e uses draw e mod K")
-    noise_seed: int = arg(0, "seed of the noise (not the run's seed)")
+    noise_seed: int = arg(0, "seed of the noise (not the run's --seed)")
 
 
 @dataclass
 class TrainArguments:
-    output_dir: str = arg("runs/default", "folder of the run")
-    loss_type: Literal["sigmoid", "ipo", "hinge", "sft"] = arg("sigmoid", "sigmoid: DPO; ipo; hinge; sft: masked-diffusion NLL of chosen alone, or of --task sft's responses")
-    beta: float = arg(0.1, "DPO temperature")
-    label_smoothing: float = arg(0.0, "probability that a preference is wrong (conservative DPO), 0 to 0.5")
-    backprop_steps: int = arg(0, "k, states of a response that carry the gradient, unbiased; the others give the score alone, at a third of the cost; 0: all")
-    sft_weight: float = arg(0.0, "weight of the chosen response's masked-diffusion NLL per token, added to DPO")
-    sft_pad_to: int = arg(0, "sft: pad responses with end tokens that count in the loss to this many tokens")
-    learning_rate: float = arg(5e-7, "peak learning rate")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = arg("cosine", "shape after warm-up")
-    warmup_ratio: float = arg(0.03, "share of the steps spent warming up")
+    output_dir: str = arg("runs/default", "folder of the run: log.jsonl, checkpoints/, final/", metavar="FOLDER", heading="Run")
+    loss_type: Literal["sigmoid", "ipo", "hinge", "sft"] = arg(
+        "sigmoid", "sigmoid: DPO's; ipo; hinge; sft: masked-diffusion NLL of the chosen alone, or of --task sft's responses", heading="Loss")
+    beta: float = arg(0.1, "DPO's temperature: the larger, the nearer the policy stays to the reference")
+    label_smoothing: float = arg(0.0, "probability that a preference is wrong (conservative DPO), at least 0 and less than 0.5")
+    backprop_steps: int = arg(0, "k, states of a response that carry the gradient, unbiased; the others give the score alone, at a third "
+                              "of the cost; 0: all")
+    sft_weight: float = arg(0.0, "weight of the chosen response's masked-diffusion NLL per token, added to DPO's loss")
+    sft_pad_to: int = arg(0, "sft: pad responses to so many tokens with end tokens that count in the loss; 0: to the longest")
+    learning_rate: float = arg(5e-7, "peak learning rate", heading="Optimizer")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = arg("cosine", "after warm-up: down to 0, or constant")
+    warmup_ratio: float = arg(0.03, "share of the steps spent warming up, at least 0 and less than 1")
     weight_decay: float = arg(0.0, "AdamW's decoupled weight decay")
     adam_beta1: float = arg(0.9, "AdamW's beta1")
     adam_beta2: float = arg(0.999, "AdamW's beta2")
     max_grad_norm: float = arg(1.0, "clip the gradient's norm here; 0: never")
-    num_train_epochs: float = arg(1.0, "passes over the training pairs")
-    max_steps: int = arg(-1, "stop after this many optimizer steps instead of num_train_epochs")
-    per_device_train_batch_size: int = arg(1, "pairs per rank and micro-step, one after the other (sft: in one forward)")
-    gradient_accumulation_steps: int = arg(8, "micro-steps per optimizer step")
-    eval_fraction: float = arg(0.05, "share of the prompts held out")
+    num_train_epochs: float = arg(1.0, "passes over the training pairs", heading="Batch and length of the run")
+    max_steps: int = arg(-1, "optimizer steps, instead of --num_train_epochs; -1: as many as the epochs have")
+    per_device_train_batch_size: int = arg(1, "pairs per rank and micro-step, one after the other (sft: rows, in one forward)")
+    gradient_accumulation_steps: int = arg(8, "micro-steps per optimizer step, whose pairs are batch size x this x ranks")
+    eval_fraction: float = arg(0.05, "share of the prompts held out", heading="Evaluation, logging, checkpoints")
     eval_steps: int = arg(0, "score the held-out pairs every so many steps, and at the end; 0: only at the end")
     logging_steps: int = arg(1, "print every so many steps (log.jsonl gets every one)")
-    report_to: str = arg("tensorboard", "tensorboard, wandb, both with a comma, or none")
-    run_name: Optional[str] = arg(None, "the run's name in W&B; default: output_dir")
-    save_steps: int = arg(0, "checkpoint every so many steps; 0: never")
-    save_total_limit: int = arg(2, "checkpoints kept")
-    seed: int = arg(42, "seed of the order of the data and of the held-out split")
-    resume_from_checkpoint: Optional[str] = arg(None, "a checkpoint folder, or latest")
+    report_to: str = arg("tensorboard", "where else the log goes: tensorboard, wandb, both with a comma, or none", metavar="NAME,...")
+    run_name: Optional[str] = arg(None, "the run's name in W&B; without it --output_dir", metavar="NAME")
+    save_steps: int = arg(0, "write a checkpoint every so many steps; 0: only when told to stop")
+    save_total_limit: int = arg(2, "checkpoints kept, the newest; 0: all")
+    seed: int = arg(42, "seed of the order of the data and of the held-out split", heading="Run")
+    resume_from_checkpoint: Optional[str] = arg(None, "a checkpoint folder, or latest; without it the latest if there is one", metavar="FOLDER")
 
 
 @dataclass
 class CalibrateArguments:
-    calibrate: bool = arg(False, "measure the estimators' noise and bias on these pairs and this model, and stop")
-    calibrate_policy: Optional[str] = arg(None, "a trained model to measure the margin with; default: each weight moved a little")
+    calibrate: bool = arg(False, "measure the estimators' noise and bias on these pairs and this model, and stop", heading="Calibration")
+    calibrate_policy: Optional[str] = arg(None, "trained model to measure margins with; without it weights are moved a little", metavar="MODEL")
     calibrate_pairs: int = arg(8, "pairs to measure on")
     calibrate_draws: int = arg(6, "draws of each estimator for each pair")
 
 
 @dataclass
 class SampleArguments:
-    model_name_or_path: Optional[str] = arg(None, "model folder or hub name", "--model")
-    trust_remote_code: bool = arg(False, "run code that comes with the model (needed for none of the families that README names)")
-    mask_token_id: Optional[int] = arg(None, "the mask's id, where neither config.json nor the tokenizer says it, or says another")
-    end_token_id: Optional[int] = arg(None, "what ends a response, besides eos; default: the chat template's end of turn")
-    shift_logits: Literal["auto", "yes", "no"] = arg("auto", "logits at i - 1 predict token i; auto: as config.json or the family says")
-    use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights; no: float32")
-    load_in_4bit: bool = arg(False, "the blocks' weights in 4 bits on the card (NF4, bitsandbytes), instead of streaming them")
-    deepspeed: Optional[str] = arg(None, "a ds_config of ZeRO-3: weights are streamed from the host, for a model larger than the card")
-    device: str = arg("auto", "auto, cpu, cuda or cuda:N")
-    template: Literal["auto", "chat", "none"] = arg("auto", "auto: the tokenizer's chat template if it has one")
-    gen_length: int = arg(64, "tokens of a response, at most")
-    steps: Optional[int] = arg(None, "forward passes per response; default: gen_length")
-    block_length: Optional[int] = arg(None, "tokens filled before the next block; default: gen_length")
-    temperature: float = arg(0.0, "of the Gumbel noise; 0: the most likely token")
+    model_name_or_path: Optional[str] = arg(None, "folder or hub name; needed to sample", "--model", metavar="MODEL", heading="Model")
+    trust_remote_code: bool = arg(False, REMOTE)
+    mask_token_id: Optional[int] = arg(None, MASK)
+    end_token_id: Optional[int] = arg(None, "id of a token that ends a response, besides eos; without it the chat template's end of turn")
+    shift_logits: Literal["auto", "yes", "no"] = arg("auto", SHIFT)
+    use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights; no: float32", heading=FITTING)
+    load_in_4bit: bool = arg(False, "keep the blocks' weights in 4 bits on the card (NF4, bitsandbytes), instead of streaming them")
+    deepspeed: Optional[str] = arg(None, "ds_config of ZeRO-3, to stream weights from the host; without it all are on the card", metavar="FILE")
+    device: str = arg("auto", "auto, cpu, cuda or cuda:N; auto: a GPU if there is one", metavar="NAME")
+    template: Literal["auto", "chat", "none"] = arg("auto", "whether prompts get the tokenizer's chat template; auto: if it has one",
+                                                    heading="Sampling")
+    gen_length: int = arg(64, "most tokens of a response")
+    steps: Optional[int] = arg(None, "forward passes per response; without it --gen_length, one for each token")
+    block_length: Optional[int] = arg(None, "tokens filled before the next block; without it --gen_length, one block")
+    temperature: float = arg(0.0, "temperature of the Gumbel noise; 0: the most likely token")
     cfg_scale: float = arg(0.0, "classifier-free guidance against the response without its prompt; 0: none, twice the cost otherwise")
-    remasking: Literal["low_confidence", "random"] = arg("low_confidence", "which predictions stay masked")
+    remasking: Literal["low_confidence", "random"] = arg("low_confidence", "which predictions stay masked in a pass")
     logits_eos_inf: bool = arg(False, "never predict eos")
     confidence_eos_eot_inf: bool = arg(False, "commit eos and end-of-turn last")
-    threshold: Optional[float] = arg(None, "confidence-parallel decoding (an approximation): commit every prediction at least this sure; 0 to 1")
-    batch_size: int = arg(8, "most prompts of one length per forward pass")
-    seed: int = arg(0, "of the sampler's noise")
+    threshold: Optional[float] = arg(None, "confidence-parallel decoding (an approximation): commit every prediction at least this sure, more "
+                                     "than 0 and at most 1; without it --steps says how many")
+    batch_size: int = arg(8, "most prompts of one length per forward pass", heading=FITTING)
+    seed: int = arg(0, "seed of the sampler's noise", heading="Sampling")
 
 
 @dataclass
 class LikelihoodArguments:
-    diffusion_steps: int = arg(4, "T, denoising steps of a trajectory")
+    diffusion_steps: int = arg(4, "T, denoising steps of a trajectory", heading="Likelihoods, for tasks of lm_eval that ask for them")
     trajectories: int = arg(5, "R, rotated trajectories per continuation; 1 + R(T-1) forward passes")
     noise_seed: int = arg(0, "seed of the noise")
     states_per_forward: int = arg(4, "states of one continuation that share a forward pass")
@@ -141,28 +164,63 @@ class LikelihoodArguments:
 
 
 class Parser(HfArgumentParser):
-    """argparse, whose complaints become one sentence like every other."""
+    """argparse, whose complaints become one sentence like every other, and whose --help has headings and is short."""
+
+    place = None  # the heading's group, to which arguments are added
+
+    def add_argument(self, *names, heading=None, **settings):
+        """argparse's. Other spellings of a name (--a-b, and --no_a for a truth value) are accepted and not shown."""
+        if heading:
+            self.place = {group.title: group for group in self._action_groups}.get(heading) or self.add_argument_group(heading)
+        action = (self.place or super()).add_argument(*names, **settings)
+        action.option_strings = [name for name in names if "-" not in name[2:]]
+        if names[0].startswith("--no_"):
+            action.help = SUPPRESS
+        elif action.default not in (None, SUPPRESS):
+            value = action.default
+            action.help += f" (default: {str(value).lower() if isinstance(value, bool) else value})"
+        if not action.choices and not action.metavar:
+            action.metavar = METAVARS.get(action.type)
+        return action
 
     def error(self, message):
         raise InputError(f"{message}; --help lists the arguments")
 
 
 OR_AUTO = {"diffusion_steps", "states_per_forward"}  # a number, or the word
+METAVARS = {int: "N", float: "X", string_to_bool: "true|false"}  # what a value is called
 GROUPS = (DataArguments, ModelArguments, NoiseArguments, TrainArguments)
 
 
-def parse(argv, description, *used):
-    """Parse argv (None: the command line) into one instance per dataclass of `used`, in that order.
+def names(*groups):
+    return {item.name for group in groups for item in fields(group)}
 
-    Where all of `used` are of GROUPS, the others' arguments are accepted too.
+
+def described(doc):
+    """What --help makes of a script's docstring: its first line before the arguments; after them its commands, broken before flags."""
+    width = shutil.get_terminal_size().columns - 2
+    commands = [line.strip() for line in doc.splitlines() if line.startswith(("    python ", "    pip "))]
+    folded = [textwrap.wrap(line.replace(" ", "\0").replace("\0--", " --"), width - 6, break_long_words=False, break_on_hyphens=False)
+              for line in commands]
+    title = "try it in this folder (python is .venv/bin/python; bash launch.sh --setup makes it):"
+    return {"description": textwrap.fill(doc.partition("\n")[0], width), "formatter_class": RawDescriptionHelpFormatter,
+            "epilog": "\n  ".join([textwrap.fill(title, width), *(" \\\n      ".join(parts).replace("\0", " ") for parts in folded)])}
+
+
+def parse(argv, doc, *used, hide=()):
+    """Parse argv (None: the command line) into one instance per dataclass of `used`, in the order of GROUPS, the script's own last.
+
+    doc: the script's docstring. hide: names that --help leaves out, as the script makes nothing of them. Where one of GROUPS is used,
+    the others' arguments are accepted, too.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    accepted = GROUPS if set(used) <= set(GROUPS) else used
-    parser = Parser(accepted, description=description, allow_abbrev=False)
-    parser.add_argument("--config_file", help="YAML file of these arguments; the command line wins over it")
-    hidden = {item.name for group in accepted if group not in used for item in fields(group)} | {"local_rank"}
+    accepted = (*GROUPS, *(group for group in used if group not in GROUPS)) if set(used) & set(GROUPS) else used
+    parser = Parser(accepted, allow_abbrev=False, usage=SUPPRESS, **described(doc))
+    parser.add_argument("--config_file", heading="options", metavar="FILE",
+                        help="YAML file of these arguments, lines of 'name: value'; the command line wins over it")
+    hidden = names(*set(accepted) - set(used)) | {*hide, "local_rank"}
     for action in parser._actions:
-        if action.dest in hidden or action.dest.removeprefix("no_") in hidden:
+        if action.dest in hidden:
             action.help = SUPPRESS
     paths = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config_file"]
     paths += [word.split("=", 1)[1] for word in argv if word.startswith("--config_file=")]
@@ -259,7 +317,7 @@ def yaml_as_flags(path, accepted):
         return []
     if not isinstance(entries, dict):
         raise InputError(f"{path}: expected lines of 'name: value'")
-    known = [item.name for group in accepted for item in fields(group)]
+    known = sorted(names(*accepted))
     flags = []
     for name, value in entries.items():
         if name not in known:

@@ -1,10 +1,9 @@
-"""Preference rows, or SFT rows, to token ids on disk.
+"""Preference rows, or with --task sft SFT rows, to token ids on disk: prefs.jsonl -> packed/.
 
 Input: prefs.jsonl or sft.jsonl. Output: packed/ (tokens.npy, bounds.npy, lines.npy, meta.json, rejects.jsonl; see packed.py).
 
-    python data_prep.py --in prefs.jsonl --out packed --model_name_or_path M
-    python data_prep.py --in prefs.json --columns prompt=question,chosen=response_j,rejected=response_k ...
-    python data_prep.py --task sft --in sft.jsonl --out packed-sft --model_name_or_path M
+    python data_prep.py --in examples/prefs.jsonl
+    python data_prep.py --task sft --in examples/prefs.jsonl --columns response=chosen --out packed-sft
 
 Where rows come from is in sources.py, the forms that they may have in rows.py, those of SFT rows in demonstrations.py. Prompt
 and response are made into ids separately and joined; every response ends in the end token. Nothing is truncated: a row that
@@ -34,12 +33,17 @@ from packed import InputError
 from rows import Malformed, find_columns, parse_columns, preference
 from sources import as_text, read_rows, shorten, source_sha256
 
-DESCRIPTION = ("Preference rows, or with --task sft SFT rows, to token ids on disk: prefs.jsonl -> packed/. With --reuse, "
-               "nothing is done when the folder is complete and was made of the same file, task, tokenizer, template, "
-               "columns and max_length.")
 COLUMNS = {"preferences": ("prompt", "chosen", "rejected"), "sft": ("prompt", "response")}  # of a row, by --task
 EXAMPLE = Path(__file__).resolve().parent / "examples" / "tiny"  # the model when none is given
+UNUSED = {"shift_logits", "use_mixed_precision", "lora_r", "lora_alpha", "lora_targets", "load_in_4bit", "gradient_checkpointing",
+          "states_per_forward", "deepspeed"}  # of ModelArguments, by this script
 SMALL = 2000  # rows; below this, starting processes costs more than it saves
+
+
+@dataclass
+class PackArguments:
+    reuse: bool = config.arg(False, "do nothing where --data is complete and was made of the same file, task, tokenizer, template, columns "
+                                    "and max_length", heading="Data")
 
 
 # --- text to ids ---
@@ -300,10 +304,8 @@ def summary(args, kept, left_out, tokenizer):
 
 
 def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    flags = [word for word in argv if word != "--reuse"]
-    args, model_args = config.parse(flags, DESCRIPTION, config.DataArguments, config.ModelArguments)
-    source, folder, reuse = args.preference_data_path, Path(args.data), len(flags) < len(argv)
+    args, model_args, own = config.parse(argv, __doc__, config.DataArguments, config.ModelArguments, PackArguments, hide=UNUSED)
+    source, folder, reuse = args.preference_data_path, Path(args.data), own.reuse
     if not source and not reuse:
         raise InputError(f"no {said_of(args.task)} given; add --in FILE.jsonl")
     if folder.exists() and not folder.is_dir():

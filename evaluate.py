@@ -1,8 +1,7 @@
 """Accuracy on reasoning tasks, of one model or of several on the same items; what a run trained on is left out.
 
     model(s) -> OUTPUT_DIR/MODEL-TASK.jsonl (every item: prompt, response, gold answer, verdict), OUTPUT_DIR/results.json
-    python evaluate.py --model runs/dpo/final --compare runs/sft/final examples/tiny --tasks arithmetic
-    python evaluate.py --model DIR --tasks gsm8k,math500,logiqa,hotpotqa --data_dir data --gen_length 256 --block_length 32
+    python evaluate.py --model examples/tiny --tasks arithmetic,ordering --limit 20 --gen_length 40 --block_length 1
 
 The embedded tasks are tasks.py's families, on held-out problems; the benchmarks are benchmarks.py's, from the hub or from
 files in --data_dir. Models are compared by McNemar's exact test (1947) on the items that only one of two answers rightly.
@@ -38,13 +37,16 @@ NAMED = 10      # seen items that a message names; results.json names all
 
 @dataclass
 class EvaluateArguments:
-    tasks: str = config.arg("arithmetic", f"with commas: {', '.join(OURS)}, or {HARNESS}NAME, a task of lm-evaluation-harness")
-    limit: Optional[int] = config.arg(None, f"the first so many items of each task; default: all, {EMBEDDED} of an embedded one")
-    data_dir: Optional[str] = config.arg(None, "folder of the benchmarks' files in their original formats; default: the hub")
-    num_fewshot: Optional[int] = config.arg(None, "lm_eval's tasks: examples in the prompt; default: the task's own number")
-    compare: Optional[List[str]] = config.arg(None, "models to answer the same items: folders or hub names")
-    output_dir: str = config.arg("runs/evaluate", "folder of the responses and results.json")
-    train_data: Optional[List[str]] = config.arg(None, "packed folders that the models trained on, beside those of their runs")
+    tasks: str = config.arg("arithmetic", f"with commas: {', '.join(OURS)}, or {HARNESS}NAME, a task of lm-evaluation-harness",
+                            metavar="NAME,...", heading="Tasks and models")
+    limit: Optional[int] = config.arg(None, f"the first so many items of each task; without it all, {EMBEDDED} of an embedded one")
+    data_dir: Optional[str] = config.arg(None, "folder of the benchmarks' files in their original formats; without it they come from the hub",
+                                         metavar="FOLDER")
+    num_fewshot: Optional[int] = config.arg(None, "lm_eval's tasks: examples in the prompt; without it the task's own number")
+    compare: Optional[List[str]] = config.arg(None, "models to answer the same items as --model: folders or hub names; without it --model alone "
+                                              "answers", metavar="MODEL")
+    output_dir: str = config.arg("runs/evaluate", "folder of the responses and results.json", metavar="FOLDER")
+    train_data: Optional[List[str]] = config.arg(None, "packed folders that the models trained on, beside those that their runs name", metavar="FOLDER")
     allow_leak: bool = config.arg(False, "score items that a model trained on, too")
 
 
@@ -273,8 +275,7 @@ def make_folder(path):
 
 def main(argv=None):
     # 1. what is asked of whom
-    given, likelihood, args = config.parse(argv, __doc__.splitlines()[0], config.SampleArguments, config.LikelihoodArguments,
-                                           EvaluateArguments)
+    args, given, likelihood = config.parse(argv, __doc__, EvaluateArguments, config.SampleArguments, config.LikelihoodArguments)
     sample = replace(given)
     generate.check(sample)
     if args.limit is not None and args.limit < 1:

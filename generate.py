@@ -1,8 +1,9 @@
 """LLaDA's sampler: a response starts as masks, and the most confident predictions are committed, block by block.
 
-    python generate.py --model DIR --prompt "Question: ..."             -> the response on stdout
-    python generate.py --model DIR --in prompts.jsonl --out out.jsonl   -> its rows with a "response"
-    python generate.py --model DIR --task arithmetic --num 200          -> solved 93 of 200 (46.5%, ...)
+    --prompt TEXT -> the response on stdout; --in FILE --out FILE -> its rows with a "response"; --task NAME -> solved 93 of 200 (46.5%, ...)
+    python generate.py --model examples/tiny --gen_length 40 --block_length 1 --prompt "Question: What is 7 + 5?"
+    python generate.py --model examples/tiny --gen_length 40 --block_length 1 --in examples/prefs.jsonl --out responses.jsonl
+    python generate.py --model examples/tiny --gen_length 40 --block_length 1 --task arithmetic --num 20
 
 Each forward pass predicts c_i = argmax_v exp(z_iv) / (-log u_iv)^temperature, u ~ U(0, 1), at the block's masked
 positions i and commits those where softmax(z_i)[c_i] is highest; the others stay masked (low-confidence remasking).
@@ -316,15 +317,15 @@ def solved_line(correct):
 
 @dataclass
 class GenerateArguments:
-    prompt: Optional[str] = arg(None, "one prompt; its response is printed")
-    source: Optional[str] = arg(None, '.jsonl file; its "prompt" is a string or a list of messages', "--in")
-    task: Optional[str] = arg(None, f"solve test problems of tasks.py, verified: {', '.join(tasks.FAMILIES)} or all")
-    out: Optional[str] = arg(None, '.jsonl file: the rows with a "response" added or replaced')
-    num: int = arg(200, "problems of --task; --seed draws them, too")
+    prompt: Optional[str] = arg(None, "one prompt; its response is printed", metavar="TEXT", heading="What is answered: one of --prompt, --in, --task")
+    source: Optional[str] = arg(None, 'a .jsonl file; the "prompt" of its lines is a string or a list of messages', "--in", metavar="FILE")
+    task: Optional[str] = arg(None, f"solve test problems of tasks.py, verified: {', '.join(tasks.FAMILIES)}, or all", metavar="NAME")
+    out: Optional[str] = arg(None, 'a .jsonl file to write: the rows with a "response" added or replaced; needed with --in, else none is written', metavar="FILE")
+    num: int = arg(200, "problems of --task, drawn by --seed")
 
 
 def parse_args(argv=None):
-    sample, args = config.parse(argv, __doc__.splitlines()[0], SampleArguments, GenerateArguments)
+    args, sample = config.parse(argv, __doc__, GenerateArguments, SampleArguments)
     check(sample)
     given = [flag for flag, value in (("--prompt", args.prompt), ("--in", args.source), ("--task", args.task))
              if value is not None]

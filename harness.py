@@ -1,10 +1,10 @@
-"""lm-evaluation-harness with a masked diffusion model: its command line, and one more --model, masked_diffusion.
+"""lm-evaluation-harness with one more --model, masked_diffusion, whose --model_args are the names below, without dashes.
 
     pip install -r requirements-eval.txt
-    python harness.py run --model masked_diffusion --model_args pretrained=DIR,gen_length=256,block_length=32 --tasks gsm8k
-    python harness.py run --model masked_diffusion --model_args pretrained=DIR,trajectories=16 --tasks arc_easy --limit 100
+    python harness.py run --model masked_diffusion --model_args pretrained=examples/tiny,gen_length=40 --tasks gsm8k --limit 4
+    python harness.py run --model masked_diffusion --model_args pretrained=examples/tiny,trajectories=16 --tasks arc_easy --limit 4
 
---model_args takes generate.py's sampling arguments and config.LikelihoodArguments. Text is made by generate.py's sampler, as
+Those names are generate.py's sampling arguments and config.LikelihoodArguments; lm_eval's own flags: run --help. Text is made by generate.py's sampler, as
 in evaluate.py, and likelihoods are the stepwise denoising score of score.py, a bound on log p(continuation | context) in
 the mean over its noise, which is drawn by content: the same at every run. --apply_chat_template is lm_eval's own flag, and so is
 --use_cache FILE, with which a job that was stopped goes on. `evaluate.py --tasks lm_eval:NAME` runs a task for several models.
@@ -66,7 +66,7 @@ class MaskedDiffusion(LM):
         if "template" in values:
             raise InputError("--model_args template: prompts are lm_eval's here; leave it out and use --apply_chat_template")
         flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
-        return cls(*config.parse(flags, __doc__.splitlines()[0], config.SampleArguments, config.LikelihoodArguments))
+        return cls(*config.parse(flags, __doc__, config.SampleArguments, config.LikelihoodArguments))
 
     # --- text ---
 
@@ -246,6 +246,8 @@ def choice(line, place):
 
 
 def main():
+    if sys.argv[1:] in ([], ["-h"], ["--help"]):  # lm_eval's own is that of each of its commands
+        config.parse(["--help"], __doc__, config.SampleArguments, config.LikelihoodArguments, hide=("template", "config_file"))
     needed()
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import register_model

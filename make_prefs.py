@@ -1,10 +1,8 @@
 """Preferences where there are none: sampled and verified, corrupted, or paired from judged responses.
 
     model or solutions or judgements -> prefs.jsonl (prompt, chosen, rejected, meta: where each row comes from)
-    python make_prefs.py --strategy sample --model DIR --task arithmetic --num 400 --k 8 --temperature 1 --out prefs.jsonl
-    python make_prefs.py --strategy corrupt --task arithmetic --num 400 --out prefs.jsonl
-    python make_prefs.py --strategy corrupt --in solutions.jsonl --out prefs.jsonl
-    python make_prefs.py --strategy label --in judged.jsonl --out prefs.jsonl
+    python make_prefs.py --strategy corrupt --task arithmetic --num 400 --out corrupted.jsonl
+    python make_prefs.py --strategy sample --model examples/tiny --task arithmetic --num 16 --k 4 --temperature 1 --gen_length 40 --block_length 1 --out sampled.jsonl
 
 sample: k responses a prompt, a verified one against a wrong one; on-policy, so DPO teaches what this model gets wrong.
 corrupt: a correct solution against the same with one named reasoning error. label: the better scored against the worse.
@@ -32,14 +30,18 @@ from packed import InputError, check_out, replacing
 
 @dataclass
 class PreferenceArguments:
-    strategy: Literal["sample", "corrupt", "label"] = config.arg("sample", "where the preferences come from")
-    task: Optional[str] = config.arg(None, "families of tasks.py: names with commas, or all (sample, corrupt)")
-    source: Optional[str] = config.arg(None, "a .jsonl file of prompts with their answers (sample; a right response ends in #### and the answer), "
-                               "solutions (corrupt) or scored responses (label)", "--in")
-    out: str = config.arg("prefs.jsonl", "the file of preferences")
-    num: int = config.arg(400, "problems of --task, from the training split")
+    strategy: Literal["sample", "corrupt", "label"] = config.arg(
+        "sample", "sample a model's responses and verify them; plant an error in correct solutions; pair the responses of a file by their "
+        "scores", heading="Preferences")
+    task: Optional[str] = config.arg(
+        None, f"sample, corrupt: problems of tasks.py, {', '.join(tasks.FAMILIES)}, or all; without it those of --in", metavar="NAME,...")
+    source: Optional[str] = config.arg(
+        None, "a .jsonl file of prompts with their answers (sample; a right response ends in #### and the answer), solutions (corrupt) or "
+        "scored responses (label); without it --task", "--in", metavar="FILE")
+    out: str = config.arg("prefs.jsonl", "the file of preferences to write", metavar="FILE")
+    num: int = config.arg(400, "problems of --task, from the training split, drawn by --seed")
     k: int = config.arg(8, "sample: responses a prompt")
-    pairs_per_prompt: int = config.arg(2, "at most so many pairs a prompt (sample, label)")
+    pairs_per_prompt: int = config.arg(2, "sample, label: at most so many pairs a prompt")
     length_balanced: bool = config.arg(False, "sample, label: choose pairs so that chosen and rejected are equally long on average")
     min_gap: float = config.arg(0.0, "label: a pair's scores differ by more than this")
 
@@ -254,7 +256,7 @@ def summary(args, rows):
 
 
 def main(argv=None):
-    sampling, args = config.parse(argv, __doc__.splitlines()[0], config.SampleArguments, PreferenceArguments)
+    args, sampling = config.parse(argv, __doc__, PreferenceArguments, config.SampleArguments)
     check(args, sampling)
     if args.strategy == "sample":
         problem_rows, path = problems(args, sampling.seed), Path(f"{args.out}.samples.jsonl")

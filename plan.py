@@ -1,7 +1,8 @@
 """Does the run fit, and how long does a pair take: memory of card and host by item, bus, arithmetic. No weights are read.
 
     the arguments of train_dpo.py + config.json -> a table and a verdict; exit code 0 if it fits, 1 if not
-    python plan.py --config_file configs/llada_8b_lora_4080.yaml [--gpu_gib 16] [--host_gib 64] [--ranks 1]
+    python plan.py --model_name_or_path examples/tiny --deepspeed ds_configs/zero3_offload_4080.json
+    python plan.py --config_file configs/llada_8b_lora_4080.yaml --gpu_gib 16 --host_gib 64
 
 What each item weighs is in footprint.py; here it is added up, timed and judged. The host's bytes are of all ranks. Of a model of
 the hub config.json alone is fetched. train_dpo.py prints the verdict when it starts.
@@ -32,16 +33,19 @@ from packed import InputError
 from score import backward_passes, sizes
 
 DS_CONFIGS = Path(__file__).parent / "ds_configs"
+UNUSED = config.names(config.DataArguments) - {"max_length"} | {"mask_token_id", "end_token_id", "lora_alpha", "order", "block_length",
+    "noise_sets", "noise_seed"} | config.names(config.TrainArguments) - {"loss_type", "backprop_steps", "sft_weight", "sft_pad_to",
+    "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"}  # by this script: they change no memory and no time
 AUTO_STEPS = config.NoiseArguments.diffusion_steps  # T for --diffusion_steps auto, whose calibration is not known yet; main says so
 
 
 @dataclass
 class PlanArguments:
-    gpu_gib: float = config.arg(0, "the card's memory in GiB; 0: this machine's card, or 16 where there is none")
+    gpu_gib: float = config.arg(0, "the card's memory in GiB; 0: this machine's card, or 16 where there is none", heading="Machine")
     host_gib: float = config.arg(0, "the host's memory in GiB; 0: this machine's")
-    tflops: float = config.arg(49, "what the card does, 1e12 operations a second; default: half of an RTX 4080's peak of 97.5 in "
+    tflops: float = config.arg(49, "what the card does, 1e12 operations a second; 49 is half of an RTX 4080's peak of 97.5 in "
                                "bf16 with float32 sums (NVIDIA Ada GPU Architecture, appendix A), a planning number")
-    pcie_gbs: float = config.arg(25, "the bus's rate in 1e9 bytes a second; default: about what PCIe 4.0 x16 gives of 31.5")
+    pcie_gbs: float = config.arg(25, "the bus's rate in 1e9 bytes a second; 25 is about what PCIe 4.0 x16 gives of 31.5")
     ranks: int = config.arg(1, "cards, all in this host")
 
 
@@ -231,7 +235,7 @@ def memory_total():
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    *groups, own = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS, PlanArguments)
+    *groups, own = config.parse(argv, __doc__, *config.GROUPS, PlanArguments, hide=UNUSED)
     data_args, model_args, noise_args, train_args = groups
     for name, least in (("gpu_gib", 0), ("host_gib", 0), ("tflops", 1e-9), ("pcie_gbs", 1e-9), ("ranks", 1)):
         if not least <= getattr(own, name) < math.inf:

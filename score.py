@@ -1,8 +1,9 @@
-"""The stepwise denoising score, its segmented gradient, and the reference job that writes a model's scores to disk.
+"""Reference scores: a model's stepwise denoising scores of packed pairs, to disk. The score and its segmented gradient are here.
 
     packed/ + model -> packed/ref-<key>/ (noise and reference scores; replayed by train_dpo.py)
-    python score.py --data packed --model_name_or_path M [--diffusion_steps 3] [--trajectories 3] [--deepspeed ds.json]
-    python score.py --data packed --calibrate             (which estimator, how many states: calibrate.py)
+    python data_prep.py --in examples/prefs.jsonl
+    python score.py --data packed --use_mixed_precision no
+    python score.py --data packed --use_mixed_precision no --calibrate --calibrate_pairs 2 --calibrate_draws 2
 
 S(x, y) = 1/R sum_r sum_s sum_{i: reveal_step_r[i] = s} log p(y_i | state before s, x)      (the guide's S_theta, rotated)
 
@@ -34,6 +35,8 @@ from packed import InputError
 
 SAME = ("model_name_or_path", "shift_logits", "load_in_4bit", "use_mixed_precision", "estimator", "diffusion_steps", "trajectories",
         "order", "block_length", "noise_sets", "noise_seed")  # of the arguments: what reference scores are made with
+UNUSED = config.names(config.DataArguments, config.TrainArguments) - {"data"} | {
+    "end_token_id", "gradient_checkpointing", "lora_r", "lora_alpha", "lora_targets"}  # by this script, of the arguments that it accepts
 CHUNK = 8  # pairs per chunk of the reference job: what a kill can lose, per rank
 
 
@@ -304,7 +307,7 @@ def load(model_args, ranks, name=None):
 
 
 def main(argv=None):
-    *groups, args = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS, config.CalibrateArguments)
+    *groups, args = config.parse(argv, __doc__, *config.GROUPS, config.CalibrateArguments, hide=UNUSED)
     data_args, model_args, noise_args, train_args = groups
     if train_args.loss_type == "sft" and not args.calibrate:
         print("loss_type sft needs no reference scores", flush=True)

@@ -1,10 +1,12 @@
-"""Diffusion-DPO: align a masked diffusion language model with preferences. The loop is here, visible.
+"""Diffusion-DPO: align a masked diffusion language model with preferences, or train it on responses (SFT).
 
     packed/ + packed/ref-<key>/ + model -> runs/NAME/ (run.json, log.jsonl, checkpoints/, final/)
-    deepspeed train_dpo.py --deepspeed ds_configs/zero3_offload_4080.json --data packed --model_name_or_path M
+    python data_prep.py --in examples/prefs.jsonl
+    python score.py --data packed --use_mixed_precision no
+    python train_dpo.py --data packed --use_mixed_precision no --max_steps 5 --output_dir runs/example
 
-The loss is in objective.py, the score and its exact gradient in score.py, the engine in engine.py. The first step has
-margin 0 and loss ln 2, because policy and reference replay the same noise; a run where they do not is refused.
+The loop is here, visible; the loss is in objective.py, the score and its exact gradient in score.py, the engine in engine.py. The
+first step has margin 0 and loss ln 2, because policy and reference replay the same noise; a run where they do not is refused.
 """
 import dataclasses
 import math
@@ -35,6 +37,9 @@ import tasks
 import tracking
 from objective import SFT, Preference, Stream, split
 from packed import InputError
+
+
+UNUSED = config.names(config.DataArguments) - {"data", "max_length"} | {"end_token_id"}  # here, of the arguments that are accepted
 
 
 class Job(NamedTuple):
@@ -152,7 +157,7 @@ def fit(job):
 
 def prepare(argv):
     """Read the arguments and everything on disk that the run replays; refuse what cannot be right."""
-    groups = data_args, model_args, noise_args, args = config.parse(argv, __doc__.splitlines()[0], *config.GROUPS)
+    groups = data_args, model_args, noise_args, args = config.parse(argv, __doc__, *config.GROUPS, hide=UNUSED)
     config.check(args)
     tracking.names(args.report_to)
     packed = disk.Packed(data_args.data)

@@ -3,9 +3,11 @@
     python bench/soak.py [--steps 3000] [--deepspeed ds_configs/zero3_offload_4080.json]
 
 A model of 60,000 parameters, one pair a step, a checkpoint every 100 steps of which two are kept. Resident memory and file handles
-are read from /proc every second; the table compares the medians of the run's second and last tenth (the first holds the start).
+are read from /proc every half second; the table has the medians over each tenth of the steps, for what warms up levels off and what
+is kept does not, and the last one by the second.
 """
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -18,22 +20,24 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import small  # noqa: E402
 
 
-def watch(process):
-    """[(seconds, MiB resident, open files)] until the process ends."""
-    seen, began = [], time.time()
+def watch(process, log):
+    """[(steps done, MiB resident, open files)] from the first step until the process ends."""
+    seen = []
     while process.poll() is None:
         try:
-            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-            seen.append((time.time() - began, pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(f"/proc/{process.pid}/fd"))))
+            pages, files = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]), len(os.listdir(f"/proc/{process.pid}/fd"))
         except OSError:
             break
-        time.sleep(1)
+        if log.exists():
+            seen.append((log.read_bytes().count(b"\n"), pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files))
+        time.sleep(0.5)
     return seen
 
 
-def tenth(values, which):
-    size = max(1, len(values) // 10)
-    return statistics.median(values[which * size:(which + 1) * size] or values[-size:])
+def tenths(values, steps):
+    """The median of the values of each tenth of the steps: values [(step, value)]."""
+    parts = [[value for step, value in values if part * steps < 10 * step <= (part + 1) * steps] for part in range(10)]
+    return [statistics.median(part) if part else math.nan for part in parts]
 
 
 def main(argv=None):
@@ -49,17 +53,17 @@ def main(argv=None):
         small.run([ROOT / "score.py", *noise])
         process = small.start([ROOT / "train_dpo.py", *noise, "--deepspeed", args.deepspeed, "--output_dir", work / "run", *small.flags(
             max_steps=args.steps, save_steps=100, gradient_accumulation_steps=1, eval_fraction=0.1, eval_steps=500, logging_steps=10**6)])
-        seen = watch(process)
+        began, seen = time.time(), watch(process, work / "run" / "log.jsonl")
         said = process.communicate()[0]
         if process.returncode:
             sys.exit(said[-3000:])
         lines = small.log(work / "run")
         assert [line["step"] for line in lines] == list(range(1, args.steps + 1))
-        print(f"{args.steps} steps, {seen[-1][0]:.0f} s, log of {(work / 'run' / 'log.jsonl').stat().st_size / len(lines):.0f} bytes a step")
-        for name, values in (("resident MiB", [each[1] for each in seen]), ("open files", [each[2] for each in seen]),
-                             ("ms a step", [1e3 / line["pairs_per_second"] for line in lines])):
-            early, late = tenth(values, 1), tenth(values, 9)
-            print(f"{name:14}{early:10.1f} in the second tenth, {late:10.1f} in the last, ratio {late / early:.3f}")
+        print(f"{args.steps} steps, {time.time() - began:.0f} s, log of {(work / 'run' / 'log.jsonl').stat().st_size / len(lines):.0f} bytes a step")
+        for name, values in (("resident MiB", [each[:2] for each in seen]), ("open files", [each[::2] for each in seen]),
+                             ("ms a step", [(line["step"], 1e3 / line["pairs_per_second"]) for line in lines])):
+            medians = tenths(values, args.steps)
+            print(f"{name:14}" + "".join(f"{median:8.1f}" for median in medians) + f"   ratio {medians[9] / medians[1]:.3f}")
     return 0
 
 

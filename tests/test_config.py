@@ -1,7 +1,10 @@
-"""Tests of config.py: YAML under the command line, misspelt names, exit codes, who speaks.
+"""Tests of config.py: YAML under the command line, misspelt names, every script's --help, exit codes, who speaks.
 
     .venv/bin/python -m pytest -q tests/test_config.py
 """
+import importlib
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -107,6 +110,79 @@ def test_help_shows_the_groups_used(capsys):
     text = capsys.readouterr().out
     assert done.value.code == 0 and "what it does" in text and "--max_length" in text and "--config_file" in text
     assert not any(word in text for word in ("--beta", "--gradient_checkpointing", "--no_", "--local_rank"))
+
+
+class Parsed(Exception):
+    """Raised where a script has understood its command line and would begin its work."""
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """asked(script, *words) -> (the dataclasses that it parses into, the names that its --help leaves out); what main prints is printed."""
+    real = config.parse
+
+    def call(script, *words):
+        seen = []
+
+        def parse(argv, doc, *used, hide=()):
+            seen.append((used, hide))
+            real(argv, doc, *used, hide=hide)
+            raise Parsed
+
+        monkeypatch.setattr(config, "parse", parse)
+        module = importlib.import_module(script)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+        try:
+            module.main() if script == "harness" else module.main(list(words))
+        except (Parsed, SystemExit) as end:
+            assert isinstance(end, Parsed) or end.code == 0
+        return seen[0] if seen else None
+    return call
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("script", ["data_prep", "score", "train_dpo", "plan", "generate", "make_prefs", "evaluate", "harness"])
+def test_help_of_each_script(script, columns, asked, monkeypatch, capsys):
+    """Each argument once and under a heading, each default said, nothing wider than the terminal."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    used, hide = asked(script, "--help")
+    text = capsys.readouterr().out
+    first, options, *sections, examples = re.split(r"\n\n(?=\S)", text)
+    shown = [re.findall(r"^  --(\w+)(.*?)(?=^  --|\Z)", section, re.M | re.S) for section in sections]
+    assert len(sections) > 1 and all(shown)
+    said = [(name, " ".join(words.split())) for each in shown for name, words in each]
+    assert sorted(name for name, _ in said) == sorted(config.names(*used) - {*hide, "local_rank"})
+    assert options.startswith("options:") and set(re.findall(r"^  (-\S+)", options, re.M)) <= {"-h,", "--config_file"}
+    assert "None" not in text and "--no_" not in text and "True" not in text and max(map(len, text.splitlines())) <= columns
+    defaults = {item.name: item.default for group in used for item in fields(group)}
+    for name, words in said:
+        value = str(defaults[name]).lower() if isinstance(defaults[name], bool) else defaults[name]
+        assert words.endswith(f" (default: {value})") if value is not None else "(default" not in words
+
+
+@pytest.mark.parametrize("script", ["data_prep", "score", "train_dpo", "plan", "generate", "make_prefs", "evaluate", "harness", "checkpoint"])
+def test_examples_of_each_help(script, asked, monkeypatch, capsys, tmp_path):
+    """The command lines below a script's arguments are understood, and one is its own."""
+    import checkpoint
+    import harness
+
+    def merge(*_):
+        raise Parsed
+
+    asked(script, "--help")
+    lines = re.findall(r"^  python (.*)", capsys.readouterr().out.replace(" \\\n      ", " "), re.M)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "merge", merge)
+    monkeypatch.setattr(harness, "needed", lambda: None)
+    assert any(line.startswith(f"{script}.py ") for line in lines)
+    for file, *words in map(shlex.split, lines):
+        if file == "harness.py":
+            given = dict(pair.split("=") for pair in words[words.index("--model_args") + 1].split(","))
+            with pytest.raises(Parsed):
+                harness.MaskedDiffusion.create_from_arg_obj(given)
+        else:
+            asked(file.removesuffix(".py"), *words)
 
 
 @pytest.mark.parametrize("text, words", [
