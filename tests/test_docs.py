@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS, ROOT / "bench" / "README.md", ROOT / "ds_configs" / "README.md"]
-TROUBLES = ROOT / "docs" / "troubleshooting.md"
 ELSEWHERE = "## Symptoms"  # from here on the page is about what others print, or nobody
 HOLE = "\0"  # in a message, what is filled in when it is said
 
@@ -23,7 +22,7 @@ HOLE = "\0"  # in a message, what is filled in when it is said
 SAYERS = {"InputError": 0, "Malformed": 0, "Tie": 0, "ValueError": 0, "no_telling": 0, "refuse_or_leave_out": 3}
 INTERNAL = ("diffusion.py", "tasks.py")  # their ValueErrors are ours to hear, not a user's
 # functions that make the words of a print(f"warning: {words}"), by the file that prints them; None: a sayer of SAYERS makes them
-WORDS_OF = {"train_dpo.py": ("guard.py", "falling"), "plan.py": ("plan.py", "stuck"), "evaluate.py": None}
+WORDS_OF = {"tracking.py": ("guard.py", "falling"), "plan.py": ("plan.py", "stuck"), "evaluate.py": None}
 SCRIPTS = sorted(path for path in (*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py")))
 SHELLS = sorted((*ROOT.glob("*.sh"), *(ROOT / "examples").glob("*.sh")))
 
@@ -122,11 +121,10 @@ def messages():
                 if not (path.name in INTERNAL and "ValueError" in lines[line - 1]):
                     add(path, line, text)
             if (path.name, function.name) in makers:
-                for node in [each for part in function.body[1:] for each in ast.walk(part)]:
-                    if isinstance(node, (ast.Call, ast.Return)):  # said.append(...), return ...
-                        for text in texts(node.args[0] if isinstance(node, ast.Call) and node.args else getattr(node, "value", None)):
-                            if len(words(text)) > 5:
-                                add(path, node.lineno, text)
+                for node in ast.walk(function):  # said.append(...), return ...
+                    made = node.args if isinstance(node, ast.Call) else [node.value] if isinstance(node, ast.Return) else []
+                    for text in [text for each in made for text in texts(each) if len(words(text)) > 5]:
+                        add(path, node.lineno, text)
         if path.name in ("data_prep.py", "rows.py", "sources.py", "demonstrations.py"):
             for line, text in reasons(tree):
                 add(path, line, text)
@@ -138,9 +136,9 @@ def messages():
     return found
 
 
-def entries(page=None):
-    """The patterns of the page's tables: the texts in backticks of first cells, <...> for what is filled in."""
-    text = TROUBLES.read_text(encoding="utf-8") if page is None else page
+def entries():
+    """The patterns of docs/troubleshooting.md's tables: the texts in backticks of first cells, <...> for what is filled in."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     cells = [line.split(" | ")[0] for line in text.partition(ELSEWHERE)[0].splitlines() if line.startswith("| ")]
     return [pattern for cell in cells for pattern in re.findall(r"`([^`]+)`", cell)]
 
@@ -157,8 +155,19 @@ def covers(pattern, message):
 
 def lacking(found, patterns):
     """Lines for an author: where a message is, and the pattern that would be about it."""
-    return [f"{place}: | `{text.replace(HOLE, '<...>')}` | when it is said | what to do |" for place, said in sorted(found.items())
-            for text in dict.fromkeys(said) if not any(covers(pattern, text) for pattern in patterns)]
+    return [f"{place}: | `{text.replace(HOLE, '<...>')}` | when it is said | what to do |"
+            for place, said in sorted(found.items()) for text in dict.fromkeys(said)
+            if not any(covers(pattern, text) for pattern in patterns)]
+
+
+def test_what_covers_what():
+    """A pattern is about messages of its words alone, and lacking() tells an author of one that has none."""
+    assert covers("holds <n> noise sets", f"{HOLE}: holds {HOLE} noise sets, --noise_sets {HOLE} were asked for")
+    assert covers("expected a column <name>", f"expected a column '{HOLE}'")
+    assert not covers("expected a column <name>", "expected a column of text")
+    assert covers("--<name> is <value>, expected more than 0", f"--beta is {HOLE}, expected more than 0")
+    assert covers("too long", "too long") and not covers("too long", "a pair is too long for this")
+    assert lacking({"x.py:3": [f"the {HOLE} sank"]}, entries()) == ["x.py:3: | `the <...> sank` | when it is said | what to do |"]
 
 
 def test_every_message_has_an_entry():
@@ -174,15 +183,15 @@ def test_no_entry_is_about_a_message_that_is_gone():
 
 def test_a_warning_says_words_that_are_found():
     """print(f"warning: {words}") hides its words from this test: WORDS_OF must name the function that makes them."""
-    bare = {place.partition(":")[0] for place, said in messages().items() if any(re.fullmatch(f"warning: {HOLE}+", text) for text in said)}
-    bare |= {path.name for path in SCRIPTS for node in whole(ast.parse(path.read_text(encoding="utf-8")))
+    bare = {path.name for path in SCRIPTS for node in whole(ast.parse(path.read_text(encoding="utf-8")))
              for text in texts(node) if re.fullmatch(f"warning: {HOLE}+", text)}
     assert bare == WORDS_OF.keys()
 
 
 # --- links ------------------------------------------------------------------------------------------------
 
-OUTSIDE = (r"https://arxiv\.org/abs/\d{4}\.\d{5}", r"https://github\.com/[\w.-]+/[\w.-]+(/(blob|tree|issues)/[\w./-]+)?",
+OUTSIDE = (r"https://arxiv\.org/abs/\d{4}\.\d{5}",
+           r"https://github\.com/[\w.-]+/[\w.-]+(/(blob|tree|issues)/[\w./-]+)?",
            r"https://huggingface\.co/[\w./-]+")
 
 
@@ -213,9 +222,9 @@ def test_links(page):
 # --- commands and flags -----------------------------------------------------------------------------------
 
 FOREIGN = ("pip", "hf", "apt", "find", "trl", "ssh", "nvcc", "deepspeed")  # commands whose flags are not ours
-# lm_eval's own, which harness.py passes on; launch.sh's, examples/improve.sh's and data_prep.py's, which no parser of ours holds
+# what no parser of ours holds: of launch.sh and examples/improve.sh; lm_eval's own, which harness.py passes on
 SHELL_FLAGS = {"--num_gpus", "--setup", "--help", "--rounds", "--reuse"}
-LM_EVAL = {"--model", "--model_args", "--tasks", "--limit", "--apply_chat_template", "--use_cache", "--num_fewshot", "--batch_size"}
+LM_EVAL = {"--model", "--model_args", "--tasks", "--limit", "--apply_chat_template", "--use_cache", "--num_fewshot"}
 
 
 class Read(Exception):
@@ -249,7 +258,8 @@ def flags():
 
 def options(parser):
     """All flags of a parser, those of its subcommands too."""
-    below = [each for action in parser._actions if isinstance(action, argparse._SubParsersAction) for each in action.choices.values()]
+    groups = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    below = [each for choices in groups for each in choices.values()]
     return {name for action in parser._actions for name in action.option_strings}.union(*map(options, below))
 
 
