@@ -130,9 +130,9 @@ def messages():
                 add(path, line, text)
     for path in SHELLS:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if "die " in line and "die()" not in line:
-                rest = re.sub(r"\$\((?:[^()]|\([^()]*\))*\)|\$\{[^}]*\}|\$[\w*]+", HOLE, line.partition("die ")[2])
-                add(path, number, rest.split('"')[1].replace("\\", ""))
+            line = re.sub(r"\$\((?:[^()]|\([^()]*\))*\)|\$\{[^}]*\}|\$[\w*]+", HOLE, line)
+            for text in re.findall(r'\bdie "([^"]*)"', line):
+                add(path, number, text.replace("\\", ""))
     return found
 
 
