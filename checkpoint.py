@@ -195,7 +195,8 @@ def weight_files(folder):
     """{file name: path} of the folder's safetensors, from the index where there is one."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index, "downloading the model again").get("weight_map", {}).values()))
+        where = read_json(index, "downloading the model again").get("weight_map")
+        names = sorted({str(name) for name in where.values()}) if isinstance(where, dict) else []
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:

@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -206,7 +207,7 @@ def write(folder, kept, left_out, meta):
 def mend(task, folder, model):
     """The command that packs `folder`."""
     source = "--task sft --in sft.jsonl" if task == "sft" else "--in prefs.jsonl"
-    return f"python data_prep.py {source} --out {folder} --model_name_or_path {model}"
+    return f"python data_prep.py {source} --out {shlex.quote(str(folder))} --model_name_or_path {shlex.quote(str(model))}"
 
 
 def default_model(folder, reuse):

@@ -12,6 +12,7 @@ A line of MODEL-TASK.jsonl has all that a judge needs, and `make_prefs.py --stra
 import functools
 import math
 import os
+import re
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -193,7 +194,7 @@ def find_seen(items, models, args, trust_remote_code):
 
 def plain(name):
     """A task's name in file names."""
-    return name.replace(":", "-")
+    return re.sub(r"[^\w.-]", "-", name)
 
 
 def labels(models):
@@ -304,8 +305,9 @@ def main(argv=None):
     make_folder(folder / "samples")
     files = [folder / f"{names[model]}-{plain(name)}.jsonl" for model in models for name in items]
     if (folder / "results.json").is_file():  # an earlier command's responses, which samples/ keeps, would be taken for this one's
-        for path in read_json(folder / "results.json", "this command").get("files", []):
-            (folder / Path(path).name).unlink(missing_ok=True)
+        for name in read_json(folder / "results.json", "this command").get("files", []):
+            if isinstance(name, str) and Path(name).name == name and name.endswith(".jsonl"):
+                (folder / name).unlink(missing_ok=True)
     table, first = [], {}
     for model in models:
         one = replace(sample, model_name_or_path=model)
@@ -319,9 +321,10 @@ def main(argv=None):
             else:
                 path = folder / "samples" / f"{plain(name)}-{fingerprint(header)}.jsonl"
                 rows = answer(name, each, one, lm, path, header, f"{names[model]}, {name}")
-            with replacing(folder / f"{names[model]}-{plain(name)}.jsonl") as file:
+            kept = folder / f"{names[model]}-{plain(name)}.jsonl"
+            with replacing(kept) as file:
                 jsonlines.Writer(file).write_all({**row, "seen": row["id"] in seen[name]} for row in rows)
-            table.append(summary(name, names[model], rows, first.get(name)))
+            table.append({**summary(name, names[model], rows, first.get(name)), "file": kept.name})
             first.setdefault(name, rows)
 
     # 4. side by side

@@ -290,11 +290,13 @@ def evaluations(run, given):
 
 def read_evaluation(path):
     results = read_json(path, "python evaluate.py --model runs/NAME/final --output_dir FOLDER")
-    if not isinstance(results.get("table"), list) or not isinstance(results.get("files"), list):
+    table, files = results.get("table"), results.get("files")
+    if not isinstance(table, list) or not isinstance(files, list) or not all(
+            isinstance(line, dict) and {"task", "model", "n", "file"} <= line.keys() for line in table):
         raise InputError(f"{path}: not what evaluate.py writes; give --evaluation the --output_dir of evaluate.py")
     answers = {}
     for line in results["table"]:
-        name = f"{line['model']}-{line['task'].replace(':', '-')}.jsonl"
+        name = line["file"]
         for row in rows_of(path.parent / name) if name in results["files"] else ():
             if {"id", "prompt", "response", "correct"} <= row.keys():
                 answers.setdefault(line["task"], {}).setdefault(row["id"], {})[line["model"]] = row

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import socket
 import tempfile
@@ -239,7 +240,7 @@ class Packed:
     def remake(self):
         """The command that packs the same source anew."""
         task = " --task sft" if self.task == "sft" else ""
-        return f"python data_prep.py{task} --in {self.meta['source']} --out {self.folder}"
+        return f"python data_prep.py{task} --in {shlex.quote(str(self.meta['source']))} --out {shlex.quote(str(self.folder))}"
 
     def need_pairs(self):
         """Refuse SFT data where preferences are needed."""

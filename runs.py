@@ -200,7 +200,7 @@ def torn(path):
     try:
         files = read_sealed(path / "state.json", "another checkpoint")["files"]
         for name, (size, digest) in files.items():
-            if (path / name).stat().st_size != size or file_sha256(path / name) != digest:
+            if not (path / name).resolve().is_relative_to(path.resolve()) or (path / name).stat().st_size != size or file_sha256(path / name) != digest:
                 return f"{name} is not as it was written"
     except (InputError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"not whole ({' '.join(str(error).split())[:150]})"

@@ -30,14 +30,15 @@ class Clock:
 
     def __init__(self, tokens, evaluation, due, start):
         self.start, self.steps = start, start + len(tokens)
-        self.tokens, self.evaluation, self.due = tokens, evaluation, due
+        self.evaluation, self.due = evaluation, due
         self.after = np.append(tokens[::-1].cumsum()[::-1], 0)  # (steps to come + 1,) tokens from each step on
-        self.took, self.evaluations, self.saves = [], [], []  # seconds
+        self.took, self.evaluations, self.saves = [0.0], [], []  # seconds: of so many steps together; of each
 
     def left(self, step, evaluated):
         """After `step` (1-based). evaluated: whether that step's evaluation, if it is to have one, is behind us."""
-        first = max(len(self.took) // 2, 1) if len(self.took) > 1 else 0  # the first step also warms up
-        pace = sum(self.took[first:]) / self.tokens[first:len(self.took)].sum()
+        steps = len(self.took) - 1
+        first = max(steps // 2, 1) if steps > 1 else 0  # the first step also warms up
+        pace = (self.took[steps] - self.took[first]) / (self.after[first] - self.after[steps])
         # scores are a quarter to a third of a step, which also goes back and computes anew what it did not keep
         evaluation = mean(self.evaluations, self.evaluation * pace / 4)
         eval_steps, save_steps = self.due
@@ -47,6 +48,8 @@ class Clock:
         saves = multiples(save_steps, step + 1, self.steps) * mean(self.saves, 0)
         return float(self.after[step - self.start] * pace + evaluations * evaluation + saves)
 
+    def stepped(self, seconds):
+        self.took.append(self.took[-1] + seconds)
 
     def time(self, seconds, act, *args):
         """What act(*args) returns; how long it took joins the list `seconds`."""

@@ -203,9 +203,10 @@ def train(job, run, held, state, steps, backwards):
             return None
         sums, norm, pieces = did
         skipped, sums = skips.see(step + 1, norm, pieces), total(sums, job.ranks)
-        clock.took.append(time.time() - began)
+        seconds = time.time() - began
+        clock.stepped(seconds)
         num_tokens += int(sums[-1])
-        line = {**tracking.measured(job, step, sums, clock.took[-1]), "learning_rate": rate, "grad_norm": guard.plain(norm),
+        line = {**tracking.measured(job, step, sums, seconds), "learning_rate": rate, "grad_norm": guard.plain(norm),
                 "skipped": skipped, "num_tokens": num_tokens, "seconds_left": clock.left(step + 1, False)}
         record.pairs(step + 1, "train", pieces)
         before, made = evaluation, {}

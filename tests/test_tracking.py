@@ -35,13 +35,13 @@ TRL = {"train/loss", "train/learning_rate", "train/grad_norm", "train/epoch", "t
 
 # --- the time left ----------------------------------------------------------------------------------------
 
-def drive(clock, start, rng, pace, evaluation, eval_steps, save, save_steps, noise=0.2):
+def drive(clock, tokens, start, rng, pace, evaluation, eval_steps, save, save_steps, noise=0.2):
     """A run whose steps take what their tokens take, give or take: [(when, what the clock says is left)], and when it ends."""
     now, said = 0.0, []
     for step in range(start + 1, clock.steps + 1):
-        seconds = pace(step) * clock.tokens[step - 1 - start] * rng.uniform(1 - noise, 1 + noise) + (5 if step == start + 1 else 0)
+        seconds = pace(step) * tokens[step - 1 - start] * rng.uniform(1 - noise, 1 + noise) + (5 if step == start + 1 else 0)
         now += seconds
-        clock.took.append(seconds)
+        clock.stepped(seconds)
         if eval_steps and step % eval_steps == 0 or step == clock.steps:
             now += evaluation
             clock.evaluations.append(evaluation)
@@ -58,7 +58,7 @@ def test_time_left_is_right_within_a_tenth(start, eval_steps, save_steps):
     rng = random.Random(eval_steps)
     tokens = np.array([rng.randrange(500, 4000) for _ in range(400 - start)])
     clock = tracking.Clock(tokens, int(tokens[:20].sum()), (eval_steps, save_steps), start)
-    said, end = drive(clock, start, rng, lambda step: 1e-3, 20.0, eval_steps, 3.0, save_steps)
+    said, end = drive(clock, tokens, start, rng, lambda step: 1e-3, 20.0, eval_steps, 3.0, save_steps)
     late = [(now, left) for now, left in said if now > 0.1 * end]
     assert all(abs(now + left - end) < 0.1 * end for now, left in late)
     assert said[-1][1] == 0 or save_steps and said[-1][1] == pytest.approx(0, abs=1e-9)
@@ -66,14 +66,15 @@ def test_time_left_is_right_within_a_tenth(start, eval_steps, save_steps):
 
 def test_time_left_follows_a_machine_that_slows_down():
     tokens = np.full(400, 1000)
-    said, end = drive(tracking.Clock(tokens, 0, (0, 0), 0), 0, random.Random(0), lambda step: 1e-3 if step < 50 else 3e-3, 0, 0, 0, 0)
+    said, end = drive(tracking.Clock(tokens, 0, (0, 0), 0), tokens, 0, random.Random(0), lambda step: 1e-3 if step < 50 else 3e-3, 0, 0, 0, 0)
     now, left = said[200]
     assert abs(now + left - end) < 0.1 * end
 
 
 def test_time_left_counts_evaluations_to_come():
     clock = tracking.Clock(np.full(10, 100), 400, (5, 0), 0)
-    clock.took += [1.0] * 5
+    for _ in range(5):
+        clock.stepped(1.0)
     assert clock.left(5, False) == pytest.approx(5 + 2 * 400 * 0.01 / 4)  # none was made yet: a quarter of a step's pace
     clock.evaluations.append(3.0)
     assert clock.left(5, True) == pytest.approx(5 + 3)
