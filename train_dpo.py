@@ -189,7 +189,7 @@ def train(job, run, held, state, steps, backwards):
     skips, num_tokens = guard.Skips(job, run, state["skipped"]), state["num_tokens"]
     counters = lambda: {"num_tokens": num_tokens, "skipped": skips.count}  # noqa: E731
     if start and len(held) and (state["line"] or start == steps):  # it was stopped before that evaluation was made
-        evaluation = evaluate(job, held, start, write=bool(state["line"]))
+        evaluation = evaluate(job, held, start, bool(state["line"]))  # what is logged already is not written again
         if evaluation is None:
             return None
         if state["line"]:

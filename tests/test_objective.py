@@ -197,7 +197,8 @@ def test_replayed_states(home):
 
 
 def test_work():
-    made = objective.Preference(config.TrainArguments(), config.NoiseArguments(estimator="spread"), None, None, MASK)
+    packed = SimpleNamespace(lines=lambda: None)
+    made = objective.Preference(config.TrainArguments(), config.NoiseArguments(estimator="spread"), packed, None, MASK)
     assert made.work([(3, 0), (1, 0), (2, 1)]) == [((3, 0), 1 / 3), ((1, 0), 1 / 3), ((2, 1), 1 / 3)]
     assert made.counts == [7, 7]
 
