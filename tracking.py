@@ -39,8 +39,7 @@ class Clock:
         steps = len(self.took) - 1
         first = max(steps // 2, 1) if steps > 1 else 0  # the first step also warms up
         pace = (self.took[steps] - self.took[first]) / (self.after[first] - self.after[steps])
-        # scores are a quarter to a third of a step, which also goes back and computes anew what it did not keep
-        evaluation = mean(self.evaluations, self.evaluation * pace / 4)
+        evaluation = mean(self.evaluations, self.evaluation * pace / 3)  # until one is made: a step goes back, too, twice the work
         eval_steps, save_steps = self.due
         next_one = step + bool(evaluated)
         evaluations = multiples(eval_steps, next_one, self.steps) + (not multiples(eval_steps, self.steps, self.steps)

@@ -75,7 +75,7 @@ def test_time_left_counts_evaluations_to_come():
     clock = tracking.Clock(np.full(10, 100), 400, (5, 0), 0)
     for _ in range(5):
         clock.stepped(1.0)
-    assert clock.left(5, False) == pytest.approx(5 + 2 * 400 * 0.01 / 4)  # none was made yet: a quarter of a step's pace
+    assert clock.left(5, False) == pytest.approx(5 + 2 * 400 * 0.01 / 3)  # none was made yet: a third of a step's pace
     clock.evaluations.append(3.0)
     assert clock.left(5, True) == pytest.approx(5 + 3)
     clock.due = (4, 0)  # after 8, and at the end
