@@ -1,6 +1,6 @@
 """The charts of a report, by matplotlib: one Figure each, as inline SVG whose colours the page sets, and as PNG.
 
-    charts.make(runs) -> [Chart(name, title, caption, alt, svg, png)]
+    charts.make(runs) -> [Chart(name, title, shows, marks, alt, svg, png)]
 
 A figure is 360 units wide, a phone's column, so that its letters are as large there as they are here. Training is drawn light,
 held-out pairs strong with markers; one run has a colour for each series, several have a colour each.
@@ -41,7 +41,8 @@ DPI = 200     # of the PNGs: 1000 pixels wide
 class Chart(NamedTuple):
     name: str
     title: str
-    caption: str
+    shows: str   # a sentence on what is drawn, or nothing
+    marks: list  # sentences on its lines and marks
     alt: str
     svg: str
     png: bytes
@@ -288,9 +289,8 @@ def make(runs):
         found = draw(add_axes(figure), runs)
         if found:
             said, alt = found
-            caption = " ".join([shows] + [f"{words[0].upper()}{words[1:]}." for words in said]).strip()
-            alt = f"{title}. {'; '.join(alt)}."
-            made.append(Chart(name, title, caption, alt, svg(figure, name, alt), png(figure, title, runs)))
+            alt, marks = f"{title}. {'; '.join(alt)}.", [f"{words[0].upper()}{words[1:]}." for words in said]
+            made.append(Chart(name, title, shows, marks, alt, svg(figure, name, alt), png(figure, title, runs)))
     return made
 
 

@@ -118,9 +118,15 @@ def overview(runs):
 
 
 def chart_grid(made):
-    figures = "".join(f"<figure><h3>{say(chart.title)}</h3>{chart.svg}<figcaption>{say(chart.caption)}</figcaption></figure>"
-                      for chart in made)
-    return f'<section><h2>Charts</h2><div class="charts">{figures}</div></section>' if made else ""
+    """The charts; what is to be said of several of them stands once, above."""
+    every = [words for chart in made for words in chart.marks]
+    common = [words for words in dict.fromkeys(every) if every.count(words) > 2]
+    figures = ""
+    for chart in made:
+        words = " ".join(filter(None, [chart.shows, *(each for each in chart.marks if each not in common)]))
+        figures += f"<figure><h3>{say(chart.title)}</h3>{chart.svg}" + (f"<figcaption>{say(words)}</figcaption>" if words else "") + "</figure>"
+    above = f'<p class="soft">{say(" ".join(common))}</p>' if common else ""
+    return f'<section><h2>Charts</h2>{above}<div class="charts">{figures}</div></section>' if made else ""
 
 
 def wrong_pairs(run):
