@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up like launch.sh, with requirements-eval.txt and -4bit.txt, then runs the tests:  bash tests/run.sh [pytest's arguments]
+# Sets up like launch.sh, with requirements-eval.txt, -4bit.txt and -wandb.txt, then runs the tests:  bash tests/run.sh [pytest's arguments]
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -14,4 +14,5 @@ extra() { # requirements-NAME.txt, if one of its modules is missing; never into 
 }
 extra eval lm_eval math_verify
 extra 4bit bitsandbytes
+extra wandb wandb
 exec "$python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests "$@"

@@ -65,9 +65,9 @@ def parse(argv):
     ("beta: 1".encode("utf-16"), "can't decode")], ids=lambda value: repr(value)[:30])
 def test_yaml(body, words, tmp_path, capsys):
     (tmp_path / "a.yaml").write_bytes(body if isinstance(body, bytes) else body.encode())
-    began = time.monotonic()
+    began = time.process_time()
     said = refusal(parse, capsys, "--config_file", tmp_path / "a.yaml")
-    assert said.startswith(f"error: {tmp_path}/a.yaml: ") and words in said and len(said) < 500 and time.monotonic() - began < 5
+    assert said.startswith(f"error: {tmp_path}/a.yaml: ") and words in said and len(said) < 500 and time.process_time() - began < 60
 
 
 def test_laughs_as_a_value(tmp_path, capsys):
