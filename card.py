@@ -16,10 +16,11 @@ METHODS = {"sigmoid": "Direct Preference Optimization (arXiv 2305.18290)", "ipo"
            "hinge": "a hinge loss on the preference margin (SLiC, arXiv 2305.10425)",
            "sft": "supervised fine-tuning by the masked-diffusion loss (arXiv 2502.09992)"}
 # of the run's arguments, what shapes the result
-SHOWN = ("loss_type", "beta", "label_smoothing", "sft_weight", "estimator", "diffusion_steps", "trajectories", "order", "backprop_steps",
-         "noise_sets", "noise_seed", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm",
-         "use_mixed_precision", "lora_r", "lora_alpha", "load_in_4bit", "seed")
-NOISE = SHOWN[1:2] + SHOWN[4:11]  # what SFT has no use for
+SHOWN = ("loss_type", "beta", "label_smoothing", "sft_weight", "sft_pad_to", "estimator", "diffusion_steps", "trajectories", "order",
+         "block_length", "backprop_steps", "noise_sets", "noise_seed", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay",
+         "max_grad_norm", "use_mixed_precision", "lora_r", "lora_alpha", "lora_targets", "load_in_4bit", "seed")
+PAIRS = ("beta", "label_smoothing", "sft_weight", "estimator", "diffusion_steps", "trajectories", "order", "block_length",
+         "backprop_steps", "noise_sets")  # what SFT has no use for
 AUTO = {"llada": "llada", "smdm": "smdm"}  # model_type -> the file of ours that registers it with transformers
 
 
@@ -33,7 +34,8 @@ def said_of_base(source):
 
 
 def is_hub(name):
-    return bool(name) and not os.path.exists(name) and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return (bool(name) and not os.path.exists(name) and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+            and not name.endswith((".jsonl", ".json", ".parquet")))
 
 
 def metadata(source, arguments, data_source):
@@ -55,15 +57,15 @@ def text(run_name, arguments, packed, counts, evaluation, model_type):
     base, data = (name if is_hub(name) else Path(name).name for name in (source, data_source))
     licence = front.get("license")
     rows = [("base", base), ("data", f"{data} (fingerprint {packed.meta['fingerprint']})"), *counts.items()]
-    rows += [(name, arguments[name]) for name in SHOWN if not (sft and name in NOISE)]
+    rows += [(name, arguments[name]) for name in SHOWN if not (sft and name in PAIRS)]
     lines = [f"# {run_name}", "", f"{base} after {METHODS[arguments['loss_type']]}, trained with train_dpo.py.", "",
              "## Training", "", *table(rows)]
     if evaluation:
         lines += ["", "## On held-out pairs", "", *table(evaluation.items()), "",
-                  "These are figures of preferences, not of tasks: measure what you need it for (evaluate.py)."]
+                  f"These are figures of {'a loss' if sft else 'preferences'}, not of tasks: measure what you need it for (evaluate.py)."]
     lines += ["", "## Use", "", *usage(model_type, bool(arguments["lora_r"]), arguments["load_in_4bit"])]
     lines += ["", "## Licence", "", f"That of its base: {licence}." if licence else
-              f"That of its base, {base}; no card that names it came with the base's files."]
+              f"That of its base, {base}, whose files came with no card that names it: say it here before this is shared."]
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n" + "\n".join(lines) + "\n"
 
 

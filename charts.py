@@ -260,7 +260,8 @@ def plans(runs):
     clips = {run.arguments["max_grad_norm"] for run in runs} - {0}
     at = {"at": (float(np.log(2)), "ln 2, no preference learnt")} if plain else {}
     clip = {"at": (clips.pop(), "clipped here")} if len(clips) == 1 else {}
-    nats, speed = ("nats a token", "rows/s") if any(run.sft for run in runs) else ("nats" if plain else "loss", "pairs/s")
+    nats = "nats a token" if all(run.sft for run in runs) else "nats" if plain else "loss"
+    speed = "rows/s" if all(run.sft for run in runs) else "pairs/s"
     two = lambda name: ((f"{name}/chosen", "chosen"), (f"{name}/rejected", "rejected"))  # noqa: E731
     return [
         ("loss", "Loss", "", by_log(("loss", "loss"), unit=nats, skips=True, **at)),
@@ -327,8 +328,11 @@ def svg(figure, name, alt):
 
 def png(figure, title, runs):
     """The figure as a picture that can stand alone: title, run."""
-    title += f" \u00b7 {short(runs[0].name)}" if len(runs) == 1 else ""
-    figure.suptitle(title, x=0.02, ha="left", color=INK, fontsize=12, weight="bold")
+    if len(runs) == 1:
+        figure.suptitle(f"{title} \u00b7 {short(runs[0].name)}", x=0.02, ha="left", color=INK, fontsize=12, weight="bold")
+    else:  # the legend stands where that would
+        [axes] = figure.axes
+        axes.set_title(", ".join(filter(None, [title, axes.get_title(loc="left")])), loc="left", color=INK, fontsize=11, weight="bold")
     return picture(figure)
 
 

@@ -334,7 +334,8 @@ def own_code(auto_map, source, work):
     copied, unread; a hub name is put before each, as transformers writes it."""
     if os.path.isdir(source):
         for path in Path(source).glob("*.py"):
-            shutil.copyfile(path, work / path.name)
+            if path.is_file() and path.resolve().suffix in ("", ".py"):  # no link to something else; "": a file of the hub's cache
+                shutil.copyfile(path, work / path.name)
         return auto_map
     named = lambda value: f"{source}--{value}" if isinstance(value, str) and "--" not in value else value  # noqa: E731
     return {name: [*map(named, value)] if isinstance(value, list) else named(value) for name, value in auto_map.items()}

@@ -286,8 +286,8 @@ def number_or_auto(name, value):
         raise InputError(f"--{name} is {value}, expected a number or auto") from None
 
 
-def nearest(word, known, otherwise="--help lists them"):
-    found = difflib.get_close_matches(word, known, 1)
+def nearest(word, known, otherwise="--help lists them, docs/migrating.md has TRL's names", cutoff=0.72):
+    found = difflib.get_close_matches(word, known, 1, cutoff)
     return f"; did you mean {found[0]}?" if found else f"; {otherwise}"
 
 

@@ -9,6 +9,7 @@ from history import correlation
 
 TAIL = 0.1        # the share of the steps, the last of them, that training's figures are means of
 RISEN = 1.05      # held-out loss against its lowest that is worth a sentence
+SEEN = 0.005      # a reward below 0 by more than rounding
 EXPLAINED = 0.3   # |r| of margin and length that is
 
 
@@ -57,7 +58,7 @@ def clock(seconds):
 
 def findings(run):
     """Sentences, the gravest first."""
-    return [words for rule in (progress, skips, chance, both_fall, overfitted, length, restarted) for words in rule(run)] + run.missing
+    return [words for rule in (progress, skips, unusable, idle, chance, both_fall, overfitted, length, restarted) for words in rule(run)] + run.missing
 
 
 def progress(run):
@@ -92,13 +93,29 @@ def chance(run):
 def both_fall(run):
     chosen, where = latest(run, "rewards/chosen")
     rejected, _ = latest(run, "rewards/rejected")
-    if chosen is None or rejected is None or chosen >= 0:
+    if chosen is None or rejected is None or chosen > -SEEN:
         return
     start = f"Chosen responses fell below the reference: their reward is {chosen:+.3f} ({where})"
     if rejected < chosen:
         yield f"{start}. Rejected ones fell further, to {rejected:+.3f}: the margin is there because both fall, not because chosen gained."
+    elif rejected > 0:
+        yield f"{start}, while rejected ones rose, to {rejected:+.3f}."
     else:
         yield f"{start}, and rejected ones, at {rejected:+.3f}, did not fall as far."
+
+
+def idle(run):
+    loss, where = latest(run, "loss")
+    plain = run.arguments["loss_type"] == "sigmoid" and not run.arguments["label_smoothing"] and not run.arguments["sft_weight"]
+    if plain and run.done and loss is not None and abs(loss - np.log(2)) < 0.002:
+        yield (f"Next to nothing was learnt: the loss of {where} is {loss:.4f}, ln 2 is 0.6931, after {run.done} steps at a learning rate of "
+               f"{run.arguments['learning_rate']:g}; a higher rate, or more steps.")
+
+
+def unusable(run):
+    values, last = run.log.get("eval_loss", np.zeros(0)), max(run.intervals, default=0)  # an interval is logged even where the loss is none
+    if last and not np.isfinite(values[run.log["step"][:len(values)] == last]).all():
+        yield f"The evaluation after step {last} has no finite loss: held-out figures are those of an earlier one."
 
 
 def overfitted(run):

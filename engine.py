@@ -163,7 +163,7 @@ def check_names(section, known, path, where=""):
     for name, value in section.items():
         dotted, field = f"{where}{name}", known.get(name)
         if field is None:
-            mend = arguments.nearest(name, known, "see ds_configs/README.md")
+            mend = arguments.nearest(name, known, "see ds_configs/README.md", 0.6)
             raise InputError(f"{path}: unknown key {json.dumps(dotted)}{mend}")
         more = getattr(field, "json_schema_extra", None) or {}
         if more.get("deprecated"):

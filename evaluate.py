@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import re
+import shlex
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -336,7 +337,7 @@ def main(argv=None):
     print_table(table)
     print(f"{folder}: every response, and results.json")
     if run := next((Path(model).parent for model in models if (Path(model).parent / "run.json").is_file()), None):
-        print(f"next: python report.py {run} --evaluation {folder}")
+        print(f"next: python report.py {shlex.quote(str(run))} --evaluation {shlex.quote(str(folder))}")
     return 0
 
 

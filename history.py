@@ -100,7 +100,7 @@ def read(folder):
     record = read_sealed(folder / "run.json", "training again")
     log, intervals, unread = read_log(run.log_path)
     state = "finished" if run.finished else "running" if held_by_other(folder / ".lock") else "stopped"
-    found = History(folder, os.path.normpath(folder), record, log, intervals, unread, state)
+    found = History(folder, runs.without_home(os.path.normpath(folder)), record, log, intervals, unread, state)
     found.packed = find_packed(found)
     if not found.sft:
         found.scored = read_scores(found)
@@ -221,6 +221,9 @@ def scored(run, held, step, found):
         tokens = np.diff(run.packed.bounds[pair, 1:], axis=1)
         if run.arguments["loss_type"] == "ipo":  # whose rewards are per token
             rewards /= tokens[:, :, None]
+    elif run.arguments["loss_type"] == "ipo":
+        run.missing.append("Rewards of ipo are per token, and the packed arrays are gone: no margins of pairs.")
+        return None
     good = np.isfinite(rewards).all((1, 2))
     return Scored(held, step, pair[good], line[good], rewards[good], None if tokens is None else tokens[good], int((~good).sum()))
 
@@ -241,8 +244,11 @@ def load_tokenizer(run):
     import checkpoint  # here alone: with torch and transformers it takes longer than all the rest
     source = run.packed.meta["model_name_or_path"]
     for name in (run.folder / "final", *runs.places(run.folder, run.record, "model_name_or_path"), source):
+        folder = local(str(name))
+        if folder and (Path(folder) / "adapter_config.json").is_file():
+            continue  # its tokenizer asks for its base's config, which might be fetched
         try:
-            tokenizer = checkpoint.load_tokenizer(local(str(name)))
+            tokenizer = checkpoint.load_tokenizer(folder)
         except InputError:
             continue
         if checkpoint.tokenizer_fingerprint(tokenizer) == run.packed.meta["tokenizer"]:
@@ -292,12 +298,12 @@ def read_evaluation(path):
     results = read_json(path, "python evaluate.py --model runs/NAME/final --output_dir FOLDER")
     table, files = results.get("table"), results.get("files")
     if not isinstance(table, list) or not isinstance(files, list) or not all(
-            isinstance(line, dict) and {"task", "model", "n", "file"} <= line.keys() for line in table):
+            isinstance(line, dict) and {"task", "model", "n", "file"} <= line.keys() and ("accuracy" in line or not line["n"]) for line in table):
         raise InputError(f"{path}: not what evaluate.py writes; give --evaluation the --output_dir of evaluate.py")
     answers = {}
     for line in results["table"]:
         name = line["file"]
         for row in rows_of(path.parent / name) if name in results["files"] else ():
-            if {"id", "prompt", "response", "correct"} <= row.keys():
+            if {"id", "prompt", "response", "correct"} <= row.keys() and isinstance(row["id"], (str, int)):
                 answers.setdefault(line["task"], {}).setdefault(row["id"], {})[line["model"]] = row
     return Evaluation(path, results["table"], answers)

@@ -13,6 +13,7 @@ import charts
 import config
 import diagnosis
 import history
+import runs as folders
 
 WRONG = 10     # pairs shown of those that the model gets most wrong
 ANSWERED = 8   # items shown of a task
@@ -67,7 +68,7 @@ def say(value):
 def table(head, rows, kind=""):
     """A table that scrolls in its box; columns of numbers to the right."""
     rows = [["" if value is None else str(value) for value in row] for row in rows]
-    number = [any(column) and all(re.fullmatch(r"[-+]?[\d.]*%?", value) for value in column) for column in zip(*rows)]
+    number = [any(column) and all(re.fullmatch(r"[-+]?[\d.]*%?", value) for value in column) for column in zip(*rows)] or [False] * len(head)
     cells = lambda row: "".join(f"<td{' class=number' if right else ''}>{say(value)}</td>" for value, right in zip(row, number))  # noqa: E731
     return (f'<div class="box {kind}" tabindex="0" role="region" aria-label="table"><table><thead><tr>'
             + "".join(f"<th scope=col{' class=number' if right else ''}>{say(name)}</th>" for name, right in zip(head, number))
@@ -135,7 +136,7 @@ def wrong_pairs(run):
         return ""
     scored, margin = run.scored, run.scored.margin
     below, parts = int((margin <= 0).sum()), []
-    for rank, place in enumerate(np.argsort(margin, kind="stable")[:WRONG]):
+    for rank, place in enumerate(np.argsort(margin, kind="stable")[:min(WRONG, below or WRONG)]):
         pair = int(scored.pair[place])
         texts = history.texts(run, pair) if run.tokenizer else None
         chosen, rejected = scored.rewards[place].sum(-1)
@@ -145,8 +146,9 @@ def wrong_pairs(run):
         inner = (block("prompt", texts[0], " class=whole") + "".join(map(block, titles, texts[1:])) if texts
                  else "".join(f"<p>{title}</p>" for title in titles))
         parts.append(fold(summary, f'<div class="texts">{inner}</div>', rank == 0))
-    source = run.packed.meta.get("source", "the source") if run.packed else "the source"
-    return (f'<section><h2>Pairs that the model gets most wrong</h2><p class="soft">{say(run.name)}: the lowest margins of '
+    source = folders.without_home(run.packed.meta.get("source", "the source")) if run.packed else "the source"
+    title = "Pairs that the model gets most wrong" if below else "Pairs of the lowest margins"
+    return (f'<section><h2>{title}</h2><p class="soft">{say(run.name)}: the lowest margins of '
             f"{len(margin)} {say(charts.pairs_of(run))}; not above 0: {below}"
             + (f"; without a finite score: {scored.unusable}" if scored.unusable else "")
             + f'. Margin, line of {say(source)}, prompt.</p>{"".join(parts)}</section>')
@@ -167,7 +169,8 @@ def evaluation(each):
         models = {model for answers in items.values() for model in answers}
         shown = (differ + [item for item in items if item not in set(differ)])[:ANSWERED]
         parts.append(f"<h3>{say(task)}: what {'the models' if len(models) > 1 else 'the model'} answered</h3>"
-                     + (f'<p class="soft">{len(differ)} of {len(items)} items are right in one model and wrong in another; they stand first.</p>'
+                     + (f'<p class="soft">{len(differ)} of {len(items)} items are right in one model and wrong in another'
+                        f'{"; they stand first" if differ else ""}. {len(shown)} are shown.</p>'
                         if len(models) > 1 else "") + "".join(answer(item, items[item]) for item in shown))
     return f'<section><h2>Evaluation</h2><p class="soft">{say(os.path.relpath(each.path.parent))}</p>{"".join(parts)}</section>'
 
@@ -213,14 +216,15 @@ def origin(runs):
                         "begun": record["starts"][0]["time"], **record["versions"],
                         **{f"{name}, its fingerprint": record["inputs"].get(name) for name in ("data", "model", "tokenizer")}})
         if packed:
-            columns[-1]["source"] = f"{packed.meta.get('source')}: {len(packed)} {packed.task}, in {os.path.normpath(packed.folder)}"
+            columns[-1]["source"] = folders.without_home(
+                f"{packed.meta.get('source')}: {len(packed)} {packed.task}, in {os.path.normpath(packed.folder)}")
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name, *(shown(column.get(name)) for column in columns)] for name in names]
     return f'<section><h2>Where it comes from</h2>{table(["", *(run.name for run in runs)], rows)}</section>'
 
 
 def skipped_steps(run):
-    rows = [[row.get(name) for name in ("step", "pair", "line", "source", "loss")] for row in run.skipped]
+    rows = [[folders.without_home(row.get(name)) for name in ("step", "pair", "line", "source", "loss")] for row in run.skipped]
     return (f'<section><h2>Skipped steps</h2><p class="soft">{say(run.name)}: {len(rows)} pair(s) in skipped.jsonl'
             f'{f", the first {ROWS} here" if len(rows) > ROWS else ""}; a loss that is none was not finite.</p>'
             f'{table(["step", "pair", "line", "source", "loss"], rows[:ROWS])}</section>' if rows else "")
@@ -233,8 +237,9 @@ def write(runs, made, evaluations):
     sections = [header(runs), overview(runs), chart_grid(made), *map(wrong_pairs, runs), *map(evaluation, evaluations), configuration(runs),
                 *map(skipped_steps, runs), origin(runs)]
     title = ", ".join(run.name for run in runs)
-    figure = diagnosis.headlines(runs[0])[0]
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{say(title)}: {say(figure[0])} {say(figure[1])}</title>\n'
+    if len(runs) == 1:
+        title += ": " + " ".join(diagnosis.headlines(runs[0])[0][:2])
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{say(title)}</title>\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">\n"""
             f'<link rel="icon" href="data:,">\n<style>{STYLE % tuple(palettes)}</style></head>\n<body><main>\n'

@@ -28,7 +28,7 @@ def convert(folder, out):
     with replacing_folder(out) as work:
         work.mkdir(parents=True)
         for path in Path(folder).iterdir():
-            if path.suffix in (".json", ".model", ".txt", ".jinja", ".md") and not path.name.endswith(".index.json"):
+            if path.is_file() and path.suffix in (".json", ".model", ".txt", ".jinja", ".md", ".py") and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, work / path.name)
         where = {}
         for path in files:

@@ -116,15 +116,22 @@ class Run:
             "command": without_home(["python", *sys.argv]), "steps": steps,
             "starts": starts + [{"after_step": start, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}]}))
 
-    def cut_log(self, step):
-        """Keep the lines of log.jsonl, scores.jsonl and skipped.jsonl up to `step`; a torn last line goes too."""
+    def cut_log(self, step, pending=False):
+        """Keep the lines of log.jsonl, scores.jsonl and skipped.jsonl up to `step`; a torn last line goes too. pending: that step's
+        evaluation is still to be made, so that its line, and scores of held-out pairs, are written anew. Later checkpoints go, too."""
+        for later, path in self.saved():
+            if later > step:  # gone on from, it would leave a gap in the log
+                print(f"{path}: of steps that are made anew; removed", flush=True)
+                self.drop(path)
         for path in (self.log_path, self.scores_path, self.skipped_path):
             if not path.exists():
                 continue
             with replacing(path) as kept, open(path, encoding="utf-8", errors="replace") as lines:
                 for line in lines:
                     try:
-                        if json.loads(line)["step"] <= step:
+                        row = json.loads(line)
+                        again = pending and row["step"] == step and (path == self.log_path or row.get("split") == "eval")
+                        if row["step"] <= step and not again:
                             kept.write(line.rstrip("\n") + "\n")
                     except (ValueError, KeyError):
                         break
@@ -142,6 +149,9 @@ class Run:
         """Make a written checkpoint count, with the digest of each of its files, and drop the oldest beyond `limit`."""
         work = self.checkpoints / self.temporary(step)
         write_json(work / "state.json", sealed(state | {"files": digests(work)}))
+        for path in (self.log_path, self.scores_path, self.skipped_path):  # never behind the checkpoint
+            if path.exists():
+                synchronize(path)
         target = self.checkpoints / f"step-{step}"
         self.drop(target)
         os.replace(work, target)

@@ -309,6 +309,7 @@ def load(model_args, ranks, name=None):
 def main(argv=None):
     *groups, args = config.parse(argv, __doc__, *config.GROUPS, config.CalibrateArguments, hide=UNUSED)
     data_args, model_args, noise_args, train_args = groups
+    engine.read_ds_config(model_args.deepspeed)  # what is wrong in it is said before hours of work
     if train_args.loss_type == "sft" and not args.calibrate:
         print("loss_type sft needs no reference scores", flush=True)
         return 0
@@ -339,6 +340,8 @@ def main(argv=None):
     if have >= noise_args.noise_sets:  # whom we waited for has made them
         return leave()
     if ranks.first:
+        if ranks.device.type == "cpu" and model_args.use_mixed_precision == "bf16":
+            print("warning: bfloat16 is several times slower than float32 on a CPU; --use_mixed_precision no", flush=True)
         print(f"{packed.folder}, {model_args.model_name_or_path} -> {folder}", flush=True)
     stop = stopping.Stop(ranks)
     model, began = load(model_args, ranks), time.time()

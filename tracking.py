@@ -8,6 +8,7 @@
 TensorBoard and W&B get the names that transformers' callbacks give TRL's ("train/rewards/margins", "eval/loss"), so that runs line up.
 On a terminal the line is rewritten pair by pair; elsewhere there is one every --logging_steps. Only rank 0 writes.
 """
+import importlib.util
 import json
 import os
 import secrets
@@ -19,7 +20,8 @@ import numpy as np
 
 import engine
 import guard
-from packed import InputError
+import runs
+from packed import InputError, replacing
 
 
 class Clock:
@@ -76,10 +78,10 @@ class Record:
         self.live = ranks.first and sys.stdout.isatty()
         self.last, self.trackers, self.said = None, [], clock.start
 
-    def open(self, arguments):
-        """Start the trackers of --report_to, with the run's arguments."""
+    def open(self, arguments, first):
+        """Start the trackers of --report_to, with the run's arguments. first: the step (1-based) that they are told of next."""
         if self.ranks.first:
-            self.trackers = [TRACKERS[name](self.run, self.args, arguments, self.clock.start) for name in names(self.args.report_to)]
+            self.trackers = [TRACKERS[name](self.run, self.args, arguments, first) for name in names(self.args.report_to)]
 
     def close(self):
         for tracker in self.trackers:
@@ -135,7 +137,7 @@ class Record:
         if "rewards/margins" in line and not line["skipped"]:
             words += [f"margin {line['rewards/margins']:+.3f}", f"accuracy {line['rewards/accuracies']:.2f}"]
         if "eval_loss" in line:
-            words += [f"eval loss {line['eval_loss']:.4f}"]
+            words += ["eval loss not finite" if line["eval_loss"] is None else f"eval loss {line['eval_loss']:.4f}"]
         if "eval_rewards/accuracies" in line:
             low, high = line["eval_rewards/accuracies_ci95"]
             words += [f"eval accuracy {line['eval_rewards/accuracies']:.3f} [{low:.3f}, {high:.3f}]"]
@@ -149,10 +151,10 @@ class Record:
 class TensorBoard:
     """Events in the run's folder; what an earlier process wrote of steps that are done again is purged."""
 
-    def __init__(self, run, args, arguments, start):
+    def __init__(self, run, args, arguments, first):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
-        self.writer = SummaryWriter(str(run.folder), purge_step=start + 1)
+        self.writer = SummaryWriter(str(run.folder), purge_step=first)
         self.writer.add_text("args", "```json\n" + json.dumps(arguments, indent=2) + "\n```")
         for summary in hparams({name: value if isinstance(value, (int, float)) else str(value) for name, value in arguments.items()}, {}):
             self.writer.file_writer.add_summary(summary)
@@ -169,16 +171,14 @@ class TensorBoard:
 class WandB:
     """A run of Weights & Biases under runs/NAME/wandb/; one that goes on has the same id. WANDB_PROJECT, WANDB_MODE as W&B reads them."""
 
-    def __init__(self, run, args, arguments, start):
-        try:
-            import wandb
-        except ImportError:
-            raise InputError("--report_to wandb: wandb is not installed; run: pip install -r requirements-wandb.txt") from None
+    def __init__(self, run, args, arguments, first):
+        import wandb
         ident = run.folder / "wandb.id"
-        if not ident.exists():
-            ident.write_text(secrets.token_hex(4))
+        if first == 1 or not ident.exists():  # begun anew: another run there, too
+            with replacing(ident) as file:
+                file.write(secrets.token_hex(4))
         try:
-            self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "huggingface"), name=args.run_name or args.output_dir,
+            self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "huggingface"), name=args.run_name or runs.without_home(args.output_dir),
                                   config=arguments, dir=str(run.folder), id=ident.read_text(), resume="allow",
                                   settings=wandb.Settings(console="off"))
         except wandb.errors.Error as error:
@@ -198,11 +198,14 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def names(text):
-    """The trackers of --report_to."""
+    """The trackers of --report_to, all of which are installed."""
     found = [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
     for name in found:
         if name not in TRACKERS:
             raise InputError(f"--report_to {text}: no tracker {name}; expected {', '.join(TRACKERS)}, both with a comma, or none")
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"--report_to {text}: {name} is not installed; run: pip install -r "
+                             f"requirements{'-wandb' if name == 'wandb' else ''}.txt, or give --report_to none")
     return found
 
 

@@ -11,6 +11,7 @@ first step has margin 0 and loss ln 2, because policy and reference replay the s
 import dataclasses
 import math
 import os
+import shlex
 import time
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ def optimizer_step(job, step, backwards, rate):
             sums = sums + job.objective.measure(item, loss, scores)
             tokens += sum(states.inputs.size for states in responses)
             pieces.append((item, loss, scores))
-            job.record.pair(step, len(pieces) * job.ranks.world)
+            job.record.pair(step, sum(len(each) if isinstance(each, list) else 1 for each, *_ in pieces) * job.ranks.world)
             if done < backwards and job.stop.asked():
                 return None
     assert done == backwards, f"{done} backward passes, {backwards} were planned"
@@ -266,8 +267,9 @@ def save_final(job, run, model_args, arguments, evaluation, pairs):
             checkpoint.save_model(run.final, model, weights, source, tokenizer, text, objective.mask_id)
             said = "the aligned model, in Hugging Face format"
         flag = " --load_in_4bit true" if model_args.load_in_4bit else ""
-        print(f"{run.final}: {said}\nnext: python report.py {run.folder}\n"
-              f"and:  python generate.py --model_name_or_path {run.final}{flag} --prompt '...'", flush=True)
+        here, final = shlex.quote(str(run.folder)), shlex.quote(str(run.final))
+        print(f"{run.final}: {said}\nnext: python report.py {here}\n"
+              f"and:  python generate.py --model_name_or_path {final}{flag} --prompt '...'", flush=True)
     dist.barrier()
 
 
@@ -344,8 +346,8 @@ def main(argv=None):
     if ranks.first:
         versions = {"torch": torch.__version__, "deepspeed": engine.deepspeed.__version__, "ranks": ranks.world}
         run.begin(arguments, wanted, versions, steps, state["step"])
-        run.cut_log(state["step"])
-    job.record.open(runs.without_home(arguments))
+        run.cut_log(state["step"], bool(state["line"]))
+    job.record.open(runs.without_home(arguments), state["step"] + (not state["line"]))
     dist.barrier()
 
     # 4. the loop, and what comes out
@@ -354,7 +356,7 @@ def main(argv=None):
     if evaluation is not None:
         save_final(job, run, model_args, arguments, evaluation, (len(train_pairs), len(held)))
     elif ranks.first:
-        print(f"stopped and saved; go on with: {stopping.command()}", flush=True)
+        print(f"stopped{' and saved' if run.saved() else ' before the first step was made'}; go on with: {stopping.command()}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
     return 0

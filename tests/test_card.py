@@ -49,6 +49,7 @@ def test_hub_metadata(base, monkeypatch):
     assert found["base_model"] == "org/older" and found["base_model_relation"] == "finetune" and "dpo" in found["tags"]
     assert found["pipeline_tag"] == "text-generation" and "datasets" not in found
     found = metadata(write(base, data="org/prefs", lora_r=16))
+    assert "datasets" not in metadata(write(base, data="data/prefs.jsonl"))  # a file that is gone, no data set of the hub
     assert found["datasets"] == ["org/prefs"] and found["library_name"] == "peft" and found["base_model_relation"] == "adapter"
     monkeypatch.setattr(checkpoint, "model_folder", lambda name: base)
     found = metadata(write("GSAI-ML/LLaDA-8B-Instruct"))
@@ -71,7 +72,7 @@ def test_what_people_read(base):
                   "| eval_loss | 0.3625 |", "[0.790, 0.922]", "import llada", "arXiv 2305.18290"):
         assert words in text, words
     sft = write(base, loss_type="sft")
-    assert "beta" not in sft and "2502.09992" in sft and "sft" in metadata(sft)["tags"]
+    assert "| beta" not in sft and "noise_seed" in sft and "sft_pad_to" in sft and "figures of a loss" in sft and "2502.09992" in sft and "sft" in metadata(sft)["tags"]
     assert "import" not in write(base, model_type="Dream") and "--load_in_4bit true" in write(base, load_in_4bit=True, lora_r=8)
     for name in card.SHOWN:
         assert name in ARGUMENTS, name

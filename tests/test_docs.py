@@ -221,7 +221,7 @@ def test_links(page):
 
 # --- commands and flags -----------------------------------------------------------------------------------
 
-FOREIGN = ("pip", "hf", "apt", "find", "trl", "ssh", "nvcc", "deepspeed")  # commands whose flags are not ours
+FOREIGN = ("pip", "hf", "apt", "find", "trl", "ssh", "nvcc", "deepspeed", "tensorboard")  # commands whose flags are not ours
 # what no parser of ours holds: of launch.sh and examples/improve.sh; lm_eval's own, which harness.py passes on
 SHELL_FLAGS = {"--num_gpus", "--setup", "--help", "--rounds", "--reuse"}
 LM_EVAL = {"--model", "--model_args", "--tasks", "--limit", "--apply_chat_template", "--use_cache", "--num_fewshot"}

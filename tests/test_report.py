@@ -381,6 +381,48 @@ def test_length_is_found_out(hostile, tiny_dir, tmp_path):
     assert 88 <= sum(low < 0.5 < high for _, low, high in (history.correlation(*pairs) for pairs in drawn)) < 100
 
 
+@pytest.mark.parametrize("chosen, rejected, said", [
+    (-0.5, -0.7, "Rejected ones fell further, to -0.700"), (-0.5, -0.2, "rejected ones, at -0.200, did not fall as far"),
+    (-0.5, 0.7, "while rejected ones rose, to +0.700"), (-1e-8, -2e-8, None), (0.2, -3, None)])
+def test_both_fall(tmp_path, chosen, rejected, said):
+    folder = write_run(tmp_path / "a")
+    change_log(folder, lambda line: line.update({"eval_rewards/chosen": chosen, "eval_rewards/rejected": rejected}) if "eval_loss" in line else None)
+    found = list(diagnosis.both_fall(history.read(folder)))
+    assert (found == []) if said is None else said in found[0]
+
+
+def test_an_evaluation_without_a_finite_loss(tmp_path):
+    folder = write_run(tmp_path / "a")
+    change_log(folder, lambda line: line.update({"eval_loss": None, "eval_rewards/margins": None}) if line["step"] == 40 else None)
+    assert any("evaluation after step 40 has no finite loss" in words for words in diagnosis.findings(history.read(folder)))
+    page_of(folder)
+
+
+def test_ipo_without_its_tokens(tmp_path):
+    """Rewards of ipo are per token: without the packed arrays there are none, instead of wrong ones."""
+    found = history.read(write_run(tmp_path / "a", loss_type="ipo"))
+    assert found.scored is None and any("per token" in words for words in found.missing)
+    page_of(tmp_path / "a")
+
+
+def test_an_adapter_asks_for_no_base(hostile, tiny_dir, tmp_path, monkeypatch):
+    """The tokenizer in an adapter's folder would have its base's config read, which may be on the hub."""
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only=False, **_: (_ for _ in ()).throw(
+        OSError("not in the cache") if local_files_only else AssertionError(f"downloads {name}")))
+    folder = write_run(tmp_path / "a", data=hostile, model="org/base")
+    (folder / "final" / "config.json").unlink()
+    (folder / "final" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    found = history.read(folder)
+    history.load_tokenizer(found)
+    assert found.packed is not None
+
+
+def test_no_home_in_the_page(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(tmp_path) not in page_of(write_run(tmp_path / "runs" / "a"))
+
+
 def test_a_run_that_went_on(tmp_path):
     folder = write_run(tmp_path / "a")
     record = packed.read_json(folder / "run.json", "")
@@ -414,7 +456,8 @@ def test_evaluation(tmp_path, capsys):
     other.mkdir()
     rows = {model: [{"task": "lm_eval:t", "id": str(i), "model": model, "prompt": f"{HOSTILE} {i}", "response": f"{model} says {i}", "answer": "4",
                      "correct": i != 3 or model == "new"} for i in range(5)] for model in ("new", "old")}
-    table = [evaluate.summary("lm_eval:t", "new", rows["new"], None), evaluate.summary("lm_eval:t", "old", rows["old"], rows["new"])]
+    table = [evaluate.summary("lm_eval:t", model, rows[model], rows["new"] if model == "old" else None)
+             | {"file": f"{model}-lm_eval-t.jsonl"} for model in rows]
     for model in rows:
         (other / f"{model}-lm_eval-t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[model]))
     results = {"models": {"new": {"path": os.path.relpath(folder / "final")}, "old": {"path": "examples/tiny"}}, "table": table,

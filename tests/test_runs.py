@@ -277,6 +277,23 @@ def test_cut_log(run, name, torn, step, left):
     assert sorted(path.name for path in run.folder.iterdir()) == sorted(["checkpoints", f"{name}.jsonl", "run.json"])
 
 
+def test_cut_log_where_an_evaluation_is_pending(run):
+    """A run that went on, made it, and was killed before it saved: its line and its held-out scores are made once more, not twice."""
+    run.add(run.log_path, [{"step": 3}, {"step": 4}, {"step": 5}])
+    run.add(run.scores_path, [{"step": step, "split": split} for step in (4, 5) for split in ("train", "eval")])
+    run.cut_log(4, pending=True)
+    assert run.log_path.read_text() == '{"step": 3}\n'
+    assert [json.loads(line) for line in run.scores_path.read_text().splitlines()] == [{"step": 4, "split": "train"}]
+
+
+def test_later_checkpoints_go_with_the_log(run, capsys):
+    """From an earlier checkpoint, by name: a later one, gone on from, would leave a hole in the log."""
+    for step in (2, 4, 6):
+        write_checkpoint(run, step)
+    run.cut_log(4)
+    assert steps(run) == [2, 4] and "step-6: of steps that are made anew; removed" in capsys.readouterr().out
+
+
 def test_cut_log_that_lacks_its_last_newline(run):
     run.log_path.write_text('{"step": 1}\n{"step": 2}')
     run.cut_log(5)

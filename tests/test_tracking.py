@@ -2,6 +2,7 @@
 
     .venv/bin/python -m pytest -q tests/test_tracking.py
 """
+import importlib.util
 import json
 import math
 import os
@@ -243,7 +244,8 @@ def test_scores_of_pairs(ran):
 # --- what is refused --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, found", [("tensorboard", ["tensorboard"]), ("none", []), ("", []), ("wandb, tensorboard", ["wandb", "tensorboard"])])
-def test_names(text, found):
+def test_names(text, found, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert tracking.names(text) == found
 
 
@@ -254,10 +256,12 @@ def test_unknown_tracker(ran, tmp_path, capsys):
         tracking.names("tensorboard,all")
 
 
-def test_no_wandb(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match="requirements-wandb.txt"):
-        tracking.WandB(SimpleNamespace(folder=tmp_path), None, {}, 0)
+@pytest.mark.parametrize("name, file", [("wandb", "requirements-wandb.txt"), ("tensorboard", "requirements.txt")])
+def test_not_installed(monkeypatch, name, file):
+    """Said before anything is loaded or written."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda each: None if each == name else each)
+    with pytest.raises(InputError, match=f"{name} is not installed.*{file}"):
+        tracking.names("tensorboard,wandb")
 
 
 def test_wandb_without_a_login(monkeypatch, tmp_path):
@@ -267,7 +271,25 @@ def test_wandb_without_a_login(monkeypatch, tmp_path):
         raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
     monkeypatch.setattr(wandb, "init", init)
     with pytest.raises(InputError, match="No API key configured. Use `wandb login`.*WANDB_MODE=offline"):
-        tracking.WandB(SimpleNamespace(folder=tmp_path), SimpleNamespace(run_name=None, output_dir="runs/a"), {}, 0)
+        tracking.WandB(SimpleNamespace(folder=tmp_path), SimpleNamespace(run_name=None, output_dir="runs/a"), {}, 1)
+
+
+def test_a_run_begun_anew_is_another_in_wandb(monkeypatch, tmp_path):
+    wandb, ids = pytest.importorskip("wandb", reason="pip install -r requirements-wandb.txt"), []
+    monkeypatch.setattr(wandb, "init", lambda **given: ids.append(given["id"]) or SimpleNamespace(define_metric=lambda *_, **__: None))
+    for first in (1, 5, 1):
+        tracking.WandB(SimpleNamespace(folder=tmp_path), SimpleNamespace(run_name=None, output_dir="runs/a"), {}, first)
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_an_evaluation_that_is_not_finite_is_said():
+    """It once ended the run in a traceback."""
+    clock = tracking.Clock(np.full(4, 10), 0, (0, 0), 0)
+    record = tracking.Record(None, SimpleNamespace(first=True), None, None, [], clock, 2)
+    line = {"step": 4, "skipped": False, "loss": 0.5, "rewards/margins": 0.1, "rewards/accuracies": 1.0, "eval_loss": None,
+            "eval_rewards/accuracies": 0.5, "eval_rewards/accuracies_ci95": [0.1, 0.9], "learning_rate": 1e-4, "pairs_per_second": 1.0,
+            "tokens_per_second": 1.0, "gpu_peak_gib": 3.0, "host_peak_gib": 1.0, "seconds_left": 0.0}
+    assert "eval loss not finite | eval accuracy 0.500 [0.100, 0.900]" in record.words(line)
 
 
 def test_numbers_that_json_has_no_word_for():
