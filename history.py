@@ -169,7 +169,7 @@ def find_packed(run):
                 return packed
         except InputError:
             continue
-    run.missing.append(f"The packed arrays {run.arguments['data']} are gone or hold other data now: no texts, and no lengths of responses.")
+    run.missing.append(f"The packed arrays, {run.arguments['data']}, are gone or hold other data now: no texts, and no lengths of responses.")
     return None
 
 
