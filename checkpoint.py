@@ -364,7 +364,7 @@ def merge(adapter, out, dtype):
     print(f"next: python generate.py --model_name_or_path {out} --prompt '...'", flush=True)
 
 
-def convert(source, out, tokenizer, heads, allow_pickle):
+def convert(source, out, tokenizer, heads, allow_pickle=False):
     """An original file of SMDM to a Hugging Face folder, or such a folder back to a file; pickles to safetensors."""
     if allow_pickle:
         pickled.convert(source, out)

@@ -73,7 +73,7 @@ def test_gpu_on_a_cpu(tmp_path):
     table, said = bench("gpu", tmp_path, "--device", "cpu", "--quick", "--steps", "1", "--rows", "8B-score", "1.1B-full")
     assert [row["row"] for row in table["table"]] == ["8B-score", "1.1B-full"] and "failed" not in said
     for row in table["table"]:
-        assert row["tflops"] > 0 and 0 < row["of_peak"] < 1 and row["bus"] is None and row["gpu_gib"] is None
+        assert row["tflops"] > 0 and row["of_peak"] > 0 and row["bus"] is None and row["gpu_gib"] is None
         assert row["states_per_forward"] == 7 and len(row["costs"]) == 3
         assert row["tokens_per_second"] == pytest.approx(row["pairs_per_second"] * 2 * 7 * 24)  # sides, states, tokens
         assert row["parameters"] == 2 * 512 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64

@@ -42,7 +42,11 @@ def test_logits_of_the_original(shared, name, kind):
     got = model(torch.from_numpy(golden[f"{name}/ids"]), attention_mask=mask).logits.float().numpy()
     want = golden[f"{name}/{kind}"]
     assert got.shape == want.shape and want.std() > 1
-    np.testing.assert_allclose(got, want, rtol=0, atol={"fp32": 1e-5, "bf16": 0}[kind])
+    if kind == "fp32":
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    else:  # bit-equal on the CPU that made them; others add a bfloat16 product up in another order: a last digit here and there
+        np.testing.assert_allclose(got, want, rtol=0, atol=2.0 ** -5)
+        assert (got == want).mean() > 0.95
 
 
 # --- a forward pass in plain loops ------------------------------------------------------------------------
