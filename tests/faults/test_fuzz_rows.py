@@ -66,9 +66,10 @@ def tables(task):
 @FEW
 @given(table=st.one_of(map(tables, GOOD)), stop=st.booleans(), ending=st.sampled_from([".jsonl", ".json"]))
 def test_any_json_in_any_column(attempt, models, tmp_path_factory, table, stop, ending):
-    """Beside a good row, which is kept."""
+    """Beside good rows, which are more, and kept."""
     task, rows = table
-    lines = [Made(json.dumps(GOOD[task]).encode(), parts=tuple(GOOD[task].values()))]
+    most = [GOOD[task] | {"prompt": f"How many? {i}"} for i in range(len(rows) + 1)]  # half of the rows would settle the form
+    lines = [Made(json.dumps(good).encode(), parts=tuple(good.values())) for good in most]
     lines += [Made(json.dumps(value).encode(), free=True) for value in rows]
     source = tmp_path_factory.mktemp("any") / f"rows{ending}"
     if ending == ".json":
