@@ -124,9 +124,10 @@ class Record:
             sys.stdout.write(f"\r\x1b[K{words[:width]}")
             sys.stdout.flush()
 
-    def pair(self, step, done):
-        """`done` of this step's (0-based) pairs have been through the model."""
+    def pair(self, step, pieces):
+        """This rank's [(item, loss, scores)] of the step (0-based) have been through the model, and as many on the others."""
         if self.live:
+            done = sum(len(item) if isinstance(item, list) else 1 for item, _, _ in pieces) * self.ranks.world
             pairs = f"step {step + 1}/{self.steps} | pair {step * self.per_step + done}/{self.steps * self.per_step}"
             self.rewrite(self.words(self.last, pairs) if self.last else pairs)
 

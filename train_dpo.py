@@ -94,7 +94,7 @@ def optimizer_step(job, step, backwards, rate):
             sums = sums + job.objective.measure(item, loss, scores)
             tokens += sum(states.inputs.size for states in responses)
             pieces.append((item, loss, scores))
-            job.record.pair(step, sum(len(each) if isinstance(each, list) else 1 for each, *_ in pieces) * job.ranks.world)
+            job.record.pair(step, pieces)
             if done < backwards and job.stop.asked():
                 return None
     assert done == backwards, f"{done} backward passes, {backwards} were planned"

@@ -20,6 +20,7 @@ import packed
 from llada import LLaDAConfig, LLaDAModelLM
 
 EOS, MASK, VOCAB = 2, 3, 512
+AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()  # without it torch sums bfloat16 products in another order, and slowly
 ENV = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false",
        "HF_HUB_OFFLINE": "1"}
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
