@@ -1,17 +1,10 @@
-"""Models and tokenizers: find, load, fingerprint, save, merge, convert. Strict: every tensor is accounted for by name and shape.
+"""Models and tokenizers: find, load, fingerprint, save. Strict: every tensor is accounted for by name and shape.
 
     model folder or hub name -> load_tokenizer(...), load_model(...) -> save_model(...) -> Hugging Face folder
-    command line: merge, an adapter and its base model -> one model; convert, SMDM's file -> a folder, or back to such a file; weights
-    of pytorch_model*.bin -> safetensors (pickled.py)
-    python data_prep.py --in examples/prefs.jsonl
-    python score.py --data packed --use_mixed_precision no
-    python train_dpo.py --data packed --use_mixed_precision no --lora_r 8 --max_steps 5 --output_dir runs/lora
-    python checkpoint.py merge runs/lora/final runs/merged --use_mixed_precision no
 
 Under ZeRO-3 the model is built partitioned (zero.Init) and filled one tensor at a time, so that an 8B model is never
 whole in host memory twice. No remote code runs unless trust_remote_code is given; weights are safetensors only.
 """
-import argparse
 import contextlib
 import json
 import os
@@ -22,18 +15,15 @@ from pathlib import Path
 import jinja2
 import torch
 import transformers
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
-import config as arguments
 import families
 import lora
-import pickled
 import quantized
 import smdm
-from packed import InputError, fingerprint, open_tensors, read_json, read_tensors, replacing_folder
+from packed import InputError, fingerprint, open_tensors, read_json, replacing_folder
 
 disable_progress_bar()  # ours are few and honest; this one would only flash by
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}  # by use_mixed_precision
@@ -46,10 +36,10 @@ def model_folder(name):
     if os.path.isdir(name):
         if not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise InputError(f"{name}: holds no config.json; expected a Hugging Face model folder"
-                             + (" (SMDM's files: python checkpoint.py convert)" if any(Path(name).glob("mdm-*.safetensors")) else ""))
+                             + (" (SMDM's files: python convert.py)" if any(Path(name).glob("mdm-*.safetensors")) else ""))
         return Path(name)
     if smdm.is_original(name):
-        raise InputError(f"{name}: a file, expected a model folder; run: python checkpoint.py convert {name} "
+        raise InputError(f"{name}: a file, expected a model folder; run: python convert.py {name} "
                          f"models/{Path(name).stem} --tokenizer TinyLlama/TinyLlama_v1.1")
     if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"{name}: no such model folder (and not a hub name such as GSAI-ML/LLaDA-8B-Instruct)")
@@ -201,7 +191,7 @@ def weight_files(folder):
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
         raise InputError(f"{folder}: holds no *.safetensors weights (of pytorch_model*.bin, pickles, which may hold code: if you trust "
-                         f"them, python checkpoint.py convert {folder} OUT --allow_pickle; from the hub: hf download NAME --local-dir DIR)")
+                         f"them, python convert.py {folder} OUT --allow_pickle; from the hub: hf download NAME --local-dir DIR)")
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise InputError(f"{folder}: its index names {name}, which is not there; download the model again")
@@ -339,93 +329,3 @@ def own_code(auto_map, source, work):
         return auto_map
     named = lambda value: f"{source}--{value}" if isinstance(value, str) and "--" not in value else value  # noqa: E731
     return {name: [*map(named, value)] if isinstance(value, list) else named(value) for name, value in auto_map.items()}
-
-
-# --- command line: merge, convert ---
-
-def merge(adapter, out, dtype):
-    """A LoRA adapter into its base model: a Hugging Face folder of whole weights."""
-    folder = model_folder(adapter)
-    if not lora.read(folder):
-        raise InputError(f"{adapter}: holds no adapter_config.json; expected the folder of an adapter")
-    source, noted, config = lora.read(folder)["base_model_name_or_path"], lora.base_of(folder), load_config(adapter)
-    shift = "yes" if families.shifted(config) else "no"
-    model = load_model(source, DTYPES[dtype], shift_logits=shift)
-    kept = lora.merge(model, folder)
-    card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else "---\nlibrary_name: peft\n---\n"
-    card = card.replace("library_name: peft", "library_name: transformers", 1).replace("_relation: adapter", "_relation: finetune", 1)
-    card += f"\nThis is the adapter merged into its base: of what it adds, {100 * kept:.1f}% is left after rounding.\n"
-    save_model(out, model, dict(model.named_parameters()), source, load_tokenizer(adapter), card, noted.get("mask_token_id"))
-    print(f"{out}: {adapter} merged into {source}; {100 * kept:.1f}% of what it adds is left after rounding to "
-          f"{'bfloat16' if dtype == 'bf16' else 'float32'}", flush=True)
-    if kept < 0.9:
-        print(f"warning: {out} is hardly what was trained; sample from {adapter} itself, or merge with --use_mixed_precision no and load it so",
-              flush=True)
-    print(f"next: python generate.py --model_name_or_path {out} --prompt '...'", flush=True)
-
-
-def convert(source, out, tokenizer, heads, allow_pickle=False):
-    """An original file of SMDM to a Hugging Face folder, or such a folder back to a file; pickles to safetensors."""
-    if allow_pickle:
-        pickled.convert(source, out)
-    elif smdm.is_original(source):
-        if not tokenizer:
-            raise InputError("--tokenizer is missing: SMDM's is TinyLlama's; give a folder or TinyLlama/TinyLlama_v1.1")
-        tensors = read_tensors(source)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            raise InputError(f"--tokenizer {tokenizer}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
-        config = smdm.config_of({name: tuple(tensor.shape) for name, tensor in tensors.items()}, heads)
-        ours = smdm.from_original(tensors, config.n_heads)
-        with torch.device("meta"):
-            model = smdm.SMDMModelLM(config)
-        check_shapes(source, ours, {name: tuple(value.shape) for name, value in model.state_dict().items()})
-        save_model(out, model, ours, None, tokenizer, f"{Path(source).name} of SMDM, under LLaDA's tensor names.\n")
-    else:
-        config = load_config(source)
-        if config.model_type != "smdm" or lora.read(model_folder(source)):
-            raise InputError(f"{source}: expected an original .safetensors file of SMDM, or a folder that was made of one (an "
-                             "adapter is to be merged first)")
-        tensors = {key: value for path in weight_files(model_folder(source)).values() for key, value in read_tensors(path).items()}
-        temporary = f"{out}.tmp"
-        save_file(smdm.to_original(tensors, config.n_heads), temporary)
-        os.replace(temporary, out)
-    print(f"{out}: {source} converted", flush=True)
-
-
-def check_shapes(path, got, want):
-    """Refuse tensors {name: tensor} that are not of the shapes `want`."""
-    for name in sorted(got.keys() | want.keys()):
-        have = tuple(got[name].shape) if name in got else None
-        if have != want.get(name):
-            raise InputError(f"{path}: {name} has shape {have}, expected {want.get(name)} (tensors by LLaDA's names)")
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(**arguments.described(__doc__))
-    commands = parser.add_subparsers(dest="command", required=True, title="commands (--help after one: its arguments)")
-    one = commands.add_parser("merge", help="a LoRA adapter into its base model")
-    one.add_argument("adapter", help="folder of the adapter, such as runs/NAME/final")
-    one.add_argument("out", help="folder to write, which must not exist yet")
-    one.add_argument("--use_mixed_precision", choices=DTYPES, default="bf16", help="bf16: bfloat16 weights; no: float32 (default: bf16)")
-    two = commands.add_parser("convert", help="SMDM's .safetensors to a folder, or such a folder to a .safetensors; .bin to .safetensors")
-    two.add_argument("source", help="SMDM's file, such as mdm-1028M-1600e18.safetensors; a folder that was made of one; with --allow_pickle "
-                                    "a folder of pytorch_model*.bin")
-    two.add_argument("out", help="folder or .safetensors file to write, which must not exist yet")
-    two.add_argument("--tokenizer", metavar="MODEL", help="folder or hub name of the tokenizer, such as TinyLlama/TinyLlama_v1.1; needed "
-                                                          "to make a folder of SMDM's file")
-    two.add_argument("--n_heads", type=int, metavar="N", help="attention heads; without it those of SMDM's released model of that width")
-    two.add_argument("--allow_pickle", action="store_true", help="a folder of pytorch_model*.bin that you trust, to safetensors")
-    args = parser.parse_args(argv)
-    if os.path.exists(args.out):
-        raise InputError(f"{args.out}: exists already; remove it or name another")
-    if args.command == "merge":
-        merge(args.adapter, args.out, args.use_mixed_precision)
-    else:
-        convert(args.source, args.out, args.tokenizer, args.n_heads, args.allow_pickle)
-    return 0
-
-
-if __name__ == "__main__":
-    arguments.run(main)

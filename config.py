@@ -19,7 +19,7 @@ from typing import Literal, Optional
 import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
-from packed import InputError
+from packed import InputError, no_room
 
 
 def arg(default, help, *aliases, metavar=None, heading=None):
@@ -343,8 +343,24 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)
-    except InputError as error:
+    except Exception as error:
+        if not isinstance(error, InputError):
+            if not no_room(error):
+                raise
+            error = without_room(error)
         rank = os.environ.get("RANK", "0")
         if rank == "0" or error.local:
             print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def without_room(error):
+    """The sentence of a write that failed for want of room."""
+    why = getattr(error, "strerror", None) or " ".join(str(error).split())[:150]  # a writer's that none of ours named
+    return InputError(f"{getattr(error, 'filename', None) or 'a file'}: cannot be written ({why}); what was finished before is whole; "
+                      f"make room, and go on with: {command()}", local=True)
+
+
+def command():
+    """The command line that started this process, or the launch.sh that did."""
+    return os.environ.get("LAUNCH_COMMAND", "").strip() or shlex.join(["python", *sys.argv])

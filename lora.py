@@ -2,7 +2,7 @@
 
     train_dpo.py --lora_r 16 -> runs/NAME/final (adapter_config.json, adapter_model.safetensors: peft's format)
     generate.py --model runs/NAME/final          (its base, and the adapter beside it)
-    python checkpoint.py merge runs/NAME/final OUT
+    python merge.py runs/NAME/final OUT
 
 W' = W + alpha / r * B A, A (r, in) random, B (out, r) zero at first: the policy starts as the reference, which is the base.
 No dropout: policy and reference would never agree, and a gradient added up segment by segment would not be the loss's.

@@ -8,6 +8,7 @@ packed/ref-<key>/  noise-k.npy uint8 (response tokens, ceil(S/8)), ref_scores-k.
 S states, K noise sets. Response tokens are in file order: chosen then rejected, pair by pair.
 """
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -42,7 +43,7 @@ def replacing(path, mode="w"):
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+        with naming(path), os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -54,13 +55,33 @@ def replacing(path, mode="w"):
 
 
 @contextlib.contextmanager
+def naming(path):
+    """A write that fails inside is an OSError with a number and the name of a file, whoever's writer it was."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not no_room(error):
+            raise
+        number, why, name = (getattr(error, field, None) for field in ("errno", "strerror", "filename"))
+        raise OSError(number or errno.ENOSPC, why or " ".join(str(error).split())[:150], name or str(path)) from None
+
+
+def no_room(error):
+    """Whether a write failed for want of room, of quota, or at the limit of a file's size: as the system says it, or numpy's,
+    safetensors' or torch's writer in its own words."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(words in str(error) for words in (
+        "No space left", "quota exceeded", "File too large", " requested and ", "inline_container", "iostream", "PytorchStreamWriter"))
+
+
+@contextlib.contextmanager
 def replacing_folder(folder):
     """A temporary neighbour of `folder`, not yet made; renamed over it when the block ends without an exception."""
     folder = Path(folder)
     work = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     try:
-        yield work
+        with naming(folder):
+            yield work
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -77,9 +98,10 @@ def hold(path):
     except OSError:
         file.close()
         return None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    with naming(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
     return file
 
 

@@ -1,6 +1,6 @@
 """A model whose weights are PyTorch's pickles (pytorch_model*.bin) made one of safetensors, once, on your word that you trust it.
 
-    python checkpoint.py convert FOLDER OUT --allow_pickle
+    python convert.py FOLDER OUT --allow_pickle
 
 A pickle may name any code to be run when it is read. torch's reader of weights alone (weights_only) refuses what it does not know;
 nothing else here reads pickles but DeepSpeed's own checkpoints, in folders that this project wrote.

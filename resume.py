@@ -17,7 +17,7 @@ import engine
 import packed as disk
 import score
 from packed import InputError
-from stopping import cannot_save, disk_is_full
+from stopping import cannot_save
 
 SAME = {"bf16": 2e-2, "no": 1e-4}  # |score - score then| per token that a resumed run may show
 
@@ -43,7 +43,7 @@ def save(job, run, step, counters, line=None):
         if job.ranks.first:
             run.keep(step, state, job.args.save_total_limit)
     except (OSError, RuntimeError) as error:
-        if not disk_is_full(error):
+        if not (isinstance(error, OSError) or disk.no_room(error)):
             raise
         shutil.rmtree(work, ignore_errors=True)
         saved = [path for _, path in run.saved()]

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from packed import InputError, file_sha256, hold, owner, read_sealed, replacing, sealed, write_json
+from packed import InputError, file_sha256, hold, naming, owner, read_sealed, replacing, sealed, write_json
 
 # These may differ when a run goes on: where things are, how often it speaks and saves, how the work is cut.
 FREE = {"task", "preference_data_path", "split", "columns", "template", "on_bad_row", "num_proc", "max_length", "data", "output_dir",
@@ -138,7 +138,7 @@ class Run:
 
     def add(self, path, lines):
         """Lines to one of those files."""
-        with open(path, "a", encoding="utf-8") as file:
+        with naming(path), open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def temporary(self, step):

@@ -351,7 +351,7 @@ def main(argv=None):
         for noise_set in range(have, noise_args.noise_sets):
             if not reference_set(model, packed, folder, noise_args, noise_set, mask_id, model_args.states_per_forward, ranks, stop):
                 if ranks.first:
-                    print(f"stopped; what is scored is kept (but for {CHUNK} pairs at most); go on with: {stopping.command()}", flush=True)
+                    print(f"stopped; what is scored is kept (but for {CHUNK} pairs at most); go on with: {config.command()}", flush=True)
                 return leave()
             if ranks.first:
                 names = [f"{kind}-{k}.npy" for kind in ("noise", "ref_scores") for k in range(noise_set + 1)]

@@ -1,7 +1,7 @@
 """SMDM's models (ML-GSAI/SMDM, arXiv 2410.18514): LLaDA's blocks with another head, and their original files, both ways.
 
-    python checkpoint.py convert mdm-1028M-1600e18.safetensors models/smdm-1028M --tokenizer TinyLlama/TinyLlama_v1.1
-    python checkpoint.py convert runs/smdm/final mdm-1028M-dpo.safetensors
+    python convert.py mdm-1028M-1600e18.safetensors models/smdm-1028M --tokenizer TinyLlama/TinyLlama_v1.1
+    python convert.py runs/smdm/final mdm-1028M-dpo.safetensors
 
 The original is one .safetensors file without a config: its shapes tell all but the number of heads. Query, key and value are
 packed head by head, [q k v] of the first, then of the second, ...; embedding has a row more than the head, the mask's.

@@ -1,13 +1,12 @@
 """Stop in good order: after the first SIGTERM or SIGINT what is in hand is finished and kept; the second ends the process at once."""
 import ctypes
 import os
-import shlex
 import signal
-import sys
 
 import torch
 import torch.distributed as dist
 
+import config
 from packed import InputError
 
 
@@ -42,17 +41,7 @@ class Stop:
         return bool(said)
 
 
-def command():
-    """The command line that started this process, or the launch.sh that did."""
-    return os.environ.get("LAUNCH_COMMAND", "").strip() or shlex.join(["python", *sys.argv])
-
-
-def disk_is_full(error):
-    """Whether a write failed for want of room: as the system says it, or torch's writer, in one of its words."""
-    return isinstance(error, OSError) or any(words in str(error) for words in ("inline_container", "iostream", "PytorchStreamWriter"))
-
-
 def cannot_save(path, error, kept):
     """The sentence of a save that failed."""
-    return InputError(f"{path}: cannot be written ({' '.join(str(error).split())[:150]}); {kept}; make room, and go on with: {command()}",
+    return InputError(f"{path}: cannot be written ({' '.join(str(error).split())[:150]}); {kept}; make room, and go on with: {config.command()}",
                       local=True)

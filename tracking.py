@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import sys
+import threading
 import time
 
 import numpy as np
@@ -21,33 +22,36 @@ import numpy as np
 import engine
 import guard
 import runs
-from packed import InputError, replacing
+from packed import InputError, naming, no_room, replacing
 
 
 class Clock:
-    """Seconds that a run still takes: the tokens to come at the pace of the later half of the steps, evaluations and saves as they were.
+    """What a run does after which step, and the seconds that it still takes: the tokens to come at the pace of the later half of the
+    steps, evaluations and saves as they were.
 
-    tokens: (steps to come,) through the model in each; evaluation: those of one evaluation; due: (eval_steps, save_steps).
+    tokens: (steps to come,) through the model in each; evaluation: those of one evaluation, 0 where no pair is held out.
     """
 
-    def __init__(self, tokens, evaluation, due, start):
-        self.start, self.steps = start, start + len(tokens)
-        self.evaluation, self.due = evaluation, due
-        self.after = np.append(tokens[::-1].cumsum()[::-1], 0)  # (steps to come + 1,) tokens from each step on
-        self.took, self.evaluations, self.saves = [0.0], [], []  # seconds: of so many steps together; of each
+    def __init__(self, tokens, evaluation, eval_steps, save_steps, start):
+        self.start, self.steps, self.evaluation = start, start + len(tokens), evaluation
+        coming = np.arange(start + 1, self.steps + 1)
+        every = lambda n: coming % n == 0 if n else coming < 0  # noqa: E731
+        self.evaluates, self.saves = (every(eval_steps) | (coming == self.steps)) & (evaluation > 0), every(save_steps)
+        self.tokens_left, self.evaluations_left, self.saves_left = map(onwards, (tokens, self.evaluates, self.saves))
+        self.took, self.evaluation_seconds, self.save_seconds = [0.0], [], []  # of so many steps together; of each
+
+    def due(self, step):
+        """(whether an evaluation follows `step` (1-based), whether a save does)."""
+        return bool(self.evaluates[step - self.start - 1]), bool(self.saves[step - self.start - 1])
 
     def left(self, step, evaluated):
         """After `step` (1-based). evaluated: whether that step's evaluation, if it is to have one, is behind us."""
-        steps = len(self.took) - 1
+        steps, behind = len(self.took) - 1, step - self.start
         first = max(steps // 2, 1) if steps > 1 else 0  # the first step also warms up
-        pace = (self.took[steps] - self.took[first]) / (self.after[first] - self.after[steps])
-        evaluation = mean(self.evaluations, self.evaluation * pace / 3)  # until one is made: a step goes back, too, twice the work
-        eval_steps, save_steps = self.due
-        next_one = step + bool(evaluated)
-        evaluations = multiples(eval_steps, next_one, self.steps) + (not multiples(eval_steps, self.steps, self.steps)
-                                                                     and next_one <= self.steps)
-        saves = multiples(save_steps, step + 1, self.steps) * mean(self.saves, 0)
-        return float(self.after[step - self.start] * pace + evaluations * evaluation + saves)
+        pace = (self.took[steps] - self.took[first]) / (self.tokens_left[first] - self.tokens_left[steps])
+        evaluation = mean(self.evaluation_seconds, self.evaluation * pace / 3)  # until one is made: a step goes back, too, twice the work
+        return float(self.tokens_left[behind] * pace + self.evaluations_left[behind - (not evaluated)] * evaluation
+                     + self.saves_left[behind] * mean(self.save_seconds, 0))
 
     def stepped(self, seconds):
         self.took.append(self.took[-1] + seconds)
@@ -60,13 +64,13 @@ class Clock:
         return made
 
 
+def onwards(values):
+    """(n + 1,): the sum of `values` (n,) from each place on."""
+    return np.append(values[::-1].cumsum()[::-1], 0)
+
+
 def mean(values, otherwise):
     return sum(values) / len(values) if values else otherwise
-
-
-def multiples(of, first, last):
-    """How many of first..last are multiples of `of`; none of 0."""
-    return last // of - (first - 1) // of if of else 0
 
 
 class Record:
@@ -155,18 +159,23 @@ class TensorBoard:
     def __init__(self, run, args, arguments, first):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
-        self.writer = SummaryWriter(str(run.folder), purge_step=first)
-        self.writer.add_text("args", "```json\n" + json.dumps(arguments, indent=2) + "\n```")
-        for summary in hparams({name: value if isinstance(value, (int, float)) else str(value) for name, value in arguments.items()}, {}):
-            self.writer.file_writer.add_summary(summary)
+        self.writing = lambda: naming(run.folder / "events.out.tfevents")
+        threading.excepthook = lambda args: None if no_room(args.exc_value) else threading.__excepthook__(args)  # flush raises it, too
+        with self.writing():
+            self.writer = SummaryWriter(str(run.folder), purge_step=first)
+            self.writer.add_text("args", "```json\n" + json.dumps(arguments, indent=2) + "\n```")
+            for summary in hparams({name: value if isinstance(value, (int, float)) else str(value) for name, value in arguments.items()}, {}):
+                self.writer.file_writer.add_summary(summary)
 
     def log(self, step, numbers):
-        for name, value in numbers.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # a killed run has lost nothing
+        with self.writing():
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()  # a killed run has lost nothing
 
     def close(self):
-        self.writer.close()
+        with self.writing():
+            self.writer.close()
 
 
 class WandB:

@@ -168,8 +168,8 @@ def prepare(argv):
     if noise_args.diffusion_steps == "auto" and args.loss_type != "sft":  # which takes no steps
         calibrate.settle(packed, model_args, noise_args)
     if lora.read(checkpoint.model_folder(model_args.model_name_or_path)):
-        raise InputError(f"{model_args.model_name_or_path}: an adapter, expected whole weights to start from; run: python checkpoint.py "
-                         f"merge {model_args.model_name_or_path} OUT, and score and train with --model_name_or_path OUT")
+        raise InputError(f"{model_args.model_name_or_path}: an adapter, expected whole weights to start from; run: python merge.py "
+                         f"{model_args.model_name_or_path} OUT, and score and train with --model_name_or_path OUT")
     quantized.check(model_args, engine.read_ds_config(model_args.deepspeed))
     wanted = score.depends_on(packed, model_args, noise_args)
     if args.loss_type == "sft":
@@ -210,16 +210,16 @@ def train(job, run, held, state, steps, backwards):
         line = {**tracking.measured(job, step, sums, seconds), "learning_rate": rate, "grad_norm": guard.plain(norm),
                 "skipped": skipped, "num_tokens": num_tokens, "seconds_left": clock.left(step + 1, False)}
         record.pairs(step + 1, "train", pieces)
-        before, made = evaluation, {}
-        if len(held) and (step + 1 == steps or args.eval_steps and (step + 1) % args.eval_steps == 0):
-            made = clock.time(clock.evaluations, evaluate, job, held, step + 1)
+        before, made, (evaluation_due, save_due) = evaluation, {}, clock.due(step + 1)
+        if evaluation_due:
+            made = clock.time(clock.evaluation_seconds, evaluate, job, held, step + 1)
             evaluation = made or evaluation
         pending = line if made is None else None  # told to stop before it was made: the resumed run makes it
         if not pending:
             record.step(line | {"seconds_left": clock.left(step + 1, True)}, made, before)
         leaving = pending or (step + 1 < steps and job.stop.asked())
-        if leaving or args.save_steps and (step + 1) % args.save_steps == 0:
-            clock.time(clock.saves, resume.save, job, run, step + 1, counters(), pending)
+        if leaving or save_due:
+            clock.time(clock.save_seconds, resume.save, job, run, step + 1, counters(), pending)
             kept = step + 1
         if leaving:
             return None
@@ -262,7 +262,7 @@ def save_final(job, run, model_args, arguments, evaluation, pairs):
                 "is_folder": os.path.isdir(source), "fingerprint": checkpoint.model_fingerprint(source),
                 "mask_token_id": objective.mask_id, "shift_logits": bool(getattr(model.config, "shift_logits", False)),
                 "load_in_4bit": model_args.load_in_4bit})
-            said = f"the adapter, in peft's format (python checkpoint.py merge {run.final} OUT makes one model of it, rounded)"
+            said = f"the adapter, in peft's format (python merge.py {run.final} OUT makes one model of it, rounded)"
         else:
             checkpoint.save_model(run.final, model, weights, source, tokenizer, text, objective.mask_id)
             said = "the aligned model, in Hugging Face format"
@@ -303,7 +303,7 @@ def make_record(job, run, held, start, steps):
     per_step, tokens = pairs_a_step(job.args, job.ranks), job.objective.tokens()
     places = range(start * per_step, steps * per_step)
     each = np.array([tokens[job.stream[place][0]] for place in places]).reshape(-1, per_step).sum(1)
-    clock = tracking.Clock(each, int(tokens[held].sum()), (job.args.eval_steps, job.args.save_steps), start)
+    clock = tracking.Clock(each, int(tokens[held].sum()), job.args.eval_steps, job.args.save_steps, start)
     return tracking.Record(run, job.ranks, job.args, job.objective, held, clock, per_step)
 
 
@@ -356,7 +356,7 @@ def main(argv=None):
     if evaluation is not None:
         save_final(job, run, model_args, arguments, evaluation, (len(train_pairs), len(held)))
     elif ranks.first:
-        print(f"stopped{' and saved' if run.saved() else ' before the first step was made'}; go on with: {stopping.command()}", flush=True)
+        print(f"stopped{' and saved' if run.saved() else ' before the first step was made'}; go on with: {config.command()}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
     return 0

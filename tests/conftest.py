@@ -11,6 +11,7 @@ from pathlib import Path
 for _name, _value in {
         "OMP_NUM_THREADS": "1",  # tiny tensors: threads only wait for each other where the machine is busy
         "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",  # AMX sums bfloat16 products in another order than the original's logits were made in
         "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),  # DeepSpeed's CPU Adam, compiled once
 }.items():
     os.environ.setdefault(_name, _value)
@@ -59,6 +60,44 @@ def chat_dir(tiny_dir, tmp_path_factory):
                 "{% if add_generation_prompt %}[assistant] {% endif %}")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def llada_chat_dir(tiny_dir):
+    """The tiny model, its tokenizer with LLaDA's template and its special tokens."""
+    from prepared import TEMPLATE, with_template
+    return with_template(tiny_dir, "llada_chat", TEMPLATE)
+
+
+@pytest.fixture
+def prep(tmp_path, tiny_dir):
+    """prep(rows, *flags, model=tiny_dir) -> (Packed, rejects), through main()."""
+    import data_prep
+    import packed
+    from prepared import write_rows
+
+    def call(rows, *flags, model=tiny_dir, name="prefs.jsonl"):
+        path = tmp_path / name
+        path.write_text(json.dumps(rows)) if name.endswith(".json") else write_rows(path, rows)
+        data_prep.main(["--in", str(path), "--out", str(tmp_path / "packed"), "--model_name_or_path", str(model), *flags])
+        rejects = [json.loads(line) for line in (tmp_path / "packed" / "rejects.jsonl").read_text().splitlines()]
+        got = packed.Packed(tmp_path / "packed")
+        assert got.meta["rows"] == got.meta["kept"] + len(rejects) == len(got) + sum(got.meta["dropped"].values())
+        return got, rejects
+    return call
+
+
+@pytest.fixture(scope="session")
+def hostile(tiny_dir, tmp_path_factory):
+    """Packed pairs whose texts are out to break a page."""
+    import data_prep
+    from small import call
+    from written import HOSTILE
+    folder = tmp_path_factory.mktemp("hostile")
+    rows = [{"prompt": f"{HOSTILE} {i}", "chosen": f"a\n  {'b ' * (i + 1)}", "rejected": f"{HOSTILE} c"} for i in range(20)]
+    (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call(data_prep.main, "--in", folder / "prefs.jsonl", "--model_name_or_path", tiny_dir, "--out", folder / "packed")
+    return folder / "packed"
 
 
 @pytest.fixture(scope="session")

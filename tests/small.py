@@ -52,8 +52,8 @@ def pack(folder, pairs, model):
     """packed/ of `pairs` as data_prep.py writes it."""
     tokenizer, lines = checkpoint.load_tokenizer(str(model)), np.arange(1, len(pairs) + 1)
     packed.write_packed(folder, pairs, {
-        "lines": packed.fingerprint(lines),        "tokenizer": checkpoint.tokenizer_fingerprint(tokenizer), "source": "prefs.jsonl", "model_name_or_path": str(model),
-        "end_token_id": EOS, "pad_token_id": EOS, "mask_token_id": MASK, "template": "none"})
+        "lines": packed.fingerprint(lines), "tokenizer": checkpoint.tokenizer_fingerprint(tokenizer), "source": "prefs.jsonl",
+        "model_name_or_path": str(model), "end_token_id": EOS, "pad_token_id": EOS, "mask_token_id": MASK, "template": "none"})
     packed.write_array(Path(folder) / "lines.npy", lines)
     return Path(folder)
 

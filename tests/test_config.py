@@ -160,20 +160,22 @@ def test_help_of_each_script(script, columns, asked, monkeypatch, capsys):
         assert words.endswith(f" (default: {value})") if value is not None else "(default" not in words
 
 
-@pytest.mark.parametrize("script", ["data_prep", "score", "train_dpo", "plan", "generate", "make_prefs", "evaluate", "harness", "checkpoint"])
+@pytest.mark.parametrize("script", ["data_prep", "score", "train_dpo", "plan", "generate", "make_prefs", "evaluate", "harness", "merge", "convert"])
 def test_examples_of_each_help(script, asked, monkeypatch, capsys, tmp_path):
     """The command lines below a script's arguments are understood, and one is its own."""
-    import checkpoint
+    import convert
     import harness
+    import merge
 
-    def merge(*_):
+    def parsed(*_):
         raise Parsed
 
     asked(script, "--help")
     lines = re.findall(r"^  python (.*)", capsys.readouterr().out.replace(" \\\n      ", " "), re.M)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint, "merge", merge)
+    for module, name in ((merge, "merge"), (convert, "from_smdm"), (convert, "to_smdm"), (convert.pickled, "convert")):
+        monkeypatch.setattr(module, name, parsed)
     monkeypatch.setattr(harness, "needed", lambda: None)
     assert any(line.startswith(f"{script}.py ") for line in lines)
     for file, *words in map(shlex.split, lines):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from small import MASK, VOCAB, call, ds_config, flags, log, make_pairs, pack, refusal, run_jobs
 
 import checkpoint
+import convert
 import data_prep
 import families
 import generate
@@ -126,7 +127,7 @@ def home(tiny_dir, tmp_path_factory):
             shutil.copy(path, folder / family)
     tensors = make_smdm(folder / "mdm.safetensors")
     logits["smdm"] = smdm_logits(tensors, ids)
-    checkpoint.main(["convert", str(folder / "mdm.safetensors"), str(folder / "smdm"), "--tokenizer", str(tiny_dir), "--n_heads", str(SMDM_HEADS)])
+    convert.main([str(folder / "mdm.safetensors"), str(folder / "smdm"), "--tokenizer", str(tiny_dir), "--n_heads", str(SMDM_HEADS)])
     said = json.loads((folder / "smdm" / "config.json").read_text())
     (folder / "smdm" / "config.json").write_text(json.dumps(said | {"mask_token_id": MASK}))  # the tests' vocabulary has it elsewhere
     return SimpleNamespace(folder=folder, ids=ids, logits=logits, smdm=tensors)
@@ -220,23 +221,23 @@ def test_original_reads_what_is_saved(home, trained, family):
 
 def test_smdm_both_ways(home, tmp_path):
     """Original -> folder -> original, bit for bit; what is no SMDM is refused."""
-    checkpoint.main(["convert", str(home.folder / "smdm"), str(tmp_path / "back.safetensors")])
+    convert.main([str(home.folder / "smdm"), str(tmp_path / "back.safetensors")])
     back = load_file(tmp_path / "back.safetensors")
     assert back.keys() == home.smdm.keys() and all(torch.equal(back[name], home.smdm[name]) for name in back)
     refused = lambda tensors, *words: (save_file(tensors, tmp_path / "bad.safetensors"), refuse(  # noqa: E731
-        lambda: checkpoint.convert(str(tmp_path / "bad.safetensors"), tmp_path / "no", str(home.folder / "bert"), SMDM_HEADS), *words))
+        lambda: convert.from_smdm(str(tmp_path / "bad.safetensors"), tmp_path / "no", str(home.folder / "bert"), SMDM_HEADS), *words))
     refused({name: tensor for name, tensor in home.smdm.items() if name != "lm_head.weight"}, "lm_head.weight", "missing")
     refused(home.smdm | {"strange.weight": torch.zeros(1)}, "strange.weight")
     refused(home.smdm | {"transformer.h.1.norm_1.weight": torch.zeros(3)}, "attn_norm", "shape")
     whole = (home.folder / "mdm.safetensors").read_bytes()
     (tmp_path / "torn.safetensors").write_bytes(whole[:-100])
-    refuse(lambda: checkpoint.convert(str(tmp_path / "torn.safetensors"), tmp_path / "no", str(home.folder / "bert"), SMDM_HEADS),
+    refuse(lambda: convert.from_smdm(str(tmp_path / "torn.safetensors"), tmp_path / "no", str(home.folder / "bert"), SMDM_HEADS),
            "torn.safetensors", "download it again")
-    refuse(lambda: checkpoint.convert(str(home.folder / "mdm.safetensors"), tmp_path / "no", str(tmp_path / "nowhere"), SMDM_HEADS),
+    refuse(lambda: convert.from_smdm(str(home.folder / "mdm.safetensors"), tmp_path / "no", str(tmp_path / "nowhere"), SMDM_HEADS),
            "--tokenizer", "nowhere")
     assert not (tmp_path / "no").exists()
     refuse(lambda: smdm.config_of({name: tuple(tensor.shape) for name, tensor in home.smdm.items()}), "--n_heads")
-    refuse(lambda: checkpoint.load_model(str(home.folder / "mdm.safetensors"), torch.float32), "checkpoint.py convert")
+    refuse(lambda: checkpoint.load_model(str(home.folder / "mdm.safetensors"), torch.float32), "convert.py")
 
 
 def refuse(action, *words):
@@ -311,7 +312,7 @@ def real_smdm(shared, folder):
     draw = torch.Generator().manual_seed(0)
     rows = {name: torch.randn(n, SMDM_WIDTH, generator=draw) for name, n in (("transformer.wte.weight", 32001), ("lm_head.weight", 32000))}
     save_file(small | rows, folder / "mdm.safetensors")
-    checkpoint.main(["convert", str(folder / "mdm.safetensors"), str(folder / "model"), "--tokenizer", str(tokenizer), "--n_heads", "4"])
+    convert.main([str(folder / "mdm.safetensors"), str(folder / "model"), "--tokenizer", str(tokenizer), "--n_heads", "4"])
     return folder / "model"
 
 

@@ -14,6 +14,7 @@ from small import call, ds_config, flags, log, make_model, make_pairs, pack, ref
 import checkpoint
 import generate
 import lora
+import merge
 import train_dpo
 from packed import InputError
 
@@ -81,7 +82,7 @@ def test_base_stays(home, trained):
 def test_merged_is_the_adapters_model(home, trained, tmp_path):
     """Our merge, our loading of the adapter's folder, and peft's own forward of base and adapter give the same logits."""
     adapter, ids = trained.folder / "zero3_offload_4080-final", torch.randint(4, 500, (2, 19), generator=torch.Generator().manual_seed(0))
-    checkpoint.main(["merge", str(adapter), str(tmp_path / "merged"), "--use_mixed_precision", "no"])
+    merge.main([str(adapter), str(tmp_path / "merged"), "--use_mixed_precision", "no"])
     merged, loaded, base = (checkpoint.load_model(str(name), torch.float32) for name in (tmp_path / "merged", adapter, home.model))
     want = logits(peft.PeftModel.from_pretrained(base, str(adapter)), ids)
     assert (logits(merged, ids) - want).abs().max() < 1e-5 and (logits(loaded, ids) - want).abs().max() < 1e-5
@@ -100,10 +101,10 @@ def test_bf16_keeps_the_adapter(home, trained, tmp_path, capsys):
     layers = dict(loaded.named_modules())
     [name] = [name for name in layers if name.endswith("blocks.0.q_proj")]
     assert layers[name].lora_B["default"].weight.any() and loaded(input_ids=ids).logits.dtype == torch.bfloat16
-    checkpoint.main(["merge", str(folder), str(tmp_path / "low")])
-    low = capsys.readouterr().out
-    checkpoint.main(["merge", str(folder), str(tmp_path / "high"), "--use_mixed_precision", "no"])
-    high = capsys.readouterr().out
+    merge.main([str(folder), str(tmp_path / "low")])
+    low = "".join(capsys.readouterr())
+    merge.main([str(folder), str(tmp_path / "high"), "--use_mixed_precision", "no"])
+    high = "".join(capsys.readouterr())
     assert "hardly what was trained" in low and float(re.search(r"([\d.]+)% of what it adds", low).group(1)) < 50
     assert "warning" not in high and "100.0% of what it adds" in high
 
@@ -146,7 +147,7 @@ def test_refusals(home, trained, tmp_path, capsys):
     folder = shutil.copytree(trained.folder / "zero0-final", tmp_path / "adapter")
     run = ["--data", home.data] + RUN
     said = refusal(train_dpo.main, capsys, *run, "--model_name_or_path", folder, *flags(output_dir=tmp_path / "run"))
-    assert "checkpoint.py merge" in said
+    assert "merge.py" in said
     said = refusal(train_dpo.main, capsys, *run, "--lora_targets", "query", *flags(output_dir=tmp_path / "run"))
     assert "--lora_targets query" in said and "q_proj" in said
     tensors, path = weights(folder), folder / "adapter_model.safetensors"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from small import refusal
 
 import checkpoint
+import convert
 
 
 @pytest.fixture
@@ -31,8 +32,8 @@ def bins(make_llada, tmp_path, tiny_dir):
 def test_converted(bins, tmp_path, capsys):
     folder, tensors = bins
     said = refusal(lambda _: checkpoint.load_model(str(folder), torch.float32), capsys)
-    assert f"python checkpoint.py convert {folder} OUT --allow_pickle" in said
-    assert checkpoint.main(["convert", str(folder), str(tmp_path / "out"), "--allow_pickle"]) == 0
+    assert f"python convert.py {folder} OUT --allow_pickle" in said
+    assert convert.main([str(folder), str(tmp_path / "out"), "--allow_pickle"]) == 0
     model = checkpoint.load_model(str(tmp_path / "out"), torch.float32)
     assert {name for name, _ in model.named_parameters()} == set(tensors)
     assert all(torch.equal(value, tensors[name]) for name, value in model.named_parameters())
@@ -44,7 +45,7 @@ def test_shared_and_strided_tensors(tmp_path):
     folder.mkdir()
     whole = torch.arange(12.0).view(3, 4)
     torch.save({"a": whole, "b": whole, "c": whole.T}, folder / "pytorch_model.bin")
-    assert checkpoint.main(["convert", str(folder), str(tmp_path / "out"), "--allow_pickle"]) == 0
+    assert convert.main([str(folder), str(tmp_path / "out"), "--allow_pickle"]) == 0
     got = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(got["a"], whole) and torch.equal(got["b"], whole) and torch.equal(got["c"], whole.T)
 
@@ -73,12 +74,12 @@ def test_refused(bins, tmp_path, capsys, what):
     else:
         for each in folder.glob("*.bin"):
             each.unlink()
-    said = refusal(checkpoint.main, capsys, "convert", folder, tmp_path / "out", "--allow_pickle")
+    said = refusal(convert.main, capsys, folder, tmp_path / "out", "--allow_pickle")
     assert str(folder) in said and not (tmp_path / "ran").exists() and not list(tmp_path.glob("*out*"))
 
 
 def test_plain_pickle_with_code(tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
-    refusal(checkpoint.main, capsys, "convert", tmp_path / "model", tmp_path / "out", "--allow_pickle")
+    refusal(convert.main, capsys, tmp_path / "model", tmp_path / "out", "--allow_pickle")
     assert not (tmp_path / "ran").exists()

@@ -45,11 +45,11 @@ def drive(clock, tokens, start, rng, pace, evaluation, eval_steps, save, save_st
         clock.stepped(seconds)
         if eval_steps and step % eval_steps == 0 or step == clock.steps:
             now += evaluation
-            clock.evaluations.append(evaluation)
+            clock.evaluation_seconds.append(evaluation)
         said.append((now, clock.left(step, True)))
         if save_steps and step % save_steps == 0:
             now += save
-            clock.saves.append(save)
+            clock.save_seconds.append(save)
     return said, now
 
 
@@ -58,7 +58,7 @@ def drive(clock, tokens, start, rng, pace, evaluation, eval_steps, save, save_st
 def test_time_left_is_right_within_a_tenth(start, eval_steps, save_steps):
     rng = random.Random(eval_steps)
     tokens = np.array([rng.randrange(500, 4000) for _ in range(400 - start)])
-    clock = tracking.Clock(tokens, int(tokens[:20].sum()), (eval_steps, save_steps), start)
+    clock = tracking.Clock(tokens, int(tokens[:20].sum()), eval_steps, save_steps, start)
     said, end = drive(clock, tokens, start, rng, lambda step: 1e-3, 20.0, eval_steps, 3.0, save_steps)
     late = [(now, left) for now, left in said if now > 0.1 * end]
     assert all(abs(now + left - end) < 0.1 * end for now, left in late)
@@ -67,28 +67,33 @@ def test_time_left_is_right_within_a_tenth(start, eval_steps, save_steps):
 
 def test_time_left_follows_a_machine_that_slows_down():
     tokens = np.full(400, 1000)
-    said, end = drive(tracking.Clock(tokens, 0, (0, 0), 0), tokens, 0, random.Random(0), lambda step: 1e-3 if step < 50 else 3e-3, 0, 0, 0, 0)
+    said, end = drive(tracking.Clock(tokens, 0, 0, 0, 0), tokens, 0, random.Random(0), lambda step: 1e-3 if step < 50 else 3e-3, 0, 0, 0, 0)
     now, left = said[200]
     assert abs(now + left - end) < 0.1 * end
 
 
-def test_time_left_counts_evaluations_to_come():
-    clock = tracking.Clock(np.full(10, 100), 400, (5, 0), 0)
-    for _ in range(5):
-        clock.stepped(1.0)
-    assert clock.left(5, False) == pytest.approx(5 + 2 * 400 * 0.01 / 3)  # none was made yet: a third of a step's pace
-    clock.evaluations.append(3.0)
-    assert clock.left(5, True) == pytest.approx(5 + 3)
-    clock.due = (4, 0)  # after 8, and at the end
-    assert clock.left(5, True) == pytest.approx(5 + 2 * 3)
-    clock.due = (0, 2)
-    clock.saves.append(0.5)
-    assert clock.left(5, True) == pytest.approx(5 + 3 + 3 * 0.5)
+def test_time_left_counts_evaluations_and_saves_to_come():
+    def left(eval_steps, save_steps, evaluated, evaluation=400, start=0):
+        clock = tracking.Clock(np.full(10 - start, 100), evaluation, eval_steps, save_steps, start)
+        for _ in range(start, 5):
+            clock.stepped(1.0)
+        if evaluated:
+            clock.evaluation_seconds.append(3.0)
+        clock.save_seconds.append(0.5)
+        return clock.left(5, evaluated)
+    assert left(5, 0, False) == pytest.approx(5 + 2 * 400 * 0.01 / 3)  # none was made yet: a third of a step's pace
+    assert left(5, 0, True) == left(5, 0, True, start=3) == pytest.approx(5 + 3)
+    assert left(4, 0, True) == pytest.approx(5 + 2 * 3)  # after 8, and at the end
+    assert left(0, 2, True) == pytest.approx(5 + 3 + 3 * 0.5)
+    assert left(4, 0, True, evaluation=0) == pytest.approx(5)  # no pair is held out
 
 
-@pytest.mark.parametrize("of, first, last, count", [(3, 1, 9, 3), (3, 4, 9, 2), (3, 9, 9, 1), (3, 10, 11, 0), (0, 1, 9, 0), (1, 2, 2, 1)])
-def test_multiples(of, first, last, count):
-    assert tracking.multiples(of, first, last) == count
+@pytest.mark.parametrize("start", [0, 4])
+def test_what_is_due_after_each_step(start):
+    clock = tracking.Clock(np.full(10 - start, 100), 400, 4, 3, start)
+    assert [step for step in range(start + 1, 11) if clock.due(step)[0]] == [step for step in (4, 8, 10) if step > start]
+    assert [step for step in range(start + 1, 11) if clock.due(step)[1]] == [step for step in (3, 6, 9) if step > start]
+    assert not any(any(tracking.Clock(np.full(10, 100), 0, 4, 0, 0).due(step)) for step in range(1, 11))
 
 
 # --- a run, and one that goes on, on a terminal -----------------------------------------------------------
@@ -284,7 +289,7 @@ def test_a_run_begun_anew_is_another_in_wandb(monkeypatch, tmp_path):
 
 def test_an_evaluation_that_is_not_finite_is_said():
     """It once ended the run in a traceback."""
-    clock = tracking.Clock(np.full(4, 10), 0, (0, 0), 0)
+    clock = tracking.Clock(np.full(4, 10), 0, 0, 0, 0)
     record = tracking.Record(None, SimpleNamespace(first=True), None, None, [], clock, 2)
     line = {"step": 4, "skipped": False, "loss": 0.5, "rewards/margins": 0.1, "rewards/accuracies": 1.0, "eval_loss": None,
             "eval_rewards/accuracies": 0.5, "eval_rewards/accuracies_ci95": [0.1, 0.9], "learning_rate": 1e-4, "pairs_per_second": 1.0,

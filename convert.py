@@ -1,0 +1,85 @@
+"""Weights from one format to another: SMDM's file to a model folder and back; pickles (pytorch_model*.bin) to safetensors.
+
+    python convert.py mdm-1028M-1600e18.safetensors models/smdm-1028M --tokenizer TinyLlama/TinyLlama_v1.1
+    python convert.py models/smdm-1028M mdm-1028M.safetensors
+    python convert.py models/pickled models/safe --allow_pickle
+
+A pickle may name any code to be run when it is read, so it is read on your word alone, and then by torch's reader of weights.
+"""
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+import config
+import lora
+import pickled
+import smdm
+from checkpoint import load_config, model_folder, save_model, weight_files
+from packed import InputError, read_tensors
+
+
+def from_smdm(source, out, tokenizer, heads=None):
+    """An original file of SMDM to a Hugging Face folder with `tokenizer` (folder or hub name); heads: as smdm.config_of()."""
+    if not tokenizer:
+        raise InputError("--tokenizer is missing: SMDM's is TinyLlama's; give a folder or TinyLlama/TinyLlama_v1.1")
+    tensors = read_tensors(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise InputError(f"--tokenizer {tokenizer}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+    described = smdm.config_of({name: tuple(tensor.shape) for name, tensor in tensors.items()}, heads)
+    ours = smdm.from_original(tensors, described.n_heads)
+    with torch.device("meta"):
+        model = smdm.SMDMModelLM(described)
+    check_shapes(source, ours, {name: tuple(value.shape) for name, value in model.state_dict().items()})
+    save_model(out, model, ours, None, tokenizer, f"{Path(source).name} of SMDM, under LLaDA's tensor names.\n")
+
+
+def to_smdm(source, out):
+    """A folder that from_smdm() or a training of such a model made, to one file as SMDM's own code reads it."""
+    described = load_config(source)
+    if described.model_type != "smdm" or lora.read(model_folder(source)):
+        raise InputError(f"{source}: expected an original .safetensors file of SMDM, or a folder that was made of one (an "
+                         "adapter is to be merged first: merge.py)")
+    tensors = {key: value for path in weight_files(model_folder(source)).values() for key, value in read_tensors(path).items()}
+    temporary = f"{out}.tmp"
+    save_file(smdm.to_original(tensors, described.n_heads), temporary)
+    os.replace(temporary, out)
+
+
+def check_shapes(path, got, want):
+    """Refuse tensors {name: tensor} that are not of the shapes `want`."""
+    for name in sorted(got.keys() | want.keys()):
+        have = tuple(got[name].shape) if name in got else None
+        if have != want.get(name):
+            raise InputError(f"{path}: {name} has shape {have}, expected {want.get(name)} (tensors by LLaDA's names)")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(**config.described(__doc__))
+    parser.add_argument("source", help="SMDM's file, such as mdm-1028M-1600e18.safetensors; a folder that was made of one; with "
+                                       "--allow_pickle a folder of pytorch_model*.bin")
+    parser.add_argument("out", help="folder or .safetensors file to write, which must not exist yet")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="folder or hub name of the tokenizer, such as TinyLlama/TinyLlama_v1.1; "
+                                                             "needed to make a folder of SMDM's file")
+    parser.add_argument("--n_heads", type=int, metavar="N", help="attention heads; without it those of SMDM's released model of that width")
+    parser.add_argument("--allow_pickle", action="store_true", help="a folder of pytorch_model*.bin that you trust, to safetensors")
+    args = parser.parse_args(argv)
+    if os.path.exists(args.out):
+        raise InputError(f"{args.out}: exists already; remove it or name another")
+    if args.allow_pickle:
+        pickled.convert(args.source, args.out)
+    elif smdm.is_original(args.source):
+        from_smdm(args.source, args.out, args.tokenizer, args.n_heads)
+    else:
+        to_smdm(args.source, args.out)
+    print(f"{args.out}: {args.source} converted", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    config.run(main)

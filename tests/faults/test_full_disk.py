@@ -1,0 +1,130 @@
+"""Tests of a file system that is full, a real one of a few MiB: at whatever write, one sentence; with room, the command goes on.
+
+    bash tests/run.sh tests/faults/test_full_disk.py
+"""
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+from small import LENGTHS, ROOT, call, flags, log, make_model, make_pairs, pack, run
+
+sys.path.insert(0, str(ROOT / "bench"))
+import faults  # noqa: E402
+
+import config
+import data_prep
+import packed
+import score
+
+NOISE = flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=2)
+TRAIN = [ROOT / "train_dpo.py", *NOISE, *flags(learning_rate=3e-3, gradient_accumulation_steps=2, max_steps=4, eval_fraction=0.3,
+                                               save_total_limit=1, deepspeed=ROOT / "ds_configs" / "zero3_offload_4080.json")]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A tmpfs of 16 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("a file system can be mounted by root alone: a full disk is tried by test_kills' limit on file sizes only")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def leave(disk, room):
+    """Fill the disk but for `room` bytes."""
+    filler = disk / "filler"
+    filler.unlink(missing_ok=True)
+    free = os.statvfs(disk)
+    with open(filler, "wb") as file:
+        file.write(bytes(free.f_bavail * free.f_frsize - room))
+
+
+def until_there_is_room(disk, rooms, attempt):
+    """[what attempt() said] for each of `rooms` that was too small; the next one is enough."""
+    said = []
+    for room in rooms:
+        leave(disk, room)
+        words = attempt()
+        if words is None:
+            break
+        assert "cannot be written" in words and "make room, and go on with: " in words, words
+        assert not [path for path in disk.rglob("*") if path.name.endswith(".tmp")]
+        said.append(words)
+    else:
+        raise AssertionError(f"{room} bytes are too few: {said[-1]}")
+    return said
+
+
+def in_process(main, capsys, *argv):
+    """attempt() of a script's main: None if it ended well, else its sentence."""
+    def attempt():
+        capsys.readouterr()
+        code = None
+        try:
+            config.run(lambda: call(main, *argv))
+        except SystemExit as end:  # not kept: its frames hold the lock
+            code = end.code
+        gc.collect()
+        said = capsys.readouterr().err
+        assert code in (0, None, 2) and "Traceback" not in said, said
+        return said if code else None
+    return attempt
+
+
+@pytest.fixture(scope="module")
+def home(tiny_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    model = make_model(folder / "model", tiny_dir)
+    return model, make_pairs(LENGTHS[:12] * 20, 3)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+
+
+def test_data_prep(disk, tiny_dir, tmp_path, capsys):
+    argv = "--in", tiny_dir.parent / "prefs.jsonl", "--model_name_or_path", tiny_dir, "--out"
+    call(data_prep.main, *argv, tmp_path / "whole")
+    said = until_there_is_room(disk, range(0, 1 << 20, 16 << 10), in_process(data_prep.main, capsys, *argv, disk / "packed"))
+    assert any("tokens.npy" in words for words in said)
+    assert contents(disk / "packed") == contents(tmp_path / "whole")
+
+
+def test_score(disk, home, tmp_path, capsys):
+    model, pairs = home
+    for folder in (tmp_path / "whole", disk / "packed"):
+        pack(folder, pairs, model)
+    call(score.main, "--data", tmp_path / "whole", *NOISE)
+    said = until_there_is_room(disk, range(0, 1 << 20, 16 << 10), in_process(score.main, capsys, "--data", disk / "packed", *NOISE))
+    assert any("/chunks-0/" in words for words in said), said
+    [made], [want] = disk.glob("packed/ref-*"), tmp_path.glob("whole/ref-*")
+    assert contents(made) == contents(want) != {}
+
+
+@pytest.mark.parametrize("save_steps, rooms, places", [
+    (2, [300 << 10, 1 << 20, 2 << 20], ["checkpoints/.step-2.tmp", "checkpoints/.step-4.tmp"]),
+    (0, [8 << 10, 12 << 10, 200 << 10, 2 << 20], ["run/events.out.tfevents", "run/log.jsonl", "run/final"])])
+def test_training(disk, home, tmp_path, save_steps, rooms, places):
+    """Its log, a checkpoint, the model that comes out: whatever finds no room, nothing that was finished is lost."""
+    model, pairs = home
+    data = pack(tmp_path / "packed", pairs[:12], model)
+    call(score.main, "--data", data, *NOISE)
+    command = [*map(str, TRAIN), "--save_steps", str(save_steps), "--data", data, "--output_dir"]
+    run([*command, tmp_path / "whole"])
+
+    def attempt():
+        done = subprocess.run([sys.executable, *command, disk / "run"], cwd=ROOT, text=True, capture_output=True)
+        if done.returncode == 0:
+            return None
+        assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+        return done.stderr
+    said = until_there_is_room(disk, rooms, attempt)
+    assert all(any(place in words for words in said) for place in places), said
+    numbers = [[{name: value for name, value in line.items() if name not in faults.VARIES} for line in log(folder)]
+               for folder in (disk / "run", tmp_path / "whole")]
+    assert numbers[0] == numbers[1]
+    assert packed.file_sha256(disk / "run/final/model.safetensors") == packed.file_sha256(tmp_path / "whole/final/model.safetensors")
