@@ -6,6 +6,7 @@ that contradicts the run is refused, so that a value has one home.
 import contextlib
 import datetime
 import fcntl
+import functools
 import glob
 import json
 import logging
@@ -26,12 +27,18 @@ from packed import InputError
 from sources import each_once
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # before deepspeed's import
+import cpuinfo  # noqa: E402
 import deepspeed  # noqa: E402
+from deepspeed.runtime import compiler  # noqa: E402
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel  # noqa: E402
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+# What every start would spend three seconds on: a look at the CPU for each extension, and compilers for Muon, which alone asks for them
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+compiler.compile = lambda *_, **__: lambda function: function
 
 # What a ds_config may hold here; DeepSpeed itself takes any name at the top and in optimizer.params, and passes over it
 ADAM = {"lr": float, "betas": tuple[float, float], "eps": float, "weight_decay": float, "torch_adam": bool, "adam_w_mode": bool,

@@ -56,11 +56,11 @@ def replacing(path, mode="w"):
 
 @contextlib.contextmanager
 def naming(path):
-    """A write that fails inside is an OSError with a number and the name of a file, whoever's writer it was."""
+    """A write inside that finds no room is an OSError with a number and the name of a file, whoever's writer it was."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and not no_room(error):
+        if not no_room(error):
             raise
         number, why, name = (getattr(error, field, None) for field in ("errno", "strerror", "filename"))
         raise OSError(number or errno.ENOSPC, why or " ".join(str(error).split())[:150], name or str(path)) from None
@@ -70,7 +70,7 @@ def no_room(error):
     """Whether a write failed for want of room, of quota, or at the limit of a file's size: as the system says it, or numpy's,
     safetensors' or torch's writer in its own words."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(words in str(error) for words in (
-        "No space left", "quota exceeded", "File too large", " requested and ", "inline_container", "iostream", "PytorchStreamWriter"))
+        "No space left", "quota exceeded", "File too large", " requested and ", "PytorchStreamWriter", "unexpected pos", "iostream error"))
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from small import LENGTHS, ROOT, call, flags, log, make_model, make_pairs, pack, run
@@ -19,8 +20,6 @@ import packed
 import score
 
 NOISE = flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=2)
-TRAIN = [ROOT / "train_dpo.py", *NOISE, *flags(learning_rate=3e-3, gradient_accumulation_steps=2, max_steps=4, eval_fraction=0.3,
-                                               save_total_limit=1, deepspeed=ROOT / "ds_configs" / "zero3_offload_4080.json")]
 
 
 @pytest.fixture
@@ -78,8 +77,24 @@ def in_process(main, capsys, *argv):
 @pytest.fixture(scope="module")
 def home(tiny_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
-    model = make_model(folder / "model", tiny_dir)
-    return model, make_pairs(LENGTHS[:12] * 20, 3)
+    return SimpleNamespace(folder=folder, model=make_model(folder / "model", tiny_dir), pairs=make_pairs(LENGTHS[:12] * 20, 3))
+
+
+@pytest.fixture(scope="module")
+def trained(home):
+    """The command of a run, but for where it writes, and what it makes where there is room."""
+    data = pack(home.folder / "packed", home.pairs[:12], home.model)
+    call(score.main, "--data", data, *NOISE)
+    command = [ROOT / "train_dpo.py", *NOISE, "--data", data, *flags(
+        learning_rate=3e-3, gradient_accumulation_steps=2, max_steps=4, eval_fraction=0.3, save_total_limit=1,
+        deepspeed=ROOT / "ds_configs" / "zero3_offload_4080.json"), "--output_dir"]
+    run([*command, home.folder / "whole"])
+    return SimpleNamespace(command=command, whole=made(home.folder / "whole"))
+
+
+def made(folder):
+    numbers = [{name: value for name, value in line.items() if name not in faults.VARIES} for line in log(folder)]
+    return numbers, packed.file_sha256(folder / "final" / "model.safetensors")
 
 
 def contents(folder):
@@ -95,9 +110,8 @@ def test_data_prep(disk, tiny_dir, tmp_path, capsys):
 
 
 def test_score(disk, home, tmp_path, capsys):
-    model, pairs = home
     for folder in (tmp_path / "whole", disk / "packed"):
-        pack(folder, pairs, model)
+        pack(folder, home.pairs, home.model)
     call(score.main, "--data", tmp_path / "whole", *NOISE)
     said = until_there_is_room(disk, range(0, 1 << 20, 16 << 10), in_process(score.main, capsys, "--data", disk / "packed", *NOISE))
     assert any("/chunks-0/" in words for words in said), said
@@ -108,23 +122,13 @@ def test_score(disk, home, tmp_path, capsys):
 @pytest.mark.parametrize("save_steps, rooms, places", [
     (2, [300 << 10, 1 << 20, 2 << 20], ["checkpoints/.step-2.tmp", "checkpoints/.step-4.tmp"]),
     (0, [8 << 10, 12 << 10, 200 << 10, 2 << 20], ["run/events.out.tfevents", "run/log.jsonl", "run/final"])])
-def test_training(disk, home, tmp_path, save_steps, rooms, places):
-    """Its log, a checkpoint, the model that comes out: whatever finds no room, nothing that was finished is lost."""
-    model, pairs = home
-    data = pack(tmp_path / "packed", pairs[:12], model)
-    call(score.main, "--data", data, *NOISE)
-    command = [*map(str, TRAIN), "--save_steps", str(save_steps), "--data", data, "--output_dir"]
-    run([*command, tmp_path / "whole"])
-
+def test_training(disk, trained, save_steps, rooms, places):
+    """TensorBoard's events, the log, a checkpoint, the model that comes out: whatever finds no room, nothing that was finished is lost."""
     def attempt():
-        done = subprocess.run([sys.executable, *command, disk / "run"], cwd=ROOT, text=True, capture_output=True)
-        if done.returncode == 0:
-            return None
-        assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
-        return done.stderr
+        done = subprocess.run([sys.executable, *map(str, trained.command), disk / "run", "--save_steps", str(save_steps)], cwd=ROOT, text=True,
+                              capture_output=True)
+        assert done.returncode in (0, 2) and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+        return done.stderr if done.returncode else None
     said = until_there_is_room(disk, rooms, attempt)
     assert all(any(place in words for words in said) for place in places), said
-    numbers = [[{name: value for name, value in line.items() if name not in faults.VARIES} for line in log(folder)]
-               for folder in (disk / "run", tmp_path / "whole")]
-    assert numbers[0] == numbers[1]
-    assert packed.file_sha256(disk / "run/final/model.safetensors") == packed.file_sha256(tmp_path / "whole/final/model.safetensors")
+    assert made(disk / "run") == trained.whole
