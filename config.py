@@ -344,10 +344,10 @@ def run(main):
         print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)
     except Exception as error:
-        if not isinstance(error, InputError):
-            if not no_room(error):
-                raise
+        if no_room(error):
             error = without_room(error)
+        elif not isinstance(error, InputError):
+            raise
         rank = os.environ.get("RANK", "0")
         if rank == "0" or error.local:
             print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)

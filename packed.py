@@ -68,9 +68,10 @@ def naming(path):
 
 def no_room(error):
     """Whether a write failed for want of room, of quota, or at the limit of a file's size: as the system says it, or numpy's,
-    safetensors' or torch's writer in its own words."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(words in str(error) for words in (
-        "No space left", "quota exceeded", "File too large", " requested and ", "PytorchStreamWriter", "unexpected pos", "iostream error"))
+    safetensors' or torch's writer in its own words. Not what we say ourselves, which may quote anything."""
+    return not isinstance(error, InputError) and (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(words in str(error) for words in (
+            "No space left", "quota exceeded", "File too large", " requested and ", "PytorchStreamWriter", "unexpected pos", "iostream error")))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
     bash tests/run.sh tests/faults/test_full_disk.py
 """
+import errno
 import gc
 import os
 import subprocess
@@ -132,3 +133,22 @@ def test_training(disk, trained, save_steps, rooms, places):
     said = until_there_is_room(disk, rooms, attempt)
     assert all(any(place in words for words in said) for place in places), said
     assert made(disk / "run") == trained.whole
+
+
+def test_what_is_said_of_other_errors(tmp_path, capsys):
+    """Words of a user's that a writer may also use change nothing; nor is an error of another kind taken for a full disk."""
+    def fails(error):
+        with packed.replacing(tmp_path / "file") as file:
+            file.write("half")
+            raise error
+    said = "prefs.jsonl:3: expected a text, found 'No space left, 3 requested and 2 written'"
+    for error in (packed.InputError(said), OSError(errno.ENOSPC, "No space left on device"), OSError("3 requested and 2 written")):
+        with pytest.raises(SystemExit) as end:
+            config.run(lambda: fails(error))
+        words = capsys.readouterr().err
+        expected = said if error.args == (said,) else f"{tmp_path / 'file'}: cannot be written ("
+        assert end.value.code == 2 and words.startswith(f"error: {expected}")
+    for error in (FileNotFoundError(errno.ENOENT, "No such file"), ValueError("a number"), OSError("neither number nor name")):
+        with pytest.raises(type(error), match=error.args[-1]):
+            config.run(lambda: fails(error))
+    assert not list(tmp_path.iterdir())
