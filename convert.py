@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import AutoTokenizer
 
 import config
@@ -19,7 +19,7 @@ import lora
 import pickled
 import smdm
 from checkpoint import load_config, model_folder, save_model, weight_files
-from packed import InputError, read_tensors
+from packed import InputError, read_tensors, replacing
 
 
 def from_smdm(source, out, tokenizer, heads=None):
@@ -46,9 +46,9 @@ def to_smdm(source, out):
         raise InputError(f"{source}: expected an original .safetensors file of SMDM, or a folder that was made of one (an "
                          "adapter is to be merged first: merge.py)")
     tensors = {key: value for path in weight_files(model_folder(source)).values() for key, value in read_tensors(path).items()}
-    temporary = f"{out}.tmp"
-    save_file(smdm.to_original(tensors, described.n_heads), temporary)
-    os.replace(temporary, out)
+    Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out, "wb") as file:
+        file.write(save(smdm.to_original(tensors, described.n_heads)))
 
 
 def check_shapes(path, got, want):

@@ -221,8 +221,8 @@ def test_original_reads_what_is_saved(home, trained, family):
 
 def test_smdm_both_ways(home, tmp_path):
     """Original -> folder -> original, bit for bit; what is no SMDM is refused."""
-    convert.main([str(home.folder / "smdm"), str(tmp_path / "back.safetensors")])
-    back = load_file(tmp_path / "back.safetensors")
+    convert.main([str(home.folder / "smdm"), str(tmp_path / "new" / "back.safetensors")])
+    back = load_file(tmp_path / "new" / "back.safetensors")
     assert back.keys() == home.smdm.keys() and all(torch.equal(back[name], home.smdm[name]) for name in back)
     refused = lambda tensors, *words: (save_file(tensors, tmp_path / "bad.safetensors"), refuse(  # noqa: E731
         lambda: convert.from_smdm(str(tmp_path / "bad.safetensors"), tmp_path / "no", str(home.folder / "bert"), SMDM_HEADS), *words))
