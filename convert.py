@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import config
@@ -19,7 +19,7 @@ import lora
 import pickled
 import smdm
 from checkpoint import load_config, model_folder, save_model, weight_files
-from packed import InputError, read_tensors, replacing
+from packed import InputError, naming, read_tensors
 
 
 def from_smdm(source, out, tokenizer, heads=None):
@@ -47,8 +47,13 @@ def to_smdm(source, out):
                          "adapter is to be merged first: merge.py)")
     tensors = {key: value for path in weight_files(model_folder(source)).values() for key, value in read_tensors(path).items()}
     Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out, "wb") as file:
-        file.write(save(smdm.to_original(tensors, described.n_heads)))
+    temporary = Path(f"{out}.tmp")
+    try:
+        with naming(out):
+            save_file(smdm.to_original(tensors, described.n_heads), temporary)  # streamed: no second copy of the model in memory
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_shapes(path, got, want):
