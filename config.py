@@ -19,7 +19,7 @@ from typing import Literal, Optional
 import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
-from packed import InputError, no_room
+from packed import InputError, no_room, why
 
 
 def arg(default, help, *aliases, metavar=None, heading=None):
@@ -356,9 +356,9 @@ def run(main):
 
 def without_room(error):
     """The sentence of a write that failed for want of room."""
-    why = getattr(error, "strerror", None) or " ".join(str(error).split())[:150]  # a writer's that none of ours named
-    return InputError(f"{getattr(error, 'filename', None) or 'a file'}: cannot be written ({why}); what was finished before is whole; "
-                      f"make room, and go on with: {command()}", local=True)
+    name = getattr(error, "filename", None) or "a file"  # of a writer that is not within naming()
+    return InputError(f"{name}: cannot be written ({why(error)}); what was finished before is whole; make room, and go on with: {command()}",
+                      local=True)
 
 
 def command():

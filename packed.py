@@ -62,8 +62,13 @@ def naming(path):
     except Exception as error:
         if not no_room(error):
             raise
-        number, why, name = (getattr(error, field, None) for field in ("errno", "strerror", "filename"))
-        raise OSError(number or errno.ENOSPC, why or " ".join(str(error).split())[:150], name or str(path)) from None
+        number, name = (getattr(error, field, None) for field in ("errno", "filename"))
+        raise OSError(number or errno.ENOSPC, why(error), name or str(path)) from None
+
+
+def why(error):
+    """What the system says of a failed write, or else its writer, on one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:150]
 
 
 def no_room(error):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DS = "ds_configs/zero3_offload_4080.json"
 ELSEWHERE = ("bash tests/run.sh", "bash examples/make_tiny.sh")  # this suite itself, and half an hour of training
 
-SMALL = {"SEEDS": "1 2", "PROBLEMS": "12", "HELD_OUT": "8"}  # improve.sh, with too few problems to improve anything
+SMALL = {"SEEDS": "1 2", "PROBLEMS": "24", "HELD_OUT": "24"}  # improve.sh, with too few problems to improve anything
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,9 @@ def test_readme(clone):
     for command in others:
         succeed(command, clone, **(SMALL if command == "bash examples/improve.sh" else {}))
     results = json.loads((clone / "runs/improve/results.json").read_text())
-    assert [seed["seed"] for seed in results["seeds"]] == [1, 2] and all(seed["n"] == 8 for seed in results["seeds"])
+    assert [seed["seed"] for seed in results["seeds"]] == [1, 2] and all(seed["n"] == 24 for seed in results["seeds"])
     assert all(0 <= seed[name] <= 1 for seed in results["seeds"] for name in ("base", "sft", "sft_early", "dpo"))
-    assert sum(each["n"] for each in results["by_steps"].values()) == 16
+    assert sum(each["n"] for each in results["by_steps"].values()) == 48
     assert all(0.7 < seed["dpo_tokens"] / seed["sft_tokens"] < 1.4 for seed in results["seeds"])
 
 

@@ -56,9 +56,9 @@ def same(home, folder):
 
 
 def test_random_kills(tmp_path):
-    kills, _, wrong = faults.measure(tmp_path, ["train", "score", "prep"], 6, random.randrange(10**6), str(DS))
+    kills, _, wrong = faults.measure(tmp_path, ["train", "score", "prep"], 9, random.randrange(10**6), str(DS))
     assert not wrong, wrong
-    assert kills.total() >= 6
+    assert kills.total() >= 9
 
 
 def wait_for(process, ready):
