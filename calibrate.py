@@ -1,73 +1,84 @@
-"""How noisy and how biased the score's estimators are on your pairs and your model: `python score.py --calibrate`.
+"""How noisy and how biased the score's estimators are on your pairs and your model.
 
     packed/ + model (+ policy) -> packed/calibration-<key>.json, .png; read by --diffusion_steps auto
+    python data_prep.py --in examples/prefs.jsonl
+    python calibrate.py --data packed --use_mixed_precision no --pairs 2 --draws 2
 
 Every design (estimator, T, R) is drawn several times for some pairs, for the reference and for a policy under the same noise:
---calibrate_policy, or the reference with each weight moved a little. The truth is the score in single-token steps, by
+--policy, or the reference with each weight moved a little. The truth is the score in single-token steps, by
 elbo_stratified with up to 64 levels. What is recommended is the least noise at equal cost, variance of the margin times passes, of
 the designs whose bias is below the standard error of a step of STEP_PAIRS pairs, which that step has in any case.
 
 n response tokens, T denoising steps, R trajectories, S states, D draws.
 """
+
 import dataclasses
 import sys
 import time
+from typing import Optional
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
 import config
-import diffusion
-import packed as disk
+import files
 import score
-from packed import InputError
+from cli import exits
+from cli.parser import arg, names
+from files import InputError
+from models import checkpoint
+from preferences import packed as disk
+from scoring import noise, recipe
+from scoring.calibration import key, place, recommend
+from scoring.states import response_states
+from training import deepspeed_config, engine, streaming
+
+UNUSED = names(config.DataArguments, config.TrainArguments) - {"data"} | {
+    "end_token_id",
+    "gradient_checkpointing",
+    "lora_r",
+    "lora_alpha",
+    "lora_targets",
+    "diffusion_steps",
+    "trajectories",
+    "estimator",
+    "order",
+    "block_length",
+    "noise_sets",
+}  # by this script, of the arguments that it accepts
 
 DESIGNS = [("spread", T, R) for T, R in ((2, 3), (2, 7), (3, 3), (4, 2), (4, 4), (4, 5), (6, 3), (8, 2))]
 DESIGNS += [(name, N, 1) for name in ("elbo", "elbo_stratified") for N in (4, 8, 16)]
 DESIGNS += [("stepwise", 4, 5), ("stepwise", 20, 1)]
 LEVELS, MASKS, TRUTH_DRAWS = 64, 4, 2  # of the truth
-STEP_PAIRS = 16
 MOVED = 0.02  # a weight's move without a policy, in standard deviations of its tensor
 
 
-def key(packed, model_args):
-    """What a calibration depends on."""
-    return {"data": packed.meta["fingerprint"], "model": checkpoint.model_fingerprint(model_args.model_name_or_path),
-            "tokenizer": packed.meta["tokenizer"], "dtype": model_args.use_mixed_precision, "load_in_4bit": model_args.load_in_4bit,
-            "shift_logits": model_args.shift_logits}
-
-
-def place(packed, model_args):
-    return packed.folder / f"calibration-{disk.fingerprint(key(packed, model_args))}.json"
-
-
-def settle(packed, model_args, noise_args):
-    """Fill in --diffusion_steps auto, and with it trajectories and estimator, from the calibration."""
-    path = place(packed, model_args)
-    mend = f"python score.py --calibrate --data {packed.folder} {config.flags(score.SAME, model_args)}"
-    if not path.exists():
-        raise InputError(f"--diffusion_steps auto: {packed.folder} holds no calibration of this model; run: {mend}")
-    rows = disk.read_json(path, mend)["rows"]
-    best = recommend([row for row in rows if noise_args.estimator in ("auto", row["estimator"])])
-    noise_args.estimator, noise_args.diffusion_steps, noise_args.trajectories = (
-        best["estimator"], best["diffusion_steps"], best["trajectories"])
-
-
-def recommend(rows):
-    """The row of least noise at equal cost, of those with little bias of the margin; of least bias where there is none."""
-    fair = [row for row in rows if row["margin_bias"] ** 2 <= (row["between_pairs"] + row["margin_variance"]) / STEP_PAIRS]
-    return min(fair, key=lambda row: row["noise_x_cost"]) if fair else min(rows, key=lambda row: row["margin_bias"])
+@dataclasses.dataclass
+class CalibrateArguments:
+    policy: Optional[str] = arg(
+        None,
+        "trained model to measure margins with; without it weights are moved a little",
+        metavar="MODEL",
+        heading="Calibration",
+    )
+    pairs: int = arg(8, "pairs to measure on")
+    draws: int = arg(6, "draws of each estimator for each pair")
+    reuse: bool = arg(
+        False, "measure only if --diffusion_steps is auto and --data holds no calibration of this model yet"
+    )
 
 
 def draws_of(packed, index, side, design, draws, noise_seed):
     """Yields (masked, weight) of one response, `draws` times; the truth is the design (n, ...)."""
     for draw in range(draws):
-        rng = diffusion.generator(noise_seed, packed.content(index), f"{diffusion.side_of(design[0], side)} calibration {design}", draw)
-        masked = diffusion.state_masks(len(packed[index][1 + side]), *design, rng)
-        yield masked, diffusion.state_weights(masked, *design)
+        rng = noise.generator(
+            noise_seed, packed.content(index), f"{noise.side_of(design[0], side)} calibration {design}", draw
+        )
+        masked = noise.state_masks(len(packed[index][1 + side]), *design, rng)
+        yield masked, noise.state_weights(masked, *design)
 
 
 def truth_design(n):
@@ -78,8 +89,13 @@ def truth_design(n):
 def scores_of(model, packed, pairs, draws, mask_id, states_per_forward, noise_seed, ranks, name):
     """Scores (pairs, D, 2) of every design and, last, of the truth; seconds and live states per response of each."""
     found, seconds, passes = [], np.zeros(len(DESIGNS) + 1), np.zeros(len(DESIGNS) + 1)
-    bar = tqdm(total=len(pairs) * (len(DESIGNS) + 1), desc=name, unit="design", disable=not ranks.first,
-               mininterval=1 if sys.stderr.isatty() else 30)
+    bar = tqdm(
+        total=len(pairs) * (len(DESIGNS) + 1),
+        desc=name,
+        unit="design",
+        disable=not ranks.first,
+        mininterval=1 if sys.stderr.isatty() else 30,
+    )
     for d, design in enumerate([*DESIGNS, None]):
         D = draws if design else TRUTH_DRAWS
         table = torch.zeros(len(pairs), D, 2, dtype=torch.float64)
@@ -87,8 +103,10 @@ def scores_of(model, packed, pairs, draws, mask_id, states_per_forward, noise_se
             began, parts = time.time(), []
             prompt, *responses = packed[index]
             for side, response in enumerate(responses):
-                for masked, weight in draws_of(packed, index, side, design or truth_design(len(response)), D, noise_seed):
-                    states = score.response_states(prompt, response, masked, weight, mask_id)
+                for masked, weight in draws_of(
+                    packed, index, side, design or truth_design(len(response)), D, noise_seed
+                ):
+                    states = response_states(prompt, response, masked, weight, mask_id)
                     parts.append(score.state_scores(model, states, states_per_forward, ranks.device).sum())
                     passes[d] += weight.any(1).sum()
             table[p] = torch.stack(parts).double().cpu().view(2, D).T
@@ -107,9 +125,13 @@ def measure(policy, reference, truth_policy, truth_reference):
     off = margin.mean(1) - truth.mean(1)  # (pairs,)
     noise = margin.var(1, ddof=1).mean()
     doubt = noise / margin.shape[1] + truth.var(1, ddof=1).mean() / truth.shape[1]  # of `off`, squared
-    return {"score_variance": policy.var(1, ddof=1).mean(), "score_bias": (policy.mean(1) - truth_policy.mean(1)).mean(),
-            "margin_variance": noise, "margin_bias": max(0.0, (off ** 2).mean() - doubt) ** 0.5,
-            "between_pairs": max(0.0, truth.mean(1).var(ddof=1) - truth.var(1, ddof=1).mean() / truth.shape[1])}
+    return {
+        "score_variance": policy.var(1, ddof=1).mean(),
+        "score_bias": (policy.mean(1) - truth_policy.mean(1)).mean(),
+        "margin_variance": noise,
+        "margin_bias": max(0.0, (off**2).mean() - doubt) ** 0.5,
+        "between_pairs": max(0.0, truth.mean(1).var(ddof=1) - truth.var(1, ddof=1).mean() / truth.shape[1]),
+    }
 
 
 @torch.no_grad()
@@ -120,56 +142,86 @@ def move(model, seed=0):
         with checkpoint.writing(parameter) as mine:
             if mine:
                 noise = torch.randn(parameter.shape, generator=rng)
-                parameter.add_((MOVED * parameter.float().std(correction=0) * noise.to(parameter.device)).to(parameter.dtype))
+                parameter.add_(
+                    (MOVED * parameter.float().std(correction=0) * noise.to(parameter.device)).to(parameter.dtype)
+                )
 
 
 def run(packed, model_args, noise_args, args, mask_id, ranks):
     """Measure, print the table, write it and its plot."""
-    if len(packed) < 2 or args.calibrate_pairs < 2 or args.calibrate_draws < 2:
-        raise InputError("--calibrate compares pairs and draws: at least 2 pairs, --calibrate_pairs 2 and --calibrate_draws 2 are needed")
+    if len(packed) < 2 or args.pairs < 2 or args.draws < 2:
+        raise InputError("a calibration compares pairs and draws: at least 2 pairs, --pairs 2 and --draws 2 are needed")
     rng = np.random.default_rng(noise_args.noise_seed)
-    pairs = np.sort(rng.choice(len(packed), min(args.calibrate_pairs, len(packed)), replace=False))
-    model, size = score.load(model_args, ranks), model_args.states_per_forward
+    pairs = np.sort(rng.choice(len(packed), min(args.pairs, len(packed)), replace=False))
+    model, size = streaming.load(model_args, ranks), model_args.states_per_forward
     if size == "auto":
         widest = dataclasses.replace(noise_args, estimator="spread", diffusion_steps=4, trajectories=5, order="random")
         size = score.fit_reference(model, packed, widest, mask_id, ranks)
-    common = (packed, pairs, args.calibrate_draws, mask_id, size, noise_args.noise_seed, ranks)
+    common = (packed, pairs, args.draws, mask_id, size, noise_args.noise_seed, ranks)
     reference, seconds, passes = scores_of(model, *common, "calibration, reference")
-    if args.calibrate_policy:
+    if args.policy:
         del model
-        model = score.load(model_args, ranks, args.calibrate_policy)
+        model = streaming.load(model_args, ranks, args.policy)
     else:
         move(model)
     policy, _, _ = scores_of(model, *common, "calibration, policy")
     rows = []
     for (name, T, R), a, b, second, count in zip(DESIGNS, policy, reference, seconds, passes):
         found = measure(a, b, policy[-1], reference[-1])
-        rows.append({"estimator": name, "diffusion_steps": T, "trajectories": R, "passes": count, "seconds": second, **found,
-                     "noise_x_cost": found["margin_variance"] * count})
-    rows = [{name: value if isinstance(value, (str, int)) else float(value) for name, value in row.items()} for row in rows]
+        rows.append(
+            {
+                "estimator": name,
+                "diffusion_steps": T,
+                "trajectories": R,
+                "passes": count,
+                "seconds": second,
+                **found,
+                "noise_x_cost": found["margin_variance"] * count,
+            }
+        )
+    rows = [
+        {name: value if isinstance(value, (str, int)) else float(value) for name, value in row.items()} for row in rows
+    ]
     if not all(0 < row["noise_x_cost"] < float("inf") for row in rows):
-        raise InputError(f"--calibrate: the scores of {args.calibrate_policy or 'the moved model'} are those of the reference, or not finite; "
-                         "expected a model trained from it")
+        raise InputError(
+            f"the scores of {args.policy or 'the moved model'} are those of the reference, or not finite; "
+            "expected a model trained from it"
+        )
     if ranks.first:
         path, best = place(packed, model_args), recommend(rows)
         show(rows, best)
-        disk.write_json(path, {"depends_on": key(packed, model_args), "policy": args.calibrate_policy or f"every weight moved by {MOVED} sd",
-                               "pairs": len(pairs), "draws": args.calibrate_draws, "rows": rows})
+        files.write_json(
+            path,
+            {
+                "depends_on": key(packed, model_args),
+                "policy": args.policy or f"every weight moved by {MOVED} sd",
+                "pairs": len(pairs),
+                "draws": args.draws,
+                "rows": rows,
+            },
+        )
         plot(rows, path.with_suffix(".png"))
-        print(f"{path}, {path.with_suffix('.png').name}: of {len(pairs)} pairs, {args.calibrate_draws} draws each\n"
-              f"recommended: --estimator {best['estimator']} --diffusion_steps {best['diffusion_steps']} "
-              f"--trajectories {best['trajectories']} (or --diffusion_steps auto)", flush=True)
+        print(
+            f"{path}, {path.with_suffix('.png').name}: of {len(pairs)} pairs, {args.draws} draws each\n"
+            f"recommended: --estimator {best['estimator']} --diffusion_steps {best['diffusion_steps']} "
+            f"--trajectories {best['trajectories']} (or --diffusion_steps auto)",
+            flush=True,
+        )
     dist.barrier()
 
 
 def show(rows, best):
     """The table: passes a response, seconds a response and model, and noise times cost against the best's."""
-    print(f"{'estimator':<16}{'T':>4}{'R':>4}{'passes':>8}{'seconds':>9}   score: {'variance':>8}{'bias':>9}   "
-          f"margin: {'variance':>8}{'bias':>9}{'noise x cost':>14}")
+    print(
+        f"{'estimator':<16}{'T':>4}{'R':>4}{'passes':>8}{'seconds':>9}   score: {'variance':>8}{'bias':>9}   "
+        f"margin: {'variance':>8}{'bias':>9}{'noise x cost':>14}"
+    )
     for row in sorted(rows, key=lambda row: row["passes"]):
-        print(f"{row['estimator']:<16}{row['diffusion_steps']:4d}{row['trajectories']:4d}{row['passes']:8.1f}{row['seconds']:9.3f}   "
-              f"{row['score_variance']:15.3g}{row['score_bias']:+9.2g}   {row['margin_variance']:16.3g}{row['margin_bias']:9.2g}"
-              f"{row['noise_x_cost'] / best['noise_x_cost']:14.2f}" + ("  <- recommended" if row is best else ""))
+        print(
+            f"{row['estimator']:<16}{row['diffusion_steps']:4d}{row['trajectories']:4d}{row['passes']:8.1f}{row['seconds']:9.3f}   "
+            f"{row['score_variance']:15.3g}{row['score_bias']:+9.2g}   {row['margin_variance']:16.3g}{row['margin_bias']:9.2g}"
+            f"{row['noise_x_cost'] / best['noise_x_cost']:14.2f}" + ("  <- recommended" if row is best else "")
+        )
 
 
 def plot(rows, path):
@@ -178,15 +230,41 @@ def plot(rows, path):
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("score", "margin")):
-        for colour, estimator in enumerate(diffusion.ESTIMATORS):
+        for colour, estimator in enumerate(noise.ESTIMATORS):
             mine = sorted((row for row in rows if row["estimator"] == estimator), key=lambda row: row["passes"])
             x = [row["passes"] for row in mine]
             axes.plot(x, [row[f"{name}_variance"] for row in mine], "o", color=f"C{colour}", label=estimator)
             axes.plot(x, [row[f"{name}_bias"] ** 2 for row in mine], "o", color=f"C{colour}", fillstyle="none")
             for row in mine:
-                axes.annotate(f"{row['diffusion_steps']}x{row['trajectories']}", (row["passes"], row[f"{name}_variance"]),
-                              textcoords="offset points", xytext=(4, 3), fontsize=7, color=f"C{colour}")
+                axes.annotate(
+                    f"{row['diffusion_steps']}x{row['trajectories']}",
+                    (row["passes"], row[f"{name}_variance"]),
+                    textcoords="offset points",
+                    xytext=(4, 3),
+                    fontsize=7,
+                    color=f"C{colour}",
+                )
         axes.set(title=name, xlabel="forward passes a response", ylabel="variance; hollow: squared bias", yscale="log")
         axes.legend(fontsize=8)
-    with disk.replacing(path, "wb") as file:
+    with files.replacing(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def main(argv=None):
+    *groups, args = config.parse(argv, __doc__, *config.GROUPS, CalibrateArguments, hide=UNUSED)
+    data_args, model_args, noise_args, train_args = groups
+    if args.reuse and (noise_args.diffusion_steps != "auto" or train_args.loss_type == "sft"):
+        return 0
+    deepspeed_config.read_ds_config(model_args.deepspeed)
+    packed = disk.Packed(data_args.data)
+    packed.need_pairs()
+    mask_id = recipe.check(packed, model_args, noise_args)
+    if args.reuse and place(packed, model_args).exists():
+        print(f"{place(packed, model_args)}: up to date", flush=True)
+        return 0
+    run(packed, model_args, noise_args, args, mask_id, engine.start())
+    return engine.leave()
+
+
+if __name__ == "__main__":
+    exits.run(main)

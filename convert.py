@@ -6,6 +6,7 @@
 
 A pickle may name any code to be run when it is read, so it is read on your word alone, and then by torch's reader of weights.
 """
+
 import argparse
 import os
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-import config
-import lora
-import pickled
-import smdm
-from checkpoint import load_config, model_folder, save_model, weight_files
-from packed import InputError, naming, read_tensors
+from cli import exits
+from cli.parser import described
+from files import InputError, naming
+from models import folders, pickled, smdm
+from models.checkpoint import save_model
+from models.families import load_config
+from models.folders import model_folder, weight_files
+from models.tensors import read_tensors
 
 
 def from_smdm(source, out, tokenizer, heads=None):
@@ -42,15 +45,21 @@ def from_smdm(source, out, tokenizer, heads=None):
 def to_smdm(source, out):
     """A folder that from_smdm() or a training of such a model made, to one file as SMDM's own code reads it."""
     described = load_config(source)
-    if described.model_type != "smdm" or lora.read(model_folder(source)):
-        raise InputError(f"{source}: expected an original .safetensors file of SMDM, or a folder that was made of one (an "
-                         "adapter is to be merged first: merge.py)")
-    tensors = {key: value for path in weight_files(model_folder(source)).values() for key, value in read_tensors(path).items()}
+    if described.model_type != "smdm" or folders.read_adapter(model_folder(source)):
+        raise InputError(
+            f"{source}: expected an original .safetensors file of SMDM, or a folder that was made of one (an "
+            "adapter is to be merged first: merge.py)"
+        )
+    tensors = {
+        key: value for path in weight_files(model_folder(source)).values() for key, value in read_tensors(path).items()
+    }
     Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{out}.tmp")
     try:
         with naming(out):
-            save_file(smdm.to_original(tensors, described.n_heads), temporary)  # streamed: no second copy of the model in memory
+            save_file(
+                smdm.to_original(tensors, described.n_heads), temporary
+            )  # streamed: no second copy of the model in memory
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
@@ -65,14 +74,28 @@ def check_shapes(path, got, want):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(**config.described(__doc__))
-    parser.add_argument("source", help="SMDM's file, such as mdm-1028M-1600e18.safetensors; a folder that was made of one; with "
-                                       "--allow_pickle a folder of pytorch_model*.bin")
+    parser = argparse.ArgumentParser(**described(__doc__))
+    parser.add_argument(
+        "source",
+        help="SMDM's file, such as mdm-1028M-1600e18.safetensors; a folder that was made of one; with "
+        "--allow_pickle a folder of pytorch_model*.bin",
+    )
     parser.add_argument("out", help="folder or .safetensors file to write, which must not exist yet")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="folder or hub name of the tokenizer, such as TinyLlama/TinyLlama_v1.1; "
-                                                             "needed to make a folder of SMDM's file")
-    parser.add_argument("--n_heads", type=int, metavar="N", help="attention heads; without it those of SMDM's released model of that width")
-    parser.add_argument("--allow_pickle", action="store_true", help="a folder of pytorch_model*.bin that you trust, to safetensors")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="folder or hub name of the tokenizer, such as TinyLlama/TinyLlama_v1.1; "
+        "needed to make a folder of SMDM's file",
+    )
+    parser.add_argument(
+        "--n_heads",
+        type=int,
+        metavar="N",
+        help="attention heads; without it those of SMDM's released model of that width",
+    )
+    parser.add_argument(
+        "--allow_pickle", action="store_true", help="a folder of pytorch_model*.bin that you trust, to safetensors"
+    )
     args = parser.parse_args(argv)
     if os.path.exists(args.out):
         raise InputError(f"{args.out}: exists already; remove it or name another")
@@ -87,4 +110,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    exits.run(main)

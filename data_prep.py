@@ -11,6 +11,7 @@ cannot be used whole is left out and listed with its reason, so that rows in = p
 a pair with nothing rejected.
 lines.npy int64 (pairs,) is the line of the source (its place in the list, for a .json) that each pair came from.
 """
+
 import functools
 import json
 import os
@@ -24,41 +25,57 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoint
 import config
-import demonstrations
-import families
-import packed
-import stopping
-from packed import InputError
-from rows import Malformed, find_columns, parse_columns, preference
-from sources import as_text, read_rows, shorten, source_sha256
+import files
+from cli import exits
+from cli.parser import arg
+from files import InputError, shorten
+from models import families, tokenization
+from preferences import demonstrations, packed
+from preferences.rows import Malformed, find_columns, parse_columns, preference
+from preferences.sources import as_text, read_rows, source_sha256
+from training import stopping
 
 COLUMNS = {"preferences": ("prompt", "chosen", "rejected"), "sft": ("prompt", "response")}  # of a row, by --task
 EXAMPLE = Path(__file__).resolve().parent / "examples" / "tiny"  # the model when none is given
-UNUSED = {"shift_logits", "use_mixed_precision", "lora_r", "lora_alpha", "lora_targets", "load_in_4bit", "gradient_checkpointing",
-          "states_per_forward", "deepspeed"}  # of ModelArguments, by this script
+UNUSED = {
+    "shift_logits",
+    "use_mixed_precision",
+    "lora_r",
+    "lora_alpha",
+    "lora_targets",
+    "load_in_4bit",
+    "gradient_checkpointing",
+    "states_per_forward",
+    "deepspeed",
+}  # of ModelArguments, by this script
 SMALL = 2000  # rows; below this, starting processes costs more than it saves
 
 
 @dataclass
 class PackArguments:
-    reuse: bool = config.arg(False, "do nothing where --data is complete and was made of the same file, task, tokenizer, template, columns "
-                                    "and max_length", heading="Data")
+    reuse: bool = arg(
+        False,
+        "do nothing where --data is complete and was made of the same file, task, tokenizer, template, columns "
+        "and max_length",
+        heading="Data",
+    )
 
 
 # --- text to ids ---
 
+
 @dataclass
 class Encoder:
     """Makes a row's three id lists (of an SFT row, the third is empty); a plain value, that can be sent to other processes."""
+
     tokenizer: object
     response_tokenizer: object
-    template: str        # "chat" or "none"
+    template: str  # "chat" or "none"
     end: int
     mask: int
     special: re.Pattern  # the special tokens' strings
-    strips: bool         # the template strips what a message says
+    strips: bool  # the template strips what a message says
     max_length: int
 
     def __call__(self, prompt, *sides):
@@ -72,12 +89,12 @@ class Encoder:
         if found := next(filter(None, map(self.special.search, (*said, *sides))), None):
             return "special token in the text", found.group(), [[]] * 3
         try:
-            ids = [checkpoint.prompt_ids(self.tokenizer, prompt, self.template)]
+            ids = [tokenization.prompt_ids(self.tokenizer, prompt, self.template)]
         except InputError as error:  # the template refuses this row's messages
             return "malformed", str(error), [[]] * 3
         for side in sides:
             side = side.strip() if self.strips else side
-            ids.append(checkpoint.encode(self.response_tokenizer, side) + [self.end])
+            ids.append(tokenization.encode(self.response_tokenizer, side) + [self.end])
         # a tokenizer that normalises may read a special token where none was written: <mask> in full-width letters under NFKC
         if self.mask in ids[0] or any(self.mask in side or self.end in side[:-1] for side in ids[1:]):
             return "special token in the text", "as the tokenizer reads it", [[]] * 3
@@ -92,27 +109,42 @@ class Encoder:
 def make_encoder(args, model_args, tokenizer):
     name, remote = model_args.model_name_or_path, model_args.trust_remote_code
     tokenizer.model_max_length = sys.maxsize  # its warning says nothing here: we drop what is too long
-    response_tokenizer = checkpoint.response_tokenizer(name, tokenizer, remote)
+    response_tokenizer = tokenization.response_tokenizer(name, tokenizer, remote)
     response_tokenizer.model_max_length = sys.maxsize
-    chat = checkpoint.uses_chat(tokenizer, args.template)
-    end = checkpoint.end_token_id(tokenizer, args.template) if model_args.end_token_id is None else model_args.end_token_id
-    model_config = checkpoint.load_config(name, remote)
-    mask = checkpoint.mask_token_id(model_config, tokenizer, model_args.mask_token_id)
+    chat = tokenization.uses_chat(tokenizer, args.template)
+    end = (
+        tokenization.end_token_id(tokenizer, args.template)
+        if model_args.end_token_id is None
+        else model_args.end_token_id
+    )
+    model_config = families.load_config(name, remote)
+    mask = tokenization.mask_token_id(model_config, tokenizer, model_args.mask_token_id)
     most = min(args.max_length, families.longest(model_config) or args.max_length)
     strips = False
     if chat:
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": " @answer@ "}]
-        strips = " @answer@ " not in checkpoint.render(tokenizer, messages)
-    return Encoder(tokenizer, response_tokenizer, "chat" if chat else "none", end, mask,
-                   special_pattern(tokenizer, {mask, end}), strips, most)
+        strips = " @answer@ " not in tokenization.render(tokenizer, messages)
+    return Encoder(
+        tokenizer,
+        response_tokenizer,
+        "chat" if chat else "none",
+        end,
+        mask,
+        special_pattern(tokenizer, {mask, end}),
+        strips,
+        most,
+    )
 
 
 def special_pattern(tokenizer, ids):
     """A pattern of every string that the tokenizer reads as a special token, and of the tokens `ids`."""
     added = tokenizer.added_tokens_decoder
     # all_special_tokens also holds sentencepiece's user-defined pieces, such as a newline, which are plain text
-    texts = {token for token in tokenizer.all_special_tokens
-             if (i := tokenizer.convert_tokens_to_ids(token)) not in added or added[i].special}
+    texts = {
+        token
+        for token in tokenizer.all_special_tokens
+        if (i := tokenizer.convert_tokens_to_ids(token)) not in added or added[i].special
+    }
     texts |= {str(token) for token in added.values() if token.special}
     texts |= {tokenizer.convert_ids_to_tokens(i) for i in ids if i < len(tokenizer)}
     return re.compile("|".join(re.escape(text) for text in sorted(texts - {None, ""}, key=len, reverse=True)))
@@ -121,8 +153,11 @@ def special_pattern(tokenizer, ids):
 def encode_batch(batch, encoder):
     """One batch of `datasets`: JSON strings in, columns out."""
     done = [encoder(*json.loads(text)) for text in batch["row"]]
-    return {"reason": [reason for reason, _, _ in done], "detail": [detail for _, detail, _ in done],
-            **{name: [ids[i] for _, _, ids in done] for i, name in enumerate(("prompt", "chosen", "rejected"))}}
+    return {
+        "reason": [reason for reason, _, _ in done],
+        "detail": [detail for _, detail, _ in done],
+        **{name: [ids[i] for _, _, ids in done] for i, name in enumerate(("prompt", "chosen", "rejected"))},
+    }
 
 
 def end_with_us(parent):
@@ -134,6 +169,7 @@ def end_with_us(parent):
 def encode_rows(encoder, rows, num_proc):
     """Fill in reason, detail and ids of each row; the same for every num_proc."""
     import datasets  # here, not above: it takes a second, and --reuse has no need of it
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     if num_proc < 0:
         raise InputError(f"--num_proc {num_proc}: expected 0 (one per core) or more")
@@ -141,13 +177,27 @@ def encode_rows(encoder, rows, num_proc):
     if num_proc > 1:
         os.register_at_fork(after_in_child=functools.partial(end_with_us, os.getpid()))
     ids = datasets.List(datasets.Value("uint32"))
-    columns = {"reason": datasets.Value("string"), "detail": datasets.Value("string"),
-               "prompt": ids, "chosen": ids, "rejected": ids}
+    columns = {
+        "reason": datasets.Value("string"),
+        "detail": datasets.Value("string"),
+        "prompt": ids,
+        "chosen": ids,
+        "rejected": ids,
+    }
     # Rows travel as JSON: arrow has no column type for "a string or messages". In memory: nothing in the home folder.
     table = datasets.Dataset.from_dict({"row": [json.dumps(row.parts) for row in rows]})
-    table = table.map(encode_batch, batched=True, num_proc=num_proc if num_proc > 1 else None, remove_columns=["row"],
-                      fn_kwargs={"encoder": encoder}, features=datasets.Features(columns), keep_in_memory=True,
-                      load_from_cache_file=False, new_fingerprint="packed", desc="tokenizing")
+    table = table.map(
+        encode_batch,
+        batched=True,
+        num_proc=num_proc if num_proc > 1 else None,
+        remove_columns=["row"],
+        fn_kwargs={"encoder": encoder},
+        features=datasets.Features(columns),
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint="packed",
+        desc="tokenizing",
+    )
     # In batches: row by row, handing the ids over takes longer than making them. The strings stay Python's.
     table = table.with_format("numpy", columns=["prompt", "chosen", "rejected"], output_all_columns=True)
     done = (row for batch in table.iter(1000) for row in zip(*(batch[name] for name in columns)))
@@ -156,6 +206,7 @@ def encode_rows(encoder, rows, num_proc):
 
 
 # --- the job ---
+
 
 def prepare(path, args, encoder):
     """(rows, form): all rows of the source, each with ids or with a reason; raises InputError before anything is written."""
@@ -170,8 +221,10 @@ def prepare(path, args, encoder):
             try:
                 row.parts = read(row.value, columns, encoder.template == "chat")
                 if encoder.template == "none" and isinstance(row.parts[0], list):
-                    raise Malformed("conversational rows need a chat template, and "
-                                    + ("--template none was given" if args.template == "none" else "this tokenizer has none"))
+                    raise Malformed(
+                        "conversational rows need a chat template, and "
+                        + ("--template none was given" if args.template == "none" else "this tokenizer has none")
+                    )
             except Malformed as error:
                 row.reason, row.detail = error.reason, str(error)
         stop_at_malformed(row, args, where)
@@ -181,7 +234,7 @@ def prepare(path, args, encoder):
     for row in rows:
         stop_at_malformed(row, args, where)  # the chat template may refuse a row too
         if not row.reason:
-            first = seen.setdefault(packed.fingerprint(*row.ids), row.number)
+            first = seen.setdefault(files.fingerprint(*row.ids), row.number)
             if first != row.number:
                 row.reason, row.detail = "duplicate", f"of {first}"
     return rows, form
@@ -194,26 +247,35 @@ def stop_at_malformed(row, args, where):
 
 def write(folder, kept, left_out, meta):
     """meta.json goes first and comes back last, so that no half is taken for whole."""
-    entries = [{"line": row.number, "reason": row.reason, "detail": row.detail,
-                "text": shorten(row.value if isinstance(row.value, str) else as_text(row.value), 500)} for row in left_out]
+    entries = [
+        {
+            "line": row.number,
+            "reason": row.reason,
+            "detail": row.detail,
+            "text": shorten(row.value if isinstance(row.value, str) else as_text(row.value), 500),
+        }
+        for row in left_out
+    ]
     (folder / "meta.json").unlink(missing_ok=True)
     lines = np.array([row.number for row in kept], np.int64)
-    packed.write_array(folder / "lines.npy", lines)
-    with packed.replacing(folder / "rejects.jsonl") as file:
+    files.write_array(folder / "lines.npy", lines)
+    with files.replacing(folder / "rejects.jsonl") as file:
         file.writelines(json.dumps(entry) + "\n" for entry in entries)
-    packed.write_packed(folder, (row.ids for row in kept), {**meta, "lines": packed.fingerprint(lines)})
+    packed.write_packed(folder, (row.ids for row in kept), {**meta, "lines": files.fingerprint(lines)})
 
 
 def mend(task, folder, model):
     """The command that packs `folder`."""
     source = "--task sft --in sft.jsonl" if task == "sft" else "--in prefs.jsonl"
-    return f"python data_prep.py {source} --out {shlex.quote(str(folder))} --model_name_or_path {shlex.quote(str(model))}"
+    return (
+        f"python data_prep.py {source} --out {shlex.quote(str(folder))} --model_name_or_path {shlex.quote(str(model))}"
+    )
 
 
 def default_model(folder, reuse):
     """When none is given: the one that packed the folder, if that is to be used again, else the embedded example."""
     if reuse and (folder / "meta.json").exists():
-        return packed.read_json(folder / "meta.json", mend("preferences", folder, "M")).get("model_name_or_path")
+        return files.read_json(folder / "meta.json", mend("preferences", folder, "M")).get("model_name_or_path")
     return os.path.relpath(EXAMPLE) if EXAMPLE.is_dir() else None
 
 
@@ -225,7 +287,9 @@ def up_to_date(args, model_args, tokenizer):
     if not (Path(args.data) / "meta.json").exists():
         if source:
             return None
-        raise InputError(f"{args.data}: no packed {said_of(args.task)} there, and no preference_data_path given; run: {remake}")
+        raise InputError(
+            f"{args.data}: no packed {said_of(args.task)} there, and no preference_data_path given; run: {remake}"
+        )
     try:
         folder = packed.Packed(args.data)
         folder.lines()
@@ -233,36 +297,48 @@ def up_to_date(args, model_args, tokenizer):
         if source:
             return None
         raise
-    meta, tokens = folder.meta | {"task": folder.task}, checkpoint.tokenizer_fingerprint(tokenizer)
+    meta, tokens = folder.meta | {"task": folder.task}, tokenization.tokenizer_fingerprint(tokenizer)
     if not source:
         if meta.get("tokenizer") != tokens:
-            raise InputError(f"{args.data}: made with another tokenizer, that of {meta.get('model_name_or_path')}; "
-                             f"run: {mend(folder.task, args.data, model)}")
+            raise InputError(
+                f"{args.data}: made with another tokenizer, that of {meta.get('model_name_or_path')}; "
+                f"run: {mend(folder.task, args.data, model)}"
+            )
         if args.task == "sft" != folder.task:
-            raise InputError(f"{args.data}: holds preferences, and --task sft was given; leave it out, or run: {remake}")
+            raise InputError(
+                f"{args.data}: holds preferences, and --task sft was given; leave it out, or run: {remake}"
+            )
         return folder
-    wanted = {"task": args.task, "tokenizer": tokens, "max_length": args.max_length,
-              "columns": parse_columns(args.columns, COLUMNS[args.task]),
-              "template": "chat" if checkpoint.uses_chat(tokenizer, args.template) else "none"}
-    wanted |= {name: value for name in ("mask_token_id", "end_token_id") if (value := getattr(model_args, name)) is not None}
+    wanted = {
+        "task": args.task,
+        "tokenizer": tokens,
+        "max_length": args.max_length,
+        "columns": parse_columns(args.columns, COLUMNS[args.task]),
+        "template": "chat" if tokenization.uses_chat(tokenizer, args.template) else "none",
+    }
+    wanted |= {
+        name: value for name in ("mask_token_id", "end_token_id") if (value := getattr(model_args, name)) is not None
+    }
     wanted["source_sha256"] = source_sha256(source, args.split)
     return folder if all(meta.get(key) == value for key, value in wanted.items()) else None
 
 
 # --- what is printed ---
 
+
 def pieces(tokenizer, ids, most=40):
     """The ids as text with the boundaries visible; a long one is cut in the middle."""
-    anchor = checkpoint.encode(tokenizer, "x")[-1:]  # in front of each token: decoders strip the first one's space
+    anchor = tokenization.encode(tokenizer, "x")[-1:]  # in front of each token: decoders strip the first one's space
     before = len(tokenizer.decode(anchor))
 
     def show(part):
         said = [tokenizer.decode(anchor + [int(i)], clean_up_tokenization_spaces=False)[before:] for i in part]
         return ["".join(c if c.isprintable() else repr(c)[1:-1] for c in piece) for piece in said]
+
     if len(ids) <= most:
         said = show(ids)
     else:
-        said = [*show(ids[:most // 2]), f" ... ({len(ids) - most} more) ... ", *show(ids[-most // 2:])]
+        said = [*show(ids[: most // 2]), f" ... ({len(ids) - most} more) ... ", *show(ids[-most // 2 :])]
     mark = "·" if any("|" in piece for piece in said) else "|"
     return mark + mark.join(said) + mark
 
@@ -285,8 +361,10 @@ def summary(args, kept, left_out, tokenizer):
     """Lines to print: counts, lengths, one example, a warning if lengths of preferences differ."""
     names = COLUMNS[args.task]
     dropped = Counter(row.reason for row in left_out)
-    lines = [f"{args.preference_data_path}: {len(kept) + len(left_out)} rows, {len(kept)} kept, {len(left_out)} dropped"
-             + (f", listed in {args.data}/rejects.jsonl" if left_out else "")]
+    lines = [
+        f"{args.preference_data_path}: {len(kept) + len(left_out)} rows, {len(kept)} kept, {len(left_out)} dropped"
+        + (f", listed in {args.data}/rejects.jsonl" if left_out else "")
+    ]
     lines += [f"  {count:6d}  {reason}" for reason, count in dropped.most_common()]
     lengths = np.array([[len(ids) for ids in row.ids] for row in kept])  # (pairs, 3)
     shares = (0, 50, 90, 99, 100)
@@ -299,20 +377,24 @@ def summary(args, kept, left_out, tokenizer):
         return lines
     chosen, rejected = np.median(lengths[:, 1:], axis=0)
     if max(chosen, rejected) > 1.25 * min(chosen, rejected):
-        lines.append(f"warning: the median response has {chosen:.0f} tokens if chosen, {rejected:.0f} if rejected; "
-                     "DPO may learn the length instead of the content")
+        lines.append(
+            f"warning: the median response has {chosen:.0f} tokens if chosen, {rejected:.0f} if rejected; "
+            "DPO may learn the length instead of the content"
+        )
     return lines
 
 
 def main(argv=None):
-    args, model_args, own = config.parse(argv, __doc__, config.DataArguments, config.ModelArguments, PackArguments, hide=UNUSED)
+    args, model_args, own = config.parse(
+        argv, __doc__, config.DataArguments, config.ModelArguments, PackArguments, hide=UNUSED
+    )
     source, folder, reuse = args.preference_data_path, Path(args.data), own.reuse
     if not source and not reuse:
         raise InputError(f"no {said_of(args.task)} given; add --in FILE.jsonl")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: expected a folder for the packed arrays, found a file")
     name = model_args.model_name_or_path = model_args.model_name_or_path or default_model(folder, reuse)
-    tokenizer = checkpoint.load_tokenizer(name, model_args.trust_remote_code)
+    tokenizer = tokenization.load_tokenizer(name, model_args.trust_remote_code)
     if reuse and (there := up_to_date(args, model_args, tokenizer)):
         return say_up_to_date(there)
     encoder = make_encoder(args, model_args, tokenizer)
@@ -324,23 +406,43 @@ def main(argv=None):
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         first = next((f"; the first, {row.number}: {row.detail}" for row in left_out if row.detail), "")
         raise InputError(f"{source}: holds no row that can be used ({why or 'it is empty'}){first}")
-    model_config = checkpoint.load_config(name, model_args.trust_remote_code)
+    model_config = families.load_config(name, model_args.trust_remote_code)
     embeddings = getattr(model_config, "embedding_size", None) or getattr(model_config, "vocab_size", sys.maxsize)
     if (largest := max(encoder.mask, *(int(ids.max()) for row in kept for ids in row.ids if len(ids)))) >= embeddings:
-        raise InputError(f"{name}: token id {largest} is beyond the model's embedding of {embeddings} rows; "
-                         "its tokenizer and config.json do not belong together")
+        raise InputError(
+            f"{name}: token id {largest} is beyond the model's embedding of {embeddings} rows; "
+            "its tokenizer and config.json do not belong together"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    lock = packed.wait_for(folder / ".lock", f"{folder}")  # noqa: F841  ours until this process ends
+    lock = files.wait_for(folder / ".lock", f"{folder}")  # noqa: F841  ours until this process ends
     if reuse and (there := up_to_date(args, model_args, tokenizer)):  # whom we waited for has made the same
         return say_up_to_date(there)
-    write(folder, kept, left_out, {
-        "task": args.task, "source": source, "tokenizer": checkpoint.tokenizer_fingerprint(tokenizer), "model_name_or_path": name,
-        "source_sha256": source_sha256(source, args.split), "form": form,
-        "columns": parse_columns(args.columns, COLUMNS[args.task]), "template": encoder.template, "max_length": args.max_length,
-        "rows": len(rows), "kept": len(kept), "dropped": dropped,
-        "end_token_id": encoder.end, "pad_token_id": tokenizer.eos_token_id, "mask_token_id": encoder.mask})
+    write(
+        folder,
+        kept,
+        left_out,
+        {
+            "task": args.task,
+            "source": source,
+            "tokenizer": tokenization.tokenizer_fingerprint(tokenizer),
+            "model_name_or_path": name,
+            "source_sha256": source_sha256(source, args.split),
+            "form": form,
+            "columns": parse_columns(args.columns, COLUMNS[args.task]),
+            "template": encoder.template,
+            "max_length": args.max_length,
+            "rows": len(rows),
+            "kept": len(kept),
+            "dropped": dropped,
+            "end_token_id": encoder.end,
+            "pad_token_id": tokenizer.eos_token_id,
+            "mask_token_id": encoder.mask,
+        },
+    )
     print(f"form: {form}")
-    print(f"template: {encoder.template}; mask: {token(tokenizer, encoder.mask)}; end of a response: {token(tokenizer, encoder.end)}")
+    print(
+        f"template: {encoder.template}; mask: {token(tokenizer, encoder.mask)}; end of a response: {token(tokenizer, encoder.end)}"
+    )
     if encoder.max_length < args.max_length:
         print(f"{name} reads at most {encoder.max_length} tokens, less than --max_length {args.max_length}")
     print("\n".join(summary(args, kept, left_out, tokenizer)))
@@ -349,4 +451,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    exits.run(main)

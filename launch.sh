@@ -80,7 +80,7 @@ finish() { # wait for all of pids; when one fails the others, which would wait f
     [ "$code" = 0 ] || exit "$code"
 }
 
-ranks_of() { # a script of ours on this host's ranks; $2: which of the two that meet, for they need a port each
+ranks_of() { # SCRIPT PORT [FLAG...]: a script of ours on this host's ranks; PORT: which of those that meet, for they need one each
     local port rank
     if [ "$hosts" = 1 ]; then
         port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
@@ -89,7 +89,7 @@ ranks_of() { # a script of ours on this host's ranks; $2: which of the two that 
     fi
     for ((rank = 0; rank < ranks; rank++)); do
         MASTER_PORT=$port RANK=$((host * ranks + rank)) LOCAL_RANK=$rank setsid "$python" "$here/$1" \
-            --deepspeed "$ds_config" "${flags[@]}" &
+            --deepspeed "$ds_config" "${@:3}" "${flags[@]}" &
         pids+=($!)
     done
     finish
@@ -99,5 +99,7 @@ echo "1/3 packed arrays"
 setsid "$python" "$here/data_prep.py" --reuse "${flags[@]}" &
 pids=($!)
 finish
-echo "2/3 reference scores" && ranks_of score.py 0
-echo "3/3 training" && ranks_of train_dpo.py 1
+echo "2/3 reference scores"
+ranks_of calibrate.py 0 --reuse # for --diffusion_steps auto alone
+ranks_of score.py 1
+echo "3/3 training" && ranks_of train_dpo.py 2

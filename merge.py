@@ -8,15 +8,19 @@
 
 bfloat16 rounds small changes away, so how much is left of what the adapter adds is measured and said.
 """
+
 import argparse
 import os
 import sys
 
-import config
-import families
-import lora
-from checkpoint import DTYPES, load_config, load_model, load_tokenizer, model_folder, save_model
-from packed import InputError
+from cli import exits
+from cli.parser import described
+from files import InputError
+from models import families, folders, lora
+from models.checkpoint import DTYPES, load_model, save_model
+from models.families import load_config
+from models.folders import model_folder
+from models.tokenization import load_tokenizer
 
 
 def merge(adapter, out, dtype):
@@ -26,36 +30,56 @@ def merge(adapter, out, dtype):
     `adapter` holds no adapter.
     """
     folder = model_folder(adapter)
-    if not lora.read(folder):
+    if not folders.read_adapter(folder):
         raise InputError(f"{adapter}: holds no adapter_config.json; expected the folder of an adapter")
-    source, noted = lora.read(folder)["base_model_name_or_path"], lora.base_of(folder)
+    source, noted = folders.read_adapter(folder)["base_model_name_or_path"], folders.adapter_base(folder)
     shift = "yes" if families.shifted(load_config(adapter)) else "no"
     model = load_model(source, DTYPES[dtype], shift_logits=shift)
     kept = lora.merge(model, folder)
-    card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else "---\nlibrary_name: peft\n---\n"
-    card = card.replace("library_name: peft", "library_name: transformers", 1).replace("_relation: adapter", "_relation: finetune", 1)
+    card = (
+        (folder / "README.md").read_text(encoding="utf-8")
+        if (folder / "README.md").is_file()
+        else "---\nlibrary_name: peft\n---\n"
+    )
+    card = card.replace("library_name: peft", "library_name: transformers", 1).replace(
+        "_relation: adapter", "_relation: finetune", 1
+    )
     card += f"\nThis is the adapter merged into its base: of what it adds, {100 * kept:.1f}% is left after rounding.\n"
-    save_model(out, model, dict(model.named_parameters()), source, load_tokenizer(adapter), card, noted.get("mask_token_id"))
+    save_model(
+        out, model, dict(model.named_parameters()), source, load_tokenizer(adapter), card, noted.get("mask_token_id")
+    )
     return source, kept
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(**config.described(__doc__))
+    parser = argparse.ArgumentParser(**described(__doc__))
     parser.add_argument("adapter", help="folder of the adapter, such as runs/NAME/final")
     parser.add_argument("out", help="folder to write, which must not exist yet")
-    parser.add_argument("--use_mixed_precision", choices=DTYPES, default="bf16", help="bf16: bfloat16 weights; no: float32 (default: bf16)")
+    parser.add_argument(
+        "--use_mixed_precision",
+        choices=DTYPES,
+        default="bf16",
+        help="bf16: bfloat16 weights; no: float32 (default: bf16)",
+    )
     args = parser.parse_args(argv)
     if os.path.exists(args.out):
         raise InputError(f"{args.out}: exists already; remove it or name another")
     source, kept = merge(args.adapter, args.out, args.use_mixed_precision)
-    print(f"{args.out}: {args.adapter} merged into {source}; {100 * kept:.1f}% of what it adds is left after rounding to "
-          f"{'bfloat16' if args.use_mixed_precision == 'bf16' else 'float32'}", flush=True)
+    print(
+        f"{args.out}: {args.adapter} merged into {source}; {100 * kept:.1f}% of what it adds is left after rounding to "
+        f"{'bfloat16' if args.use_mixed_precision == 'bf16' else 'float32'}",
+        flush=True,
+    )
     if kept < 0.9:
-        print(f"warning: {args.out} is hardly what was trained; sample from {args.adapter} itself, or merge with --use_mixed_precision no "
-              "and load it so", file=sys.stderr, flush=True)
+        print(
+            f"warning: {args.out} is hardly what was trained; sample from {args.adapter} itself, or merge with --use_mixed_precision no "
+            "and load it so",
+            file=sys.stderr,
+            flush=True,
+        )
     print(f"next: python generate.py --model_name_or_path {args.out} --prompt '...'", flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    config.run(main)
+    exits.run(main)

@@ -7,34 +7,46 @@
 summary.png is the report as one picture. A run may be going on or have been killed. history.py reads it, diagnosis.py says what is
 worth a sentence, charts.py and poster.py draw, page.py writes.
 """
+
 import argparse
 import os
 from pathlib import Path
 
-import charts
-import diagnosis
-import history
-import page
-import poster
-from packed import InputError, replacing
+from cli import exits
+from files import InputError, replacing
+from reporting import charts, diagnosis, history, page, poster
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     epilog="example: python report.py runs/tiny runs/other --out runs/compared/report")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        epilog="example: python report.py runs/tiny runs/other --out runs/compared/report",
+    )
     read = parser.add_argument_group("what is read")
-    read.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, the --output_dir of train_dpo.py; several are laid over "
-                                                             "each other")
-    read.add_argument("--evaluation", metavar="FOLDER", help="the --output_dir of evaluate.py to show; default: those beside the run "
-                                                             "that name its final/")
+    read.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder of a run, the --output_dir of train_dpo.py; several are laid over each other",
+    )
+    read.add_argument(
+        "--evaluation",
+        metavar="FOLDER",
+        help="the --output_dir of evaluate.py to show; default: those beside the run that name its final/",
+    )
     written = parser.add_argument_group("what is written")
-    written.add_argument("--out", metavar="FOLDER", help="folder of report.html and the PNGs; default: RUN/report, of the first run")
+    written.add_argument(
+        "--out", metavar="FOLDER", help="folder of report.html and the PNGs; default: RUN/report, of the first run"
+    )
     args = parser.parse_args(argv)
     folders = [os.path.realpath(run) for run in args.runs]
     if len(set(folders)) < len(folders):
         raise InputError("a run is named twice; expected different folders")
     if len(folders) > len(charts.SERIES):
-        raise InputError(f"{len(folders)} runs are named; expected at most {len(charts.SERIES)}, which can be told apart in one chart")
+        raise InputError(
+            f"{len(folders)} runs are named; expected at most {len(charts.SERIES)}, which can be told apart in one chart"
+        )
     return args
 
 
@@ -54,8 +66,11 @@ def main(argv=None):
     for run in runs:
         if run.scored and run.packed:
             history.load_tokenizer(run)
-        print(f"{run.folder}: {run.state}, {len(run.log['step'])} steps in log.jsonl"
-              + (f", {len(run.scored.pair)} {charts.pairs_of(run)}" if run.scored else ""), flush=True)
+        print(
+            f"{run.folder}: {run.state}, {len(run.log['step'])} steps in log.jsonl"
+            + (f", {len(run.scored.pair)} {charts.pairs_of(run)}" if run.scored else ""),
+            flush=True,
+        )
     for each in evaluations:
         print(f"{os.path.relpath(each.path)}: {len(each.table)} lines", flush=True)
 
@@ -73,10 +88,12 @@ def main(argv=None):
         print(f"{run.name}: " + "; ".join(f"{what} {figure} ({of})" for what, figure, of in diagnosis.headlines(run)))
         for words in diagnosis.findings(run):
             print(f"  {words}")
-    print(f"{folder / 'report.html'}: the report, beside it {len(made)} charts as PNG, and summary.png, one picture of it", flush=True)
+    print(
+        f"{folder / 'report.html'}: the report, beside it {len(made)} charts as PNG, and summary.png, one picture of it",
+        flush=True,
+    )
     return 0
 
 
 if __name__ == "__main__":
-    import config
-    config.run(main)
+    exits.run(main)

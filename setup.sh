@@ -44,7 +44,7 @@ if [ "$(cat "$built" 2>/dev/null)" != "$versions" ]; then
     ( # one builder at a time
         flock 9
         cd "$here" && "$python" - > "$TORCH_EXTENSIONS_DIR/build.log" 2>&1 <<'PY' || exit 1
-import engine
+from training import engine
 from deepspeed.accelerator import get_accelerator
 engine.clear_stale_locks()
 names = ["CPUAdamBuilder"] + (["ShareMemCommBuilder"] if get_accelerator().device_name() == "cpu" else [])

@@ -8,6 +8,7 @@
 The loop is here, visible; the loss is in objective.py, the score and its exact gradient in score.py, the engine in engine.py. The
 first step has margin 0 and loss ln 2, because policy and reference replay the same noise; a run where they do not is refused.
 """
+
 import dataclasses
 import math
 import os
@@ -19,28 +20,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import calibrate
-import card
-import checkpoint
 import config
-import engine
-import families
-import guard
-import lora
-import packed as disk
 import plan
-import quantized
-import resume
-import runs
 import score
-import stopping
-import tasks
-import tracking
-from objective import SFT, Preference, Stream, split
-from packed import InputError
+from cli import exits
+from cli.parser import names
+from files import InputError
+from models import checkpoint, families, folders, lora, quantized, tokenization
+from preferences import packed as disk
+from preferences.packed import longest
+from reasoning import tasks
+from scoring import calibration, recipe, reference
+from scoring.objective import SFT, Preference, Stream, split
+from scoring.states import backward_passes, sizes
+from training import card, deepspeed_config, engine, guard, memory, resume, runs, stopping, tracking
 
-
-UNUSED = config.names(config.DataArguments) - {"data", "max_length"} | {"end_token_id"}  # here, of the arguments that are accepted
+UNUSED = names(config.DataArguments) - {"data", "max_length"} | {
+    "end_token_id"
+}  # here, of the arguments that are accepted
 
 
 class Job(NamedTuple):
@@ -54,6 +51,10 @@ class Job(NamedTuple):
     stop: stopping.Stop
     states_per_forward: int
     record: tracking.Record
+
+    def scores(self, states):
+        """The policy's score of each of `states`, (S,) float32."""
+        return score.state_scores(self.policy, states, self.states_per_forward, self.ranks.device)
 
 
 def learning_rate(step, total, args):
@@ -86,11 +87,14 @@ def optimizer_step(job, step, backwards, rate):
                 nonlocal done
                 done += 1  # the boundary is set at every backward: without it ZeRO-2 is silently wrong
                 job.policy.set_gradient_accumulation_boundary(done == backwards)
-                job.policy.backward(loss * (share / job.args.gradient_accumulation_steps * guard.poison(loss)), scale_wrt_gas=False)
+                job.policy.backward(
+                    loss * (share / job.args.gradient_accumulation_steps * guard.poison(loss)), scale_wrt_gas=False
+                )
 
             responses = job.objective.responses(item)
             loss, scores = score.score_and_backward(
-                job.policy, responses, job.objective.loss(item), job.states_per_forward, job.ranks.device, backward)
+                job.policy, responses, job.objective.loss(item), job.states_per_forward, job.ranks.device, backward
+            )
             sums = sums + job.objective.measure(item, loss, scores)
             tokens += sum(states.inputs.size for states in responses)
             pieces.append((item, loss, scores))
@@ -110,8 +114,7 @@ def evaluate(job, pairs, step, write=True):
         mine = turn + job.ranks.rank
         item = (int(pairs[min(mine, len(pairs) - 1)]), 0)  # an idle rank scores the last pair and throws it away
         [(item, _)] = job.objective.work([item])
-        scores = [score.state_scores(job.policy, states, job.states_per_forward, job.ranks.device)
-                  for states in job.objective.responses(item)]
+        scores = [job.scores(states) for states in job.objective.responses(item)]
         loss = job.objective.loss(item)([state.sum() for state in scores])
         if mine < len(pairs):
             sums += job.objective.measure(item, loss, scores)
@@ -135,7 +138,7 @@ def total(sums, ranks):
 
 def fit(job):
     """job with as many states a forward as fit: the longest pair is tried, its gradient times 0, and what it took is printed."""
-    objective, (index, side) = job.objective, score.longest(job.objective.packed)
+    objective, (index, side) = job.objective, longest(job.objective.packed)
     S, k = objective.counts[0], objective.carrying[0]
     joint = lambda size: objective.counts == objective.carrying and size == S  # noqa: E731  both responses in one graph
 
@@ -146,13 +149,20 @@ def fit(job):
     def trial(size):
         responses = objective.responses((index, 0))
         responses = responses if joint(size) else [responses[side].first(size)]
-        score.score_and_backward(job.policy, responses, lambda scores: 0.0 * sum(scores), size, job.ranks.device, backward)
-    size, peak = engine.grow(score.sizes(S), lambda size: 2 * S if joint(size) else min(size, k), trial, job.ranks,
-                             engine.unborn(job.policy))
+        score.score_and_backward(
+            job.policy, responses, lambda scores: 0.0 * sum(scores), size, job.ranks.device, backward
+        )
+
+    size, peak = memory.grow(
+        sizes(S), lambda size: 2 * S if joint(size) else min(size, k), trial, job.ranks, memory.unborn(job.policy)
+    )
     if job.ranks.first:
         prompt, *sides = objective.packed[index]
-        print(f"states_per_forward auto: {size} of {S}; the longest response with its prompt, {len(prompt) + len(sides[side])} "
-              f"tokens, took {peak:.1f} GiB", flush=True)
+        print(
+            f"states_per_forward auto: {size} of {S}; the longest response with its prompt, {len(prompt) + len(sides[side])} "
+            f"tokens, took {peak:.1f} GiB",
+            flush=True,
+        )
     return job._replace(states_per_forward=size)
 
 
@@ -164,20 +174,26 @@ def prepare(argv):
     packed = disk.Packed(data_args.data)
     if args.loss_type != "sft":
         packed.need_pairs()
-    mask_id = score.check(packed, model_args, noise_args)
+    mask_id = recipe.check(packed, model_args, noise_args)
     if noise_args.diffusion_steps == "auto" and args.loss_type != "sft":  # which takes no steps
-        calibrate.settle(packed, model_args, noise_args)
-    if lora.read(checkpoint.model_folder(model_args.model_name_or_path)):
-        raise InputError(f"{model_args.model_name_or_path}: an adapter, expected whole weights to start from; run: python merge.py "
-                         f"{model_args.model_name_or_path} OUT, and score and train with --model_name_or_path OUT")
-    quantized.check(model_args, engine.read_ds_config(model_args.deepspeed))
-    wanted = score.depends_on(packed, model_args, noise_args)
+        calibration.settle(packed, model_args, noise_args)
+    if folders.read_adapter(folders.model_folder(model_args.model_name_or_path)):
+        raise InputError(
+            f"{model_args.model_name_or_path}: an adapter, expected whole weights to start from; run: python merge.py "
+            f"{model_args.model_name_or_path} OUT, and score and train with --model_name_or_path OUT"
+        )
+    quantized.check(model_args, deepspeed_config.read_ds_config(model_args.deepspeed))
+    wanted = recipe.depends_on(packed, model_args, noise_args)
     if args.loss_type == "sft":
-        refuse_long_rows(packed, args, checkpoint.load_config(model_args.model_name_or_path, model_args.trust_remote_code))
+        refuse_long_rows(
+            packed, args, families.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
+        )
         objective = SFT(args, noise_args, packed, mask_id)
     else:
-        mend = f"python score.py --data {data_args.data} {config.flags((*score.SAME, 'deepspeed'), model_args, noise_args)}"
-        objective = Preference(args, noise_args, packed, disk.Reference(packed, wanted, noise_args.noise_sets, mend), mask_id)
+        mend = f"python score.py --data {data_args.data} {config.flags((*recipe.SAME, 'deepspeed'), model_args, noise_args)}"
+        objective = Preference(
+            args, noise_args, packed, reference.Reference(packed, wanted, noise_args.noise_sets, mend), mask_id
+        )
     arguments = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
     arguments["ranks"] = int(os.environ.get("WORLD_SIZE", 1))
     return groups, objective, arguments, wanted
@@ -186,7 +202,14 @@ def prepare(argv):
 def train(job, run, held, state, steps, backwards):
     """The loop: step, log, evaluate, save. state: that of the checkpoint, or of a new run. Returns the last evaluation, or None if
     it was told to stop; then all is saved."""
-    args, record, clock, evaluation, start, kept = job.args, job.record, job.record.clock, {}, state["step"], state["step"]
+    args, record, clock, evaluation, start, kept = (
+        job.args,
+        job.record,
+        job.record.clock,
+        {},
+        state["step"],
+        state["step"],
+    )
     skips, num_tokens = guard.Skips(job, run, state["skipped"]), state["num_tokens"]
     counters = lambda: {"num_tokens": num_tokens, "skipped": skips.count}  # noqa: E731
     if start and len(held) and (state["line"] or start == steps):  # it was stopped before that evaluation was made
@@ -207,8 +230,14 @@ def train(job, run, held, state, steps, backwards):
         seconds = time.time() - began
         clock.stepped(seconds)
         num_tokens += int(sums[-1])
-        line = {**tracking.measured(job, step, sums, seconds), "learning_rate": rate, "grad_norm": guard.plain(norm),
-                "skipped": skipped, "num_tokens": num_tokens, "seconds_left": clock.left(step + 1, False)}
+        line = {
+            **tracking.measured(job, step, sums, seconds),
+            "learning_rate": rate,
+            "grad_norm": guard.plain(norm),
+            "skipped": skipped,
+            "num_tokens": num_tokens,
+            "seconds_left": clock.left(step + 1, False),
+        }
         record.pairs(step + 1, "train", pieces)
         before, made, (evaluation_due, save_due) = evaluation, {}, clock.due(step + 1)
         if evaluation_due:
@@ -230,20 +259,30 @@ def refuse_long_rows(packed, args, model_config):
     """Padding may make a row longer than learned positions reach."""
     longest = families.longest(model_config)
     if longest and (most := int(np.diff(packed.bounds[:, :2], axis=1).max()) + args.sft_pad_to) > longest:
-        raise InputError(f"--sft_pad_to {args.sft_pad_to}: makes rows of {most} tokens, and this model reads {longest}; expected at most "
-                         f"{args.sft_pad_to - most + longest}")
+        raise InputError(
+            f"--sft_pad_to {args.sft_pad_to}: makes rows of {most} tokens, and this model reads {longest}; expected at most "
+            f"{args.sft_pad_to - most + longest}"
+        )
 
 
 def start_policy(model_args, args, ds_config, ranks):
     """The engine of the model that training starts from, with LoRA's adapters if asked for."""
     source = model_args.model_name_or_path
-    model = checkpoint.load_model(source, checkpoint.DTYPES[model_args.use_mixed_precision], ds_config, model_args.trust_remote_code,
-                                  model_args.shift_logits, model_args.load_in_4bit)
+    model = checkpoint.load_model(
+        source,
+        checkpoint.DTYPES[model_args.use_mixed_precision],
+        ds_config,
+        model_args.trust_remote_code,
+        model_args.shift_logits,
+        model_args.load_in_4bit,
+    )
     if model_args.gradient_checkpointing and model.supports_gradient_checkpointing:  # ALBERT does not
         # non-reentrant: the only kind that ZeRO-3 bears with several forwards a step
         model.activation_checkpointing_enable({"use_reentrant": False})
     if model_args.lora_r:
-        model, said = lora.add(model, model_args.lora_r, model_args.lora_alpha, model_args.lora_targets, args.seed, source)
+        model, said = lora.add(
+            model, model_args.lora_r, model_args.lora_alpha, model_args.lora_targets, args.seed, source
+        )
         if ranks.first:
             print(said, flush=True)
     return engine.build(model, ds_config)
@@ -254,22 +293,40 @@ def save_final(job, run, model_args, arguments, evaluation, pairs):
     source, weights = model_args.model_name_or_path, engine.gather_weights(job.policy, job.ranks)
     if job.ranks.first:
         model, objective = job.policy.module, job.objective
-        tokenizer = checkpoint.load_tokenizer(source, model_args.trust_remote_code)
-        counts = {"trained on": pairs[0], "held out": pairs[1], "steps": job.record.steps, "pairs a step": job.record.per_step}
+        tokenizer = tokenization.load_tokenizer(source, model_args.trust_remote_code)
+        counts = {
+            "trained on": pairs[0],
+            "held out": pairs[1],
+            "steps": job.record.steps,
+            "pairs a step": job.record.per_step,
+        }
         text = card.text(run.folder.name, arguments, objective.packed, counts, evaluation, model.config.model_type)
         if model_args.lora_r:
-            lora.save(run.final, model, weights, tokenizer, text, {
-                "is_folder": os.path.isdir(source), "fingerprint": checkpoint.model_fingerprint(source),
-                "mask_token_id": objective.mask_id, "shift_logits": bool(getattr(model.config, "shift_logits", False)),
-                "load_in_4bit": model_args.load_in_4bit})
+            lora.save(
+                run.final,
+                model,
+                weights,
+                tokenizer,
+                text,
+                {
+                    "is_folder": os.path.isdir(source),
+                    "fingerprint": folders.model_fingerprint(source),
+                    "mask_token_id": objective.mask_id,
+                    "shift_logits": bool(getattr(model.config, "shift_logits", False)),
+                    "load_in_4bit": model_args.load_in_4bit,
+                },
+            )
             said = f"the adapter, in peft's format (python merge.py {run.final} OUT makes one model of it, rounded)"
         else:
             checkpoint.save_model(run.final, model, weights, source, tokenizer, text, objective.mask_id)
             said = "the aligned model, in Hugging Face format"
         flag = " --load_in_4bit true" if model_args.load_in_4bit else ""
         here, final = shlex.quote(str(run.folder)), shlex.quote(str(run.final))
-        print(f"{run.final}: {said}\nnext: python report.py {here}\n"
-              f"and:  python generate.py --model_name_or_path {final}{flag} --prompt '...'", flush=True)
+        print(
+            f"{run.final}: {said}\nnext: python report.py {here}\n"
+            f"and:  python generate.py --model_name_or_path {final}{flag} --prompt '...'",
+            flush=True,
+        )
     dist.barrier()
 
 
@@ -277,15 +334,24 @@ def make_job(groups, objective, run, train_pairs, ds_config, ranks, checkpoint_p
     """(Job without its record, steps of the run, backward passes of a step): the policy in its engine, the states a forward settled."""
     _, model_args, _, args = groups
     rows = args.per_device_train_batch_size
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(train_pairs) / pairs_a_step(args, ranks))
+    steps = (
+        args.max_steps
+        if args.max_steps > 0
+        else math.ceil(args.num_train_epochs * len(train_pairs) / pairs_a_step(args, ranks))
+    )
     pieces = args.gradient_accumulation_steps * len(objective.work([(0, 0)] * rows))
-    passes = lambda size: pieces * score.backward_passes(objective.counts, objective.carrying, size)  # noqa: E731
+    passes = lambda size: pieces * backward_passes(objective.counts, objective.carrying, size)  # noqa: E731
     states_per_forward = rows if args.loss_type == "sft" else model_args.states_per_forward
     if states_per_forward == "auto" and checkpoint_path:  # as it began: the same sums to the last digit
         states_per_forward = run.arguments()["states_per_forward"]
     auto = states_per_forward == "auto"
     backwards = passes(1 if auto else states_per_forward)
-    policy = start_policy(model_args, args, engine.training_config(ds_config, args, model_args, backwards, model_args.deepspeed), ranks)
+    policy = start_policy(
+        model_args,
+        args,
+        deepspeed_config.training_config(ds_config, args, model_args, backwards, model_args.deepspeed),
+        ranks,
+    )
     stream = Stream(train_pairs, args.seed, rows, objective.lengths)
     job = Job(args, policy, objective, stream, ranks, stopping.Stop(ranks), states_per_forward, None)
     if auto:
@@ -317,7 +383,7 @@ def main(argv=None):
         print(f"{run.final}: this run is finished; another needs another --output_dir", flush=True)
         return 0
     train_pairs, held = split(objective.packed, args.eval_fraction, args.seed)
-    ds_config = engine.read_ds_config(model_args.deepspeed)
+    ds_config = deepspeed_config.read_ds_config(model_args.deepspeed)
     ranks = engine.start()
     if ranks.first:
         run.lock()
@@ -336,9 +402,13 @@ def main(argv=None):
     job = job._replace(record=make_record(job, run, held, state["step"], steps))
     if ranks.first:
         noun = "rows" if objective.packed.task == "sft" else "pairs"
-        print(f"{objective.packed.folder}, {model_args.model_name_or_path} -> {run.folder}: {len(train_pairs)} {noun} to train on, "
-              f"{len(held)} held out, {steps} steps of {job.record.per_step} {noun}, {sum(objective.counts)} states each, {backwards} "
-              f"backward passes a step" + (f"; going on after step {state['step']} ({checkpoint_path})" if checkpoint_path else ""), flush=True)
+        print(
+            f"{objective.packed.folder}, {model_args.model_name_or_path} -> {run.folder}: {len(train_pairs)} {noun} to train on, "
+            f"{len(held)} held out, {steps} steps of {job.record.per_step} {noun}, {sum(objective.counts)} states each, {backwards} "
+            f"backward passes a step"
+            + (f"; going on after step {state['step']} ({checkpoint_path})" if checkpoint_path else ""),
+            flush=True,
+        )
     if not checkpoint_path and args.loss_type != "sft":
         gap = guard.check_reference(job, micro_batch(job, 0, 0), model_args.use_mixed_precision)
         if ranks.first:
@@ -356,11 +426,14 @@ def main(argv=None):
     if evaluation is not None:
         save_final(job, run, model_args, arguments, evaluation, (len(train_pairs), len(held)))
     elif ranks.first:
-        print(f"stopped{' and saved' if run.saved() else ' before the first step was made'}; go on with: {config.command()}", flush=True)
+        print(
+            f"stopped{' and saved' if run.saved() else ' before the first step was made'}; go on with: {exits.command()}",
+            flush=True,
+        )
     dist.barrier()
     dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    config.run(main)
+    exits.run(main)

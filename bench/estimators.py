@@ -18,6 +18,7 @@ Second table, of parts of the states in the gradient: error is the squared error
 the variance between pairs included; cost is in forward passes a response, a backward pass being two, all at one pass's length.
 error x cost: at equal compute, pairs times passes, the squared error of the mean, as a share of the first row's.
 """
+
 import argparse
 import subprocess
 import sys
@@ -29,22 +30,42 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import checkpoint  # noqa: E402
-import config  # noqa: E402
-import diffusion  # noqa: E402
-import packed as disk  # noqa: E402
+import files
 import score  # noqa: E402
+from cli import exits
+from models import checkpoint
+from preferences import packed as disk  # noqa: E402
+from scoring import noise  # noqa: E402
+from scoring.states import response_states  # noqa: E402
 
 # estimator, T, R, k states in the gradient (0: all), whether both sides share their noise
 SHARED, OWN = True, False
 DESIGNS = [
-    ("elbo", 16, 1, 0, OWN), ("elbo_stratified", 16, 1, 0, OWN), ("stepwise", 16, 1, 0, SHARED), ("stepwise", 4, 5, 0, SHARED),
-    ("spread", 4, 5, 0, OWN), ("spread", 4, 5, 0, SHARED), ("spread", 3, 7, 0, SHARED), ("spread", 6, 3, 0, SHARED),
-    ("spread", 8, 2, 0, SHARED), ("elbo", 8, 1, 0, OWN), ("elbo_stratified", 8, 1, 0, OWN), ("stepwise", 8, 1, 0, SHARED),
-    ("spread", 4, 2, 0, SHARED), ("spread", 3, 3, 0, SHARED), ("spread", 2, 7, 0, SHARED), ("elbo", 4, 1, 0, OWN),
-    ("spread", 2, 3, 0, SHARED), ("stepwise", 20, 1, 0, SHARED)]
-PARTS = [("spread", 4, 5, k, SHARED) for k in (1, 2, 4, 8)] + [("spread", 3, 3, k, SHARED) for k in (1, 2, 4)] \
-    + [("spread", 2, 3, k, SHARED) for k in (1, 2)] + [("elbo", 8, 1, k, OWN) for k in (1, 2, 4)]
+    ("elbo", 16, 1, 0, OWN),
+    ("elbo_stratified", 16, 1, 0, OWN),
+    ("stepwise", 16, 1, 0, SHARED),
+    ("stepwise", 4, 5, 0, SHARED),
+    ("spread", 4, 5, 0, OWN),
+    ("spread", 4, 5, 0, SHARED),
+    ("spread", 3, 7, 0, SHARED),
+    ("spread", 6, 3, 0, SHARED),
+    ("spread", 8, 2, 0, SHARED),
+    ("elbo", 8, 1, 0, OWN),
+    ("elbo_stratified", 8, 1, 0, OWN),
+    ("stepwise", 8, 1, 0, SHARED),
+    ("spread", 4, 2, 0, SHARED),
+    ("spread", 3, 3, 0, SHARED),
+    ("spread", 2, 7, 0, SHARED),
+    ("elbo", 4, 1, 0, OWN),
+    ("spread", 2, 3, 0, SHARED),
+    ("stepwise", 20, 1, 0, SHARED),
+]
+PARTS = (
+    [("spread", 4, 5, k, SHARED) for k in (1, 2, 4, 8)]
+    + [("spread", 3, 3, k, SHARED) for k in (1, 2, 4)]
+    + [("spread", 2, 3, k, SHARED) for k in (1, 2)]
+    + [("elbo", 8, 1, k, OWN) for k in (1, 2, 4)]
+)
 TRUTH_MASKS, TRUTH_DRAWS = 8, 3
 ROWS = 64  # states a forward
 
@@ -54,9 +75,14 @@ def policy_of_examples(work):
     model, data = ROOT / "examples" / "tiny", work / "packed"
     common = ["--data", data, "--model_name_or_path", model, "--config_file", ROOT / "configs" / "tiny.yaml"]
     if not (work / "policy" / "final").exists():
-        for script, more in (("data_prep", ["--in", ROOT / "examples" / "prefs.jsonl"]), ("score", []),
-                             ("train_dpo", ["--max_steps", 15, "--output_dir", work / "policy"])):
-            subprocess.run([sys.executable, ROOT / f"{script}.py", *map(str, common + more)], check=True, stdout=subprocess.DEVNULL)
+        for script, more in (
+            ("data_prep", ["--in", ROOT / "examples" / "prefs.jsonl"]),
+            ("score", []),
+            ("train_dpo", ["--max_steps", 15, "--output_dir", work / "policy"]),
+        ):
+            subprocess.run(
+                [sys.executable, ROOT / f"{script}.py", *map(str, common + more)], check=True, stdout=subprocess.DEVNULL
+            )
     return data, model, work / "policy" / "final"
 
 
@@ -65,13 +91,13 @@ def draw(packed, index, design, number):
     estimator, T, R, k, shared = design
     made = []
     for side, response in enumerate(packed[index][1:]):
-        name = diffusion.side_of(estimator, side) if shared else ("chosen", "rejected")[side]
-        rng = diffusion.generator(0, packed.content(index), f"{name} bench", number)
+        name = noise.side_of(estimator, side) if shared else ("chosen", "rejected")[side]
+        rng = noise.generator(0, packed.content(index), f"{name} bench", number)
         levels = T or len(response)  # 0: every level, the truth
-        masked = diffusion.state_masks(len(response), estimator, levels, R, rng)
-        weight = diffusion.state_weights(masked, estimator, levels, R)
-        states = score.response_states(packed[index][0], response, masked, weight, packed.meta["mask_token_id"])
-        made.append((weight, states.carrying(diffusion.gradient_states(masked, weight, k, rng), k) if k else states))
+        masked = noise.state_masks(len(response), estimator, levels, R, rng)
+        weight = noise.state_weights(masked, estimator, levels, R)
+        states = response_states(packed[index][0], response, masked, weight, packed.meta["mask_token_id"])
+        made.append((weight, states.carrying(noise.gradient_states(masked, weight, k, rng), k) if k else states))
     return made
 
 
@@ -84,8 +110,9 @@ class Tally:
     def add(self, policy, reference, packed, index, design, number):
         made = draw(packed, index, design, number)
         policy.zero_grad()
-        _, ours = score.score_and_backward(policy, [states for _, states in made], lambda s: s[0] - s[1], ROWS, "cpu",
-                                           lambda loss: loss.backward())
+        _, ours = score.score_and_backward(
+            policy, [states for _, states in made], lambda s: s[0] - s[1], ROWS, "cpu", lambda loss: loss.backward()
+        )
         with torch.no_grad():
             theirs = [score.state_scores(reference, states, ROWS, "cpu") for _, states in made]
         gradient = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
@@ -110,9 +137,14 @@ class Tally:
         variance, true_variance = self.scores.var(0, ddof=1), truth.margins.var(ddof=1)
         margin = self.margins.mean() - truth.margins.mean()
         bias = float((self.mean - truth.mean).double().square().sum())
-        return [variance[:2].mean(), off[:2].mean(), self.margins.var(ddof=1),
-                margin ** 2 - self.margins.var(ddof=1) / self.draws - true_variance / truth.draws,
-                self.noise, bias - self.noise / self.draws - truth.noise / truth.draws]
+        return [
+            variance[:2].mean(),
+            off[:2].mean(),
+            self.margins.var(ddof=1),
+            margin**2 - self.margins.var(ddof=1) / self.draws - true_variance / truth.draws,
+            self.noise,
+            bias - self.noise / self.draws - truth.noise / truth.draws,
+        ]
 
 
 def between(truths):
@@ -137,12 +169,23 @@ def row_of(design, tallies, truths, seconds, baselines):
     if estimator == "elbo" and not k:
         baselines[T] = values
     mean = values.mean(0)
-    row = {"estimator": estimator, "diffusion_steps": T, "trajectories": R, "backprop_steps": k, "shared_noise": shared,
-           "passes": passes, "heads": np.mean([tally.heads for tally in tallies]), "seconds": seconds,
-           **dict(zip(("score_variance", "score_bias", "margin_variance"), mean)), "margin_bias": max(0.0, mean[3]) ** 0.5,
-           "gradient_variance": mean[4], "gradient_bias2": mean[5]}
-    row["fair"] = [bool(bias2 <= variance) for bias2, variance in
-                   ((mean[1] ** 2, mean[0]), (mean[3], mean[2]), (mean[5], mean[4]))]
+    row = {
+        "estimator": estimator,
+        "diffusion_steps": T,
+        "trajectories": R,
+        "backprop_steps": k,
+        "shared_noise": shared,
+        "passes": passes,
+        "heads": np.mean([tally.heads for tally in tallies]),
+        "seconds": seconds,
+        **dict(zip(("score_variance", "score_bias", "margin_variance"), mean)),
+        "margin_bias": max(0.0, mean[3]) ** 0.5,
+        "gradient_variance": mean[4],
+        "gradient_bias2": mean[5],
+    }
+    row["fair"] = [
+        bool(bias2 <= variance) for bias2, variance in ((mean[1] ** 2, mean[0]), (mean[3], mean[2]), (mean[5], mean[4]))
+    ]
     N = max((N for N in baselines if N <= max(passes + 1, 4)), default=None)  # 15 passes are set beside 16
     if N:
         row["against_elbo"] = N
@@ -153,21 +196,30 @@ def row_of(design, tallies, truths, seconds, baselines):
 
 
 def name_of(row):
-    return (f"{row['estimator']} {row['diffusion_steps']}x{row['trajectories']}"
-            + (f" k={row['backprop_steps']}" if row["backprop_steps"] else "")
-            + (" own" if not row["shared_noise"] and not row["estimator"].startswith("elbo") else ""))
+    return (
+        f"{row['estimator']} {row['diffusion_steps']}x{row['trajectories']}"
+        + (f" k={row['backprop_steps']}" if row["backprop_steps"] else "")
+        + (" own" if not row["shared_noise"] and not row["estimator"].startswith("elbo") else "")
+    )
 
 
 def show(row):
-    ratio = lambda name: f"{row[f'{name}_ratio']:6.2f} [{row[f'{name}_interval'][0]:.2f}-{row[f'{name}_interval'][1]:.2f}]"  # noqa: E731
-    print(f"{name_of(row):<22}{row['passes']:6.1f}{row['heads']:6.0f} |{row['score_variance']:8.3g}{row['score_bias']:+8.2f}{ratio('score'):>19} |"
-          f"{row['margin_variance']:8.3g}{row['margin_bias']:7.2f}{ratio('margin'):>19} |{row['gradient_variance']:9.4g}"
-          f"{row['gradient_bias2']:8.0f}{ratio('gradient'):>19} | {'/'.join('yes' if fair else 'no' for fair in row['fair'])}", flush=True)
+    ratio = lambda name: (
+        f"{row[f'{name}_ratio']:6.2f} [{row[f'{name}_interval'][0]:.2f}-{row[f'{name}_interval'][1]:.2f}]"
+    )  # noqa: E731
+    print(
+        f"{name_of(row):<22}{row['passes']:6.1f}{row['heads']:6.0f} |{row['score_variance']:8.3g}{row['score_bias']:+8.2f}{ratio('score'):>19} |"
+        f"{row['margin_variance']:8.3g}{row['margin_bias']:7.2f}{ratio('margin'):>19} |{row['gradient_variance']:9.4g}"
+        f"{row['gradient_bias2']:8.0f}{ratio('gradient'):>19} | {'/'.join('yes' if fair else 'no' for fair in row['fair'])}",
+        flush=True,
+    )
 
 
 def compare_parts(rows, spread):
     """Print what k costs and brings: rows of all states first, then of part of them."""
-    print(f"\n{'states in the gradient':<24}{'cost':>7}{'noise':>9}{'bias^2':>9}{'error x cost':>14}   (variance between pairs {spread:.0f})")
+    print(
+        f"\n{'states in the gradient':<24}{'cost':>7}{'noise':>9}{'bias^2':>9}{'error x cost':>14}   (variance between pairs {spread:.0f})"
+    )
     first = None
     for row in sorted(rows, key=lambda row: (row["estimator"], -row["passes"], row["backprop_steps"])):
         k = row["backprop_steps"]
@@ -175,7 +227,9 @@ def compare_parts(rows, spread):
         row["error"] = spread + row["gradient_variance"]
         first = first or row["error"] * row["cost"]
         row["error_x_cost"] = row["error"] * row["cost"] / first
-        print(f"{name_of(row):<24}{row['cost']:7.1f}{row['gradient_variance']:9.0f}{row['gradient_bias2']:9.0f}{row['error_x_cost']:14.2f}")
+        print(
+            f"{name_of(row):<24}{row['cost']:7.1f}{row['gradient_variance']:9.0f}{row['gradient_bias2']:9.0f}{row['error_x_cost']:14.2f}"
+        )
 
 
 def main(argv=None):
@@ -190,14 +244,21 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these designs alone, as the table names them")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "estimators")
     args = parser.parse_args(argv)
-    data, model, policy = (args.data, args.model_name_or_path, args.policy) if args.data else policy_of_examples(args.work)
+    data, model, policy = (
+        (args.data, args.model_name_or_path, args.policy) if args.data else policy_of_examples(args.work)
+    )
     packed = disk.Packed(data)
     reference, policy = (checkpoint.load_model(str(path), torch.float32).eval() for path in (model, policy))
     low, high = args.lengths
-    pairs = [int(index) for index in np.random.default_rng(0).permutation(len(packed))
-             if all(low <= len(side) <= high for side in packed[index][1:])][:args.pairs]
+    pairs = [
+        int(index)
+        for index in np.random.default_rng(0).permutation(len(packed))
+        if all(low <= len(side) <= high for side in packed[index][1:])
+    ][: args.pairs]
     if len(pairs) < 2 or args.draws < 2:
-        raise disk.InputError(f"{data}: {len(pairs)} pairs have responses of {low} to {high} tokens; at least 2 and --draws 2 are needed")
+        raise files.InputError(
+            f"{data}: {len(pairs)} pairs have responses of {low} to {high} tokens; at least 2 and --draws 2 are needed"
+        )
 
     def measure(design, draws):
         tallies, began = [Tally() for _ in pairs], time.time()
@@ -205,12 +266,16 @@ def main(argv=None):
             for number in range(draws):
                 tally.add(policy, reference, packed, index, design, number)
         return [tally.finish() for tally in tallies], (time.time() - began) / (2 * draws * len(pairs))
+
     truths, _ = measure(("elbo_stratified", 0, TRUTH_MASKS, 0, OWN), TRUTH_DRAWS)
     spread, length = between(truths)
     words = [len(side) for index in pairs for side in packed[index][1:]]
-    print(f"{len(pairs)} pairs, responses of {np.mean(words):.0f} tokens ({min(words)} to {max(words)}), {args.draws} draws; "
-          f"gradient: squared length {length:.0f}, between pairs {spread:.0f}\n{'':34} | score: variance, bias, x{'':11} | margin: variance, bias, x{'':9} | "
-          f"gradient: variance, bias^2, x{'':6} | fair", flush=True)
+    print(
+        f"{len(pairs)} pairs, responses of {np.mean(words):.0f} tokens ({min(words)} to {max(words)}), {args.draws} draws; "
+        f"gradient: squared length {length:.0f}, between pairs {spread:.0f}\n{'':34} | score: variance, bias, x{'':11} | margin: variance, bias, x{'':9} | "
+        f"gradient: variance, bias^2, x{'':6} | fair",
+        flush=True,
+    )
     rows, baselines = [], {}
     for design in DESIGNS + PARTS:
         names = dict(zip(("estimator", "diffusion_steps", "trajectories", "backprop_steps", "shared_noise"), design))
@@ -220,10 +285,22 @@ def main(argv=None):
             show(rows[-1])
     compare_parts([row for row in rows if row["estimator"] in ("spread", "elbo")], spread)
     if args.json:
-        plain = [{name: value if isinstance(value, (str, bool, int, list)) else float(value) for name, value in row.items()} for row in rows]
-        disk.write_json(args.json, {"pairs": len(pairs), "draws": args.draws, "mean_tokens": float(np.mean(words)),
-                                    "gradient_length2": float(length), "between_pairs": float(spread), "rows": plain})
+        plain = [
+            {name: value if isinstance(value, (str, bool, int, list)) else float(value) for name, value in row.items()}
+            for row in rows
+        ]
+        files.write_json(
+            args.json,
+            {
+                "pairs": len(pairs),
+                "draws": args.draws,
+                "mean_tokens": float(np.mean(words)),
+                "gradient_length2": float(length),
+                "between_pairs": float(spread),
+                "rows": plain,
+            },
+        )
 
 
 if __name__ == "__main__":
-    config.run(main)
+    exits.run(main)

@@ -6,6 +6,7 @@ Each trial starts a stage anew; while it runs it is sent SIGKILL, SIGTERM or SIG
 started again, and so on, at most MOST times; then it is left to end. What must be the same to the last bit: packed/'s arrays, the
 reference's noise and scores, the trained weights and every number of the log. A model of 60,000 parameters; real DeepSpeed.
 """
+
 import argparse
 import json
 import random
@@ -20,8 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import packed as disk  # noqa: E402
 import small  # noqa: E402
+
+import files  # noqa: E402
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MOST = 4  # kills of one trial
@@ -36,27 +38,57 @@ class Stage:
         noise = small.flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=2)
         where = lambda folder: ["--data", folder / "packed", "--model_name_or_path", work / "model"]  # noqa: E731
         self.command = {
-            "prep": lambda folder: [ROOT / "data_prep.py", "--in", work / "prefs.jsonl", "--num_proc", "2", *where(folder)],
+            "prep": lambda folder: [
+                ROOT / "data_prep.py",
+                "--in",
+                work / "prefs.jsonl",
+                "--num_proc",
+                "2",
+                *where(folder),
+            ],
             "score": lambda folder: [ROOT / "score.py", *where(folder), *noise],
-            "train": lambda folder: [ROOT / "train_dpo.py", *where(folder), *noise, "--deepspeed", deepspeed, "--output_dir",
-                                     folder / "run", *small.flags(learning_rate=3e-3, gradient_accumulation_steps=2, save_steps=1,
-                                                                  max_steps=8, eval_fraction=0.2, eval_steps=3)]}[name]
+            "train": lambda folder: [
+                ROOT / "train_dpo.py",
+                *where(folder),
+                *noise,
+                "--deepspeed",
+                deepspeed,
+                "--output_dir",
+                folder / "run",
+                *small.flags(
+                    learning_rate=3e-3,
+                    gradient_accumulation_steps=2,
+                    save_steps=1,
+                    max_steps=8,
+                    eval_fraction=0.2,
+                    eval_steps=3,
+                ),
+            ],
+        }[name]
 
     def prepare(self, folder):
         folder.mkdir()
         if self.name != "prep":
-            shutil.copytree(self.work / "packed", folder / "packed",
-                            ignore=shutil.ignore_patterns("ref-*" if self.name == "score" else ""))
+            shutil.copytree(
+                self.work / "packed",
+                folder / "packed",
+                ignore=shutil.ignore_patterns("ref-*" if self.name == "score" else ""),
+            )
 
     def result(self, folder):
         """{name: digest or value}."""
         if self.name == "train":
             lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-            return {"scores": disk.file_sha256(folder / "run" / "scores.jsonl"),
-                    "weights": disk.file_sha256(folder / "run" / "final" / "model.safetensors"),
-                    "log": [{key: value for key, value in line.items() if key not in VARIES} for line in lines]}
+            return {
+                "scores": files.file_sha256(folder / "run" / "scores.jsonl"),
+                "weights": files.file_sha256(folder / "run" / "final" / "model.safetensors"),
+                "log": [{key: value for key, value in line.items() if key not in VARIES} for line in lines],
+            }
         pattern = "*.npy" if self.name == "prep" else "ref-*/*.npy"
-        found = {str(path.relative_to(folder / "packed")): disk.file_sha256(path) for path in (folder / "packed").glob(pattern)}
+        found = {
+            str(path.relative_to(folder / "packed")): files.file_sha256(path)
+            for path in (folder / "packed").glob(pattern)
+        }
         return found | {"leftovers": [path.name for path in (folder / "packed").rglob("*") if "chunks" in path.name]}
 
 
@@ -81,7 +113,7 @@ def trial(stage, folder, rng, length, kills):
             process.send_signal(number)
             kills[stage.name, number.name] += 1
         said = process.communicate(timeout=600)[0]
-        importing = "KeyboardInterrupt" in said and "config.run(main)" not in said  # Python's own words, before ours
+        importing = "KeyboardInterrupt" in said and "exits.run(main)" not in said  # Python's own words, before ours
         if "Traceback" in said and not importing:
             return f"traceback:\n{said[-1500:]}"
         if process.returncode not in (0, *(-each for each in SIGNALS), 130) and not importing:
@@ -127,11 +159,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     began = time.time()
     with tempfile.TemporaryDirectory() as work:
-        kills, trials, wrong = measure(Path(work), args.stages, args.kills, args.seed, args.deepspeed, lambda line: print(line, flush=True))
+        kills, trials, wrong = measure(
+            Path(work), args.stages, args.kills, args.seed, args.deepspeed, lambda line: print(line, flush=True)
+        )
     print(f"{'stage':8}" + "".join(f"{each.name:>10}" for each in SIGNALS))
     for name in args.stages:
         print(f"{name:8}" + "".join(f"{kills[name, each.name]:10d}" for each in SIGNALS))
-    print(f"{kills.total()} kills in {trials} trials, {len(wrong)} with another result; {(time.time() - began) / 60:.0f} minutes")
+    print(
+        f"{kills.total()} kills in {trials} trials, {len(wrong)} with another result; {(time.time() - began) / 60:.0f} minutes"
+    )
     return 1 if wrong else 0
 
 

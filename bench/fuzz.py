@@ -6,6 +6,7 @@ Each row is made with what must become of it: kept, with texts that its tokens m
 that hold for it. Never a traceback. A file is refused only where --on_bad_row stop meets a malformed row, which the sentence
 names, or where it cannot be read. Prints a table; exits 1 if anything was wrong.
 """
+
 import argparse
 import contextlib
 import io
@@ -25,20 +26,21 @@ from hostile import FORMS, HEADERS, MAKERS, MOST, TEMPLATE, make_row, said
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import checkpoint  # noqa: E402
 import data_prep  # noqa: E402
-import packed  # noqa: E402
-from packed import InputError  # noqa: E402
-
+import files  # noqa: E402
+from files import InputError  # noqa: E402
+from models import tokenization
+from preferences import packed  # noqa: E402
 
 # --- what becomes of them ---
 
+
 @dataclass
 class Outcome:
-    refused: str = ""      # the sentence
-    crash: str = ""        # a traceback
-    kept: dict = None      # line: (prompt, chosen, rejected) ids
-    listed: dict = None    # line: (reason, detail)
+    refused: str = ""  # the sentence
+    crash: str = ""  # a traceback
+    kept: dict = None  # line: (prompt, chosen, rejected) ids
+    listed: dict = None  # line: (reason, detail)
     meta: dict = None
 
 
@@ -47,8 +49,21 @@ def attempt(source, out, model, *flags):
     shutil.rmtree(out, ignore_errors=True)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            data_prep.main(["--in", str(source), "--out", str(out), "--model_name_or_path", str(model), "--num_proc", "1",
-                            "--max_length", str(MOST), *flags])
+            data_prep.main(
+                [
+                    "--in",
+                    str(source),
+                    "--out",
+                    str(out),
+                    "--model_name_or_path",
+                    str(model),
+                    "--num_proc",
+                    "1",
+                    "--max_length",
+                    str(MOST),
+                    *flags,
+                ]
+            )
     except InputError as error:
         return Outcome(refused=str(error))
     except (Exception, SystemExit):
@@ -56,8 +71,11 @@ def attempt(source, out, model, *flags):
     there = packed.Packed(out)
     rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     numbers = np.load(out / "lines.npy").tolist()
-    return Outcome(kept=dict(zip(numbers, there, strict=True)), meta=there.meta,
-                   listed={each["line"]: (each["reason"], each["detail"]) for each in rejects})
+    return Outcome(
+        kept=dict(zip(numbers, there, strict=True)),
+        meta=there.meta,
+        listed={each["line"]: (each["reason"], each["detail"]) for each in rejects},
+    )
 
 
 def rendered(turns):
@@ -70,7 +88,7 @@ class Reader:
     """Tokens back to text, without data_prep's help."""
 
     def __init__(self, model):
-        self.folder, self.tokenizer = model, checkpoint.load_tokenizer(str(model))
+        self.folder, self.tokenizer = model, tokenization.load_tokenizer(str(model))
         self.chat = bool(self.tokenizer.chat_template)
         id_of = self.tokenizer.convert_tokens_to_ids
         self.end = id_of("<|eot_id|>" if self.chat else "</s>")
@@ -116,7 +134,7 @@ def check_rows(lines, outcome, reader):
     if kept.keys() & listed.keys() or kept.keys() | listed.keys() != rows.keys() or outcome.meta["rows"] != len(rows):
         yield f"rows {sorted(rows.keys() ^ (kept.keys() | listed.keys()))[:5]} are not accounted for"
         return
-    if len({packed.fingerprint(*ids) for ids in kept.values()}) < len(kept):
+    if len({files.fingerprint(*ids) for ids in kept.values()}) < len(kept):
         yield "a pair is kept twice"
     for number, row in rows.items():
         reason, detail = listed.get(number, ("", ""))
@@ -162,15 +180,18 @@ def check(lines, outcome, source, reader, stop):
 
 # --- the job ---
 
+
 def make_models(folder):
     """Two models of the embedded one's tokenizer: as it is, and with LLaDA's special tokens, mask and a chat template."""
     plain, chat = folder / "plain", folder / "chat"
     for place, special in ((plain, {}), (chat, {"chat_template": TEMPLATE, "additional_special_tokens": HEADERS})):
         shutil.copytree(ROOT / "examples" / "tiny", place, ignore=shutil.ignore_patterns("*.safetensors"))
-        settings, config = ({**json.loads((place / name).read_text())} for name in ("tokenizer_config.json", "config.json"))
+        settings, config = (
+            {**json.loads((place / name).read_text())} for name in ("tokenizer_config.json", "config.json")
+        )
         (place / "tokenizer_config.json").write_text(json.dumps(settings | special))
         if special:
-            mask = checkpoint.load_tokenizer(str(place)).convert_tokens_to_ids("<|mdm_mask|>")
+            mask = tokenization.load_tokenizer(str(place)).convert_tokens_to_ids("<|mdm_mask|>")
             changes = {"mask_token_id": mask, "vocab_size": 520, "embedding_size": 520}
             (place / "config.json").write_text(json.dumps(config | changes))
     return plain, chat
@@ -186,21 +207,35 @@ def run(rows, seed, folder, per_file=200, show=print):
         columns, build = rng.choice(FORMS[task, False] + (FORMS[task, True] if reader.chat else []))
         size = min(per_file, rows - counts["rows tried"])
         stop = rng.random() < 0.1  # then few rows are spoilt, else the first would always be
-        made = [make_row(rng, task, columns, build, reader.chat, plain=i == 0 or stop and rng.random() < 0.97)
-                for i in range(size)]
-        made = [rng.choice(made[:i]) if i and rng.random() < 0.02 else row for i, row in enumerate(made)]  # again: duplicates
+        made = [
+            make_row(rng, task, columns, build, reader.chat, plain=i == 0 or stop and rng.random() < 0.97)
+            for i in range(size)
+        ]
+        made = [
+            rng.choice(made[:i]) if i and rng.random() < 0.02 else row for i, row in enumerate(made)
+        ]  # again: duplicates
         source = folder / f"rows{ending}"
         lines = MAKERS[ending](rng, source, made)
         outcome = attempt(source, folder / "packed", model, "--task", task, "--on_bad_row", "stop" if stop else "skip")
         wrong = check(lines, outcome, source, reader, stop)
         tried = made if lines is None else [row for row in lines if not row.blank]
-        counts.update({"files": 1, "rows tried": len(tried), "refused files": bool(outcome.refused),
-                       "kept": len(outcome.kept or ()), "listed": len(outcome.listed or ()),
-                       "tracebacks": bool(outcome.crash), "wrong results": len(wrong) - bool(outcome.crash)})
+        counts.update(
+            {
+                "files": 1,
+                "rows tried": len(tried),
+                "refused files": bool(outcome.refused),
+                "kept": len(outcome.kept or ()),
+                "listed": len(outcome.listed or ()),
+                "tracebacks": bool(outcome.crash),
+                "wrong results": len(wrong) - bool(outcome.crash),
+            }
+        )
         counts.update(f"listed: {reason}" for reason, _ in (outcome.listed or {}).values())
         for fault in wrong[:3]:
-            show(f"file {counts['files']} ({task}, {columns}, {model.name}, {ending}, {'stop' if stop else 'skip'}): {fault} "
-                 f"{outcome.crash}")
+            show(
+                f"file {counts['files']} ({task}, {columns}, {model.name}, {ending}, {'stop' if stop else 'skip'}): {fault} "
+                f"{outcome.crash}"
+            )
     return counts
 
 

@@ -3,6 +3,7 @@
 Rows are of the forms of rows.py and demonstrations.py, their texts odd (control tokens, NUL, surrogates, look-alikes), and half
 of them spoilt: torn, of wrong types, in other encodings, nested, with keys twice. Everything comes from one random.Random.
 """
+
 import datetime
 import decimal
 import gzip
@@ -10,40 +11,105 @@ import json
 from dataclasses import dataclass
 
 HEADERS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"]
-TEMPLATE = ("{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>' }}"
-            "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>' }}")
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>' }}"
+    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>' }}"
+)
 SPECIAL = ["<mask>", "</s>", "<s>", "<unk>"]
-PLAIN = ["seven pens", "7 + 5 = 12", "\n#### 12", "  ", "\t", "caf\u00e9 \u6f22\u5b57", "\U0001f600", "\0", "\u2028", "\u200b",
-         "\ufeff", "e\u0301", "\u202e", "\ufb01", "\r\n", "{{ x }}", "{% if %}", "%s", "\\n", "[INST]", "\x7f\x85",
-         "\ufffd", "\uffff", "\U0010ffff", "\x1b[31m", "'\"", "<0x0A>", "<mask", "mask>", "< mask>", "<MASK>", "\uff1cmask\uff1e",
-         "<ma\u200bsk>", "<|mdm_mask |>", "<|eot_id", "|>", "{\"prompt\": 1}", "\n\n"]
-WRONG = [None, 7, True, float("nan"), float("inf"), 10 ** 400, [], {}, [7], [[]], ["x"], {"a": 1}, [{"role": "user"}], [None],
-         [{"role": 5, "content": "x"}], [{"role": "judge", "content": "x"}], [{"role": "user", "content": {"a": [1]}}],
-         [{"role": "user", "content": [{"type": "image"}]}], {"messages": {"messages": []}}, {"messages": "x"},
-         {"role": ["user"]}]
+PLAIN = [
+    "seven pens",
+    "7 + 5 = 12",
+    "\n#### 12",
+    "  ",
+    "\t",
+    "caf\u00e9 \u6f22\u5b57",
+    "\U0001f600",
+    "\0",
+    "\u2028",
+    "\u200b",
+    "\ufeff",
+    "e\u0301",
+    "\u202e",
+    "\ufb01",
+    "\r\n",
+    "{{ x }}",
+    "{% if %}",
+    "%s",
+    "\\n",
+    "[INST]",
+    "\x7f\x85",
+    "\ufffd",
+    "\uffff",
+    "\U0010ffff",
+    "\x1b[31m",
+    "'\"",
+    "<0x0A>",
+    "<mask",
+    "mask>",
+    "< mask>",
+    "<MASK>",
+    "\uff1cmask\uff1e",
+    "<ma\u200bsk>",
+    "<|mdm_mask |>",
+    "<|eot_id",
+    "|>",
+    '{"prompt": 1}',
+    "\n\n",
+]
+WRONG = [
+    None,
+    7,
+    True,
+    float("nan"),
+    float("inf"),
+    10**400,
+    [],
+    {},
+    [7],
+    [[]],
+    ["x"],
+    {"a": 1},
+    [{"role": "user"}],
+    [None],
+    [{"role": 5, "content": "x"}],
+    [{"role": "judge", "content": "x"}],
+    [{"role": "user", "content": {"a": [1]}}],
+    [{"role": "user", "content": [{"type": "image"}]}],
+    {"messages": {"messages": []}},
+    {"messages": "x"},
+    {"role": ["user"]},
+]
 NO_ROWS = [b"null", b"7", b"NaN", b'"x"', b"[]", b"{}", b"true", b"[{}]", b"-", b"\0", b"{"]
-STRAY = [dict.fromkeys(names) for names in (  # rows of other forms, which must not decide over the file's
-    ("input", "preferred_output", "non_preferred_output"), ("prompt", "completion", "label"), ("instruction", "chosen"),
-    ("text",))]
+STRAY = [
+    dict.fromkeys(names)
+    for names in (  # rows of other forms, which must not decide over the file's
+        ("input", "preferred_output", "non_preferred_output"),
+        ("prompt", "completion", "label"),
+        ("instruction", "chosen"),
+        ("text",),
+    )
+]
 MOST = 400  # --max_length
 
 
 @dataclass
 class Made:
     """A line of a file and what must become of it."""
+
     line: bytes
     reasons: frozenset = frozenset()  # why it may be left out; none: it must be kept, but for a duplicate
-    free: bool = False                # a change whose outcome is not foreseen: it may be kept or listed
-    parts: tuple = ()                 # prompt and responses, which the tokens of a kept row must say; (): some strings of the row
-    blank: bool = False               # no row at all
+    free: bool = False  # a change whose outcome is not foreseen: it may be kept or listed
+    parts: tuple = ()  # prompt and responses, which the tokens of a kept row must say; (): some strings of the row
+    blank: bool = False  # no row at all
 
 
 # --- rows ---
 
+
 def text(rng, odd):
     """A text; odd: of strange pieces, perhaps with a special token or a lone surrogate."""
     if not odd:
-        return f"{rng.choice(PLAIN[:3])} {rng.randrange(10 ** 6)}"
+        return f"{rng.choice(PLAIN[:3])} {rng.randrange(10**6)}"
     pieces = rng.choices(PLAIN, k=rng.randrange(1, 7))
     if rng.random() < 0.1:
         pieces.insert(rng.randrange(len(pieces) + 1), rng.choice([*SPECIAL, *HEADERS, "\ud800", "\udfff"]))
@@ -63,29 +129,52 @@ FORMS = {
     ("preferences", False): [
         (("prompt", "chosen", "rejected"), lambda p, c, r: {"prompt": p, "chosen": c, "rejected": r}),
         (("question", "response_j", "response_k"), lambda p, c, r: {"question": p, "response_j": c, "response_k": r}),
-        (("instruction", "chosen", "rejected"), lambda p, c, r: {"instruction": p, "input": None, "chosen": c, "rejected": r}),
-        (("prompt", "response_a", "response_b"),
-         lambda p, c, r: {"prompt": p, "response_a": r, "response_b": c, "preference": "B"})],
+        (
+            ("instruction", "chosen", "rejected"),
+            lambda p, c, r: {"instruction": p, "input": None, "chosen": c, "rejected": r},
+        ),
+        (
+            ("prompt", "response_a", "response_b"),
+            lambda p, c, r: {"prompt": p, "response_a": r, "response_b": c, "preference": "B"},
+        ),
+    ],
     ("preferences", True): [
-        (("prompt", "chosen", "rejected"),
-         lambda p, c, r: {"prompt": [turn("user", p)], "chosen": [turn("assistant", c)], "rejected": [turn("assistant", r)]}),
+        (
+            ("prompt", "chosen", "rejected"),
+            lambda p, c, r: {
+                "prompt": [turn("user", p)],
+                "chosen": [turn("assistant", c)],
+                "rejected": [turn("assistant", r)],
+            },
+        ),
         (("chosen", "rejected"), lambda p, c, r: {"chosen": whole(p, c), "rejected": whole(p, r)}),
-        (("input", "preferred_output", "non_preferred_output"), lambda p, c, r: {
-            "input": {"messages": [turn("user", p)]}, "preferred_output": [turn("assistant", c)],
-            "non_preferred_output": [turn("assistant", r)]})],
+        (
+            ("input", "preferred_output", "non_preferred_output"),
+            lambda p, c, r: {
+                "input": {"messages": [turn("user", p)]},
+                "preferred_output": [turn("assistant", c)],
+                "non_preferred_output": [turn("assistant", r)],
+            },
+        ),
+    ],
     ("sft", False): [
         (("prompt", "response"), lambda p, c: {"prompt": p, "response": c}),
-        (("instruction", "output"), lambda p, c: {"instruction": p, "input": "", "output": c})],
+        (("instruction", "output"), lambda p, c: {"instruction": p, "input": "", "output": c}),
+    ],
     ("sft", True): [
         (("messages",), lambda p, c: {"messages": whole(p, c)}),
-        (("conversations",), lambda p, c: {"conversations": [{"from": "human", "value": p}, {"from": "gpt", "value": c}]})],
+        (
+            ("conversations",),
+            lambda p, c: {"conversations": [{"from": "human", "value": p}, {"from": "gpt", "value": c}]},
+        ),
+    ],
 }
 
 
 def reasons_of(parts, chat):
     """Why a row of these texts may not be kept."""
     joined, found = "".join(parts), set()
-    if any(0xd800 <= ord(letter) < 0xe000 for letter in joined):
+    if any(0xD800 <= ord(letter) < 0xE000 for letter in joined):
         return frozenset({"malformed"})
     if not parts[0].strip():
         found.add("empty prompt")
@@ -114,7 +203,7 @@ def spoil(rng, row, line, columns, chat):
     key, more = rng.choice(columns), line[:-1]
     changed = lambda **values: json.dumps(row | values).encode()  # noqa: E731
     ways = {
-        "cut": lambda: (line[:rng.randrange(1, len(line) - 1)], "bad"),
+        "cut": lambda: (line[: rng.randrange(1, len(line) - 1)], "bad"),
         "type": lambda: (changed(**{key: rng.choice(WRONG)}), "bad"),
         "missing": lambda: (json.dumps({name: value for name, value in row.items() if name != key}).encode(), "bad"),
         "twice": lambda: (more + f', "{key}": "again"}}'.encode(), "bad"),
@@ -126,7 +215,7 @@ def spoil(rng, row, line, columns, chat):
         "UTF-16": lambda: (line.decode().encode("utf-16"), "bad"),
         "gzip": lambda: (gzip.compress(line, mtime=0).replace(b"\n", b""), "bad"),
         "raw NUL": lambda: (line.replace(b": ", b": \0", 1), "bad"),
-        "deep": lambda: (rng.choice([b"[" * 10 ** 5, b'{"a":' * 10 ** 5, nested(5000).encode()]), "bad"),
+        "deep": lambda: (rng.choice([b"[" * 10**5, b'{"a":' * 10**5, nested(5000).encode()]), "bad"),
         "digits": lambda: (more + b', "x": ' + b"9" * 5000 + b"}", "bad"),
         "system": lambda: (changed(system=rng.choice([7, ["S"], {"a": 1}]) if chat else "S"), "bad"),
         "stray": lambda: (json.dumps(rng.choice(STRAY)).encode(), "bad"),
@@ -135,17 +224,23 @@ def spoil(rng, row, line, columns, chat):
         "CR": lambda: (line + b"\r", "good"),
         "BOM": lambda: (b"\xef\xbb\xbf" + line, "good"),
         "numbers": lambda: (more + b', "x": [NaN, -Infinity, 1e999, -0.0, 123456789012345678901234567890]}', "good"),
-        "columns": lambda: (more + b"".join(b', "%d": %d' % (i, i) for i in range(rng.choice([10, 100, 1000]))) + b"}", "good"),
+        "columns": lambda: (
+            more + b"".join(b', "%d": %d' % (i, i) for i in range(rng.choice([10, 100, 1000]))) + b"}",
+            "good",
+        ),
     }
     if "instruction" in row:
         ways["input"] = lambda: (changed(input=rng.choice([7, 0, ["x"], {"a": 1}])), "bad")
-        ways["history"] = lambda: (changed(history=rng.choice([7, "ab", ["ab"], {"ab": 1}, [["a"]], [["a", 1]]])), "bad")
+        ways["history"] = lambda: (
+            changed(history=rng.choice([7, "ab", ["ab"], {"ab": 1}, [["a"]], [["a", 1]]])),
+            "bad",
+        )
     return ways[rng.choice(list(ways))]()
 
 
 def flipped(rng, line):
     place = rng.randrange(len(line))
-    return (line[:place] + bytes([rng.randrange(256)]) + line[place + 1:]).replace(b"\n", b" ")
+    return (line[:place] + bytes([rng.randrange(256)]) + line[place + 1 :]).replace(b"\n", b" ")
 
 
 def make_row(rng, task, columns, build, chat, plain=False):
@@ -168,6 +263,7 @@ def make_row(rng, task, columns, build, chat, plain=False):
 
 # --- files ---
 
+
 def make_jsonl(rng, path, made):
     """Write the rows with blank lines between them; the lines of the file, those without a row too."""
     lines = []
@@ -176,8 +272,7 @@ def make_jsonl(rng, path, made):
             lines.append(Made(rng.choice([b"", b" ", b"\t ", b"\r", b"\xef\xbb\xbf", b"\xe2\x80\xa8"]), blank=True))
         lines.append(row)
     mark = b"\xef\xbb\xbf" if rng.random() < 0.1 and not lines[0].blank else b""
-    path.write_bytes(mark + b"\n".join(row.line for row in lines)
-                     + rng.choice([b"", b"\n", b"\r\n\n"]))
+    path.write_bytes(mark + b"\n".join(row.line for row in lines) + rng.choice([b"", b"\n", b"\r\n\n"]))
     return lines
 
 
@@ -202,6 +297,7 @@ def make_parquet(rng, path, made):
     """The rows that are not spoilt, some with a null; beside them columns of types that JSON lacks."""
     import pyarrow
     import pyarrow.parquet
+
     lines, table = [], []
     for made_row in (row for row in made if row.parts and "malformed" not in row.reasons and len(row.line) < 5000):
         row = json.loads(made_row.line.decode("utf-8-sig"))

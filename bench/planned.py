@@ -7,6 +7,7 @@ A random LLaDA of 336M parameters (its vocabulary small), so 6.7 GB at 20 bytes 
 held with everything imported, at the last step and at the end, when the weights are gathered and saved. On a CPU card and host
 are one memory: plan.py's items are added up. The name is not plan.py, which would stand in the way of the module.
 """
+
 import argparse
 import importlib
 import os
@@ -20,13 +21,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import checkpoint  # noqa: E402
-import config  # noqa: E402
-import engine  # noqa: E402
-import footprint  # noqa: E402
-import packed as disk  # noqa: E402
-import plan  # noqa: E402
 import small  # noqa: E402
+
+import config  # noqa: E402
+import files
+
+# noqa: E402
+import plan  # noqa: E402
+from models import families
+from training import (
+    deepspeed_config,
+    engine,  # noqa: E402
+    footprint,  # noqa: E402
+    memory,  # noqa: E402
+)
 
 # What is freed goes back at once: else the resident set shows the allocator's habits.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -35,12 +43,24 @@ MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TR
 def make(folder, args):
     """The model and four pairs of the full length."""
     import torch
-    from llada import LLaDAConfig, LLaDAModelLM
+
+    from models.llada import LLaDAConfig, LLaDAModelLM
+
     torch.manual_seed(0)
-    LLaDAModelLM(LLaDAConfig(
-        d_model=args.width, n_layers=args.layers, n_heads=8, mlp_hidden_size=4 * args.width, vocab_size=small.VOCAB,
-        max_sequence_length=4096, mask_token_id=small.MASK, bos_token_id=1, eos_token_id=small.EOS, pad_token_id=small.EOS,
-    )).to(torch.bfloat16).save_pretrained(folder / "model")
+    LLaDAModelLM(
+        LLaDAConfig(
+            d_model=args.width,
+            n_layers=args.layers,
+            n_heads=8,
+            mlp_hidden_size=4 * args.width,
+            vocab_size=small.VOCAB,
+            max_sequence_length=4096,
+            mask_token_id=small.MASK,
+            bos_token_id=1,
+            eos_token_id=small.EOS,
+            pad_token_id=small.EOS,
+        )
+    ).to(torch.bfloat16).save_pretrained(folder / "model")
     for path in (ROOT / "examples" / "tiny").glob("token*"):
         (folder / "model" / path.name).write_bytes(path.read_bytes())
     prompt = args.length // 4
@@ -51,23 +71,34 @@ def make(folder, args):
 def worker(argv):
     """Train; print the GiB held before and the peak."""
     import train_dpo
+
     for flag, name in (("--lora_r", "peft"), ("--load_in_4bit", "bitsandbytes")):  # these come in late
         if flag in argv:
             importlib.import_module(name)
-    held, private, peak = engine.memory_now(engine.torch.device("cpu"))[0], anonymous(), [0]
+    held, private, peak = memory.memory_now(engine.torch.device("cpu"))[0], anonymous(), [0]
 
     def watch():
         while True:
             peak[0] = max(peak[0], anonymous())
             time.sleep(0.005)
+
     threading.Thread(target=watch, daemon=True).start()
     train_dpo.main(argv)
-    print("measured", held / 2**30, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, (peak[0] - private) / 2**30)
+    print(
+        "measured",
+        held / 2**30,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        (peak[0] - private) / 2**30,
+    )
 
 
 def anonymous():
     """Bytes resident but for pages of files, which the kernel may take back: those of a model that is being read."""
-    [size] = [int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    [size] = [
+        int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("RssAnon")
+    ]
     return size * 2**10
 
 
@@ -82,24 +113,53 @@ def run(script, argv, folder):
 
 def measure(name, folder, args):
     """One row: GiB planned and measured, while training and at the end."""
-    argv = small.flags(data=folder / "packed", model_name_or_path=folder / "model", diffusion_steps=2, trajectories=1,
-                       states_per_forward=1, max_length=args.length, output_dir=folder / name, max_steps=2, eval_fraction=0.25,
-                       gradient_accumulation_steps=1, deepspeed=f"ds_configs/{name}.json") + args.more
+    argv = (
+        small.flags(
+            data=folder / "packed",
+            model_name_or_path=folder / "model",
+            diffusion_steps=2,
+            trajectories=1,
+            states_per_forward=1,
+            max_length=args.length,
+            output_dir=folder / name,
+            max_steps=2,
+            eval_fraction=0.25,
+            gradient_accumulation_steps=1,
+            deepspeed=f"ds_configs/{name}.json",
+        )
+        + args.more
+    )
     run(ROOT / "score.py", argv, folder)
     said = run(__file__, ["--worker", *argv], folder).split()
-    held, peak, private = (float(word) for word in said[said.index("measured") + 1:][:3])
+    held, peak, private = (float(word) for word in said[said.index("measured") + 1 :][:3])
     training = max(row["host_peak_gib"] for row in small.log(folder / name))
     data_args, model_args, noise_args, train_args = config.parse(argv, "", *config.GROUPS)
     noise_args.estimator = "spread"
-    made = plan.plan(checkpoint.load_config(str(folder / "model")), data_args, model_args, noise_args, train_args,
-                     engine.read_ds_config(model_args.deepspeed), plan.Machine(1e3, 1e3, one_memory=True))
+    made = plan.plan(
+        families.load_config(str(folder / "model")),
+        data_args,
+        model_args,
+        noise_args,
+        train_args,
+        deepspeed_config.read_ds_config(model_args.deepspeed),
+        plan.Machine(1e3, 1e3, one_memory=True),
+    )
     planned = sum(item.size for item in made.items) / 2**30
     saving = sum(item.size for item in made.items if "saved" in item.name) / 2**30
     passing = sum(item.size for item in made.items if item.name.startswith(footprint.PASSING)) / 2**30
     print(plan.table(made))
-    return {"ds_config": name, "parameters": made.parameters, "planned": planned - saving, "measured": training - held,
-            "ratio": (planned - saving) / (training - held), "planned_end": planned - passing, "measured_end": peak - held,
-            "ratio_end": (planned - passing) / (peak - held), "anonymous": private, "ratio_anonymous": planned / private}
+    return {
+        "ds_config": name,
+        "parameters": made.parameters,
+        "planned": planned - saving,
+        "measured": training - held,
+        "ratio": (planned - saving) / (training - held),
+        "planned_end": planned - passing,
+        "measured_end": peak - held,
+        "ratio_end": (planned - passing) / (peak - held),
+        "anonymous": private,
+        "ratio_anonymous": planned / private,
+    }
 
 
 def main(argv=None):
@@ -107,7 +167,9 @@ def main(argv=None):
     if argv[:1] == ["--worker"]:
         return worker(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ds", nargs="+", default=["zero3_offload_4080", "zero3_offload_bf16_states", "zero2_offload_4080"])
+    parser.add_argument(
+        "--ds", nargs="+", default=["zero3_offload_4080", "zero3_offload_bf16_states", "zero2_offload_4080"]
+    )
     parser.add_argument("--length", type=int, default=128, help="tokens of prompt and response")
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=20)
@@ -118,10 +180,15 @@ def main(argv=None):
         make(Path(folder), args)
         for name in args.ds:
             rows.append(measure(name, Path(folder), args))
-            print("{ds_config}: training {planned:.2f} GiB planned, {measured:.2f} measured, ratio {ratio:.3f}; with the end "
-                  "{planned_end:.2f}, {measured_end:.2f}, {ratio_end:.3f}; without pages of files {anonymous:.2f}, {ratio_anonymous:.3f}".format(**rows[-1]), flush=True)
+            print(
+                "{ds_config}: training {planned:.2f} GiB planned, {measured:.2f} measured, ratio {ratio:.3f}; with the end "
+                "{planned_end:.2f}, {measured_end:.2f}, {ratio_end:.3f}; without pages of files {anonymous:.2f}, {ratio_anonymous:.3f}".format(
+                    **rows[-1]
+                ),
+                flush=True,
+            )
     if args.json:
-        disk.write_json(args.json, {"table": rows, "length": args.length})
+        files.write_json(args.json, {"table": rows, "length": args.length})
     return 0
 
 

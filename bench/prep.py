@@ -15,6 +15,7 @@ The rows that data_prep keeps are compared with TRL's, up to the end token (a te
 "different", which makes the exit code 1. Rows that data_prep leaves out, by reason, are not compared. A row of strings gets
 no chat template in TRL, hence --template none; for rows of messages: --template chat.
 """
+
 import argparse
 import importlib.metadata
 import importlib.util
@@ -31,17 +32,20 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import config  # noqa: E402
-import packed  # noqa: E402
-from packed import InputError  # noqa: E402
-
+import files  # noqa: E402
+from cli import exits
+from files import InputError  # noqa: E402
+from models import tokenization
+from preferences import packed  # noqa: E402
 
 # --- one run, in a process of its own; each returns the seconds from the file to the ids ---
+
 
 def run_ours(args, folder):
     import datasets  # noqa: F401  data_prep imports it when it starts to encode; TRL's side has it before its clock starts
 
     import data_prep
+
     seconds = []
 
     def timed(function, *arguments):
@@ -49,9 +53,24 @@ def run_ours(args, folder):
         result = function(*arguments)
         seconds.append(time.perf_counter() - started)
         return result
+
     data_prep.prepare, data_prep.write = (partial(timed, step) for step in (data_prep.prepare, data_prep.write))
-    data_prep.main(["--in", args.source, "--out", str(folder / "packed"), "--model_name_or_path", args.model, "--template",
-                    args.template, "--max_length", str(args.max_length), "--num_proc", str(args.num_proc[0])])
+    data_prep.main(
+        [
+            "--in",
+            args.source,
+            "--out",
+            str(folder / "packed"),
+            "--model_name_or_path",
+            args.model,
+            "--template",
+            args.template,
+            "--max_length",
+            str(args.max_length),
+            "--num_proc",
+            str(args.num_proc[0]),
+        ]
+    )
     return sum(seconds)
 
 
@@ -59,10 +78,16 @@ def run_trl(args, folder):
     from datasets import load_dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
+
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    settings = DPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none",
-                         max_length=None if args.keep else args.max_length,  # None: no row dropped, each in its place
-                         dataset_num_proc=args.num_proc[0] if args.num_proc[0] > 1 else None)
+    settings = DPOConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        max_length=None if args.keep else args.max_length,  # None: no row dropped, each in its place
+        dataset_num_proc=args.num_proc[0] if args.num_proc[0] > 1 else None,
+    )
     trainer = DPOTrainer.__new__(DPOTrainer)  # _prepare_dataset needs no model, only this:
     trainer._tokenizer = tokenizer
     started = time.perf_counter()
@@ -76,10 +101,28 @@ def run_trl(args, folder):
 
 def run(side, args, num_proc, folder, keep=False):
     """(seconds from the file to the ids, seconds of the whole process)"""
-    command = [sys.executable, __file__, "--worker", side, "--out", str(folder), "--in", args.source, "--model", args.model,
-               "--template", args.template, "--max_length", str(args.max_length), "--num_proc", str(num_proc)]
+    command = [
+        sys.executable,
+        __file__,
+        "--worker",
+        side,
+        "--out",
+        str(folder),
+        "--in",
+        args.source,
+        "--model",
+        args.model,
+        "--template",
+        args.template,
+        "--max_length",
+        str(args.max_length),
+        "--num_proc",
+        str(num_proc),
+    ]
     started = time.perf_counter()
-    done = subprocess.run(command + ["--keep"] * keep, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        command + ["--keep"] * keep, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
     whole = time.perf_counter() - started
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1].removeprefix("error: ")
@@ -89,22 +132,26 @@ def run(side, args, num_proc, folder, keep=False):
 
 # --- the comparison ---
 
+
 def compare(args, folder):
     """({how a row that data_prep keeps compares: how many do}, {why it left rows out: how many}, rows of the file)"""
     from datasets import load_from_disk
 
-    import checkpoint
+    pass
     run("data_prep", args, 1, folder), run("TRL", args, 1, folder, keep=True)
     ours, theirs = packed.Packed(folder / "packed"), load_from_disk(folder / "trl")
-    tokenizer = checkpoint.load_tokenizer(args.model)
+    tokenizer = tokenization.load_tokenizer(args.model)
     with open(args.source, "rb") as file:
-        place = {line: index for index, line in enumerate(number for number, text in enumerate(file, 1) if text.strip())}
+        place = {
+            line: index for index, line in enumerate(number for number, text in enumerate(file, 1) if text.strip())
+        }
     assert len(place) == len(theirs) == ours.meta["rows"]
     end, counts = ours.meta["end_token_id"], dict.fromkeys(("same ids", "same text", "different"), 0)
     for index, line in enumerate(np.load(folder / "packed" / "lines.npy")):
         mine, row = [ids.tolist() for ids in ours[index]], theirs[place[int(line)]]
-        other = [row["prompt_ids"]] + [ids[:ids.index(end) + 1] if end in ids else ids
-                                       for ids in (row["chosen_ids"], row["rejected_ids"])]
+        other = [row["prompt_ids"]] + [
+            ids[: ids.index(end) + 1] if end in ids else ids for ids in (row["chosen_ids"], row["rejected_ids"])
+        ]
         texts = [[tokenizer.decode(prompt + side) for side in sides] for prompt, *sides in (mine, other)]
         counts["same ids" if mine == other else "same text" if texts[0] == texts[1] else "different"] += 1
     return counts, ours.meta["dropped"], len(place)
@@ -119,8 +166,13 @@ def measure(args, num_proc, rows):
     line = {"num_proc": num_proc}
     for name, times in zip(("ids", "whole"), np.moveaxis(np.array(turns), 2, 0)):  # each (repeats, 2)
         (ours, theirs), ratios = np.median(times, axis=0).tolist(), times[:, 1] / times[:, 0]
-        line[name] = {"seconds": times.tolist(), "median": [ours, theirs], "ratio": theirs / ours,
-                      "least": ratios.min(), "most": ratios.max()}
+        line[name] = {
+            "seconds": times.tolist(),
+            "median": [ours, theirs],
+            "ratio": theirs / ours,
+            "least": ratios.min(),
+            "most": ratios.max(),
+        }
     return line | {"rows_per_second": [rows / seconds for seconds in line["ids"]["median"]]}
 
 
@@ -128,10 +180,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--in", dest="source", help="preferences, .jsonl, with the columns prompt, chosen, rejected")
     parser.add_argument("--rows", type=int, default=10000, help="without --in: how many to make")
-    parser.add_argument("--model", default=os.path.relpath(ROOT / "examples" / "tiny"), help="folder with the tokenizer")
+    parser.add_argument(
+        "--model", default=os.path.relpath(ROOT / "examples" / "tiny"), help="folder with the tokenizer"
+    )
     parser.add_argument("--template", choices=("none", "chat"), default="none", help="chat: for rows of messages")
     parser.add_argument("--max_length", type=int, default=1024)
-    parser.add_argument("--num_proc", type=int, nargs="+", default=[1, 2], help="numbers of worker processes, the same for both")
+    parser.add_argument(
+        "--num_proc", type=int, nargs="+", default=[1, 2], help="numbers of worker processes, the same for both"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # these three: one run's
@@ -146,7 +202,7 @@ def main(argv=None):
     if min(*args.num_proc, args.repeats, args.rows) < 1:
         raise InputError("--num_proc, --repeats and --rows are at least 1")
     if args.json:
-        packed.check_out(args.json)
+        files.check_out(args.json)
     with tempfile.TemporaryDirectory() as folder:
         return report(args, Path(folder))
 
@@ -155,13 +211,16 @@ def report(args, folder):
     """Print everything; 1 if a row's text differs, else 0."""
     named = args.source or f"{args.rows} synthetic rows"
     if not args.source:
-        import tasks
+        from reasoning import tasks
+
         args.source = str(folder / "prefs.jsonl")
         with jsonlines.open(args.source, "w") as writer:
             writer.write_all(tasks.preference_rows(args.rows, "train", 0, tuple(tasks.FAMILIES)))
     counts, dropped, rows = compare(args, folder)
     versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers", "datasets", "tokenizers")}
-    print(f"{named}, tokenizer of {args.model}; " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    print(
+        f"{named}, tokenizer of {args.model}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    )
     said = [", ".join(f"{count} {name}" for name, count in each.items()) for each in (counts, dropped)]
     print(f"{rows} rows, {sum(counts.values())} kept by data_prep: {said[0]}; left out: {said[1] or 'none'}")
     print(f"{'':9}{'rows/s, from the file to the ids':>42}{'s, whole process':>42}")
@@ -170,13 +229,27 @@ def report(args, folder):
     for num_proc in args.num_proc:
         lines.append(line := measure(args, num_proc, rows))
         ratio = {name: "{ratio:.2f} ({least:.2f}-{most:.2f})".format(**line[name]) for name in ("ids", "whole")}
-        print(f"{num_proc:9d}{line['rows_per_second'][0]:12.0f}{line['rows_per_second'][1]:10.0f}{ratio['ids']:>20}"
-              f"{line['whole']['median'][0]:12.1f}{line['whole']['median'][1]:10.1f}{ratio['whole']:>20}", flush=True)
+        print(
+            f"{num_proc:9d}{line['rows_per_second'][0]:12.0f}{line['rows_per_second'][1]:10.0f}{ratio['ids']:>20}"
+            f"{line['whole']['median'][0]:12.1f}{line['whole']['median'][1]:10.1f}{ratio['whole']:>20}",
+            flush=True,
+        )
     if args.json:
-        packed.write_json(args.json, {"source": named, "model": args.model, "versions": versions, "rows": rows, **counts,
-                                      "left_out": dropped, "max_length": args.max_length, "measured": lines})
+        files.write_json(
+            args.json,
+            {
+                "source": named,
+                "model": args.model,
+                "versions": versions,
+                "rows": rows,
+                **counts,
+                "left_out": dropped,
+                "max_length": args.max_length,
+                "measured": lines,
+            },
+        )
     return int(counts["different"] > 0)
 
 
 if __name__ == "__main__":
-    config.run(main)
+    exits.run(main)

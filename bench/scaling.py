@@ -9,6 +9,7 @@ pairs      score.py as a process on the first pairs of examples/prefs.jsonl, 1 r
            leave out the start; speed-up: of 2 ranks over 1, with a thread each
 Values are taken by turns and are medians. spread: the largest over the smallest of a column; 1 is linear.
 """
+
 import argparse
 import statistics
 import subprocess
@@ -23,10 +24,13 @@ from step import BETA, MASK, build, flops, wait
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import diffusion  # noqa: E402
-import packed as disk  # noqa: E402
+import files
+
+# noqa: E402
 import score  # noqa: E402
-from objective import preference_loss  # noqa: E402
+from scoring import noise
+from scoring.losses import preference_loss  # noqa: E402
+from scoring.states import response_states  # noqa: E402
 
 STATES, LENGTHS, PAIRS = (4, 8, 16, 32), (64, 128, 256, 512), (100, 250, 400)
 SHAPE = (8192, 256, 4)  # V, width, layers
@@ -40,15 +44,16 @@ def pair_of(length, T, V):
     prompt, made = rng.integers(10, V, length // 4), []
     for _ in range(2):
         response = rng.integers(10, V, length - len(prompt))
-        masked = diffusion.state_masks(len(response), "spread", T, 1, rng)
-        made.append(score.response_states(prompt, response, masked, diffusion.state_weights(masked, "spread", T, 1), MASK))
+        masked = noise.state_masks(len(response), "spread", T, 1, rng)
+        made.append(response_states(prompt, response, masked, noise.state_weights(masked, "spread", T, 1), MASK))
     return made
 
 
 def gradient_seconds(model, states, device):
     began = time.perf_counter()
-    score.score_and_backward(model, states, lambda s: preference_loss(s[0] - s[1], BETA), PER_FORWARD, device,
-                             lambda loss: loss.backward())
+    score.score_and_backward(
+        model, states, lambda s: preference_loss(s[0] - s[1], BETA), PER_FORWARD, device, lambda loss: loss.backward()
+    )
     wait(device)
     return time.perf_counter() - began
 
@@ -69,16 +74,44 @@ def reference_seconds(folder, pairs, ranks):
         old.unlink()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     began = time.perf_counter()
-    subprocess.run([sys.executable, *launcher, ROOT / "score.py", "--data", data, "--use_mixed_precision", "no",
-                    "--states_per_forward", "16"], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            *launcher,
+            ROOT / "score.py",
+            "--data",
+            data,
+            "--use_mixed_precision",
+            "no",
+            "--states_per_forward",
+            "16",
+        ],
+        check=True,
+        capture_output=True,
+    )
     return time.perf_counter() - began
 
 
 def pack(folder, pairs):
     source = folder / f"{pairs}.jsonl"
-    source.write_text("".join((ROOT / "examples" / "prefs.jsonl").read_text(encoding="utf-8").splitlines(True)[:pairs]), encoding="utf-8")
-    subprocess.run([sys.executable, ROOT / "data_prep.py", "--in", source, "--out", folder / f"{pairs}",
-                    "--model_name_or_path", ROOT / "examples" / "tiny"], check=True, capture_output=True)
+    source.write_text(
+        "".join((ROOT / "examples" / "prefs.jsonl").read_text(encoding="utf-8").splitlines(True)[:pairs]),
+        encoding="utf-8",
+    )
+    subprocess.run(
+        [
+            sys.executable,
+            ROOT / "data_prep.py",
+            "--in",
+            source,
+            "--out",
+            folder / f"{pairs}",
+            "--model_name_or_path",
+            ROOT / "examples" / "tiny",
+        ],
+        check=True,
+        capture_output=True,
+    )
 
 
 def spread(values):
@@ -102,11 +135,18 @@ def gradients(args, table):
     seconds = by_turns(lengths, lambda length: gradient_seconds(model, made[length], device), args.turns, 1)
     print(f"{'tokens':>8}{'s a pair':>12}{'ms a token':>12}{'s a GFLOP':>12}   (4 states)")
     for length, value in seconds.items():
-        row = {"tokens": length, "seconds": value, "per_token": value / (8 * length), "per_gflop": value / flops(model, made[length]) * 1e9}
+        row = {
+            "tokens": length,
+            "seconds": value,
+            "per_token": value / (8 * length),
+            "per_gflop": value / flops(model, made[length]) * 1e9,
+        }
         table.setdefault("lengths", []).append(row)
         print(f"{length:8d}{value:12.3f}{row['per_token'] * 1e3:12.3f}{row['per_gflop']:12.4f}", flush=True)
-    print(f"spread: of a token {spread([row['per_token'] for row in table['lengths']]):.2f}, "
-          f"of a GFLOP {spread([row['per_gflop'] for row in table['lengths']]):.2f}\n")
+    print(
+        f"spread: of a token {spread([row['per_token'] for row in table['lengths']]):.2f}, "
+        f"of a GFLOP {spread([row['per_gflop'] for row in table['lengths']]):.2f}\n"
+    )
 
 
 def references(args, table):
@@ -123,11 +163,15 @@ def references(args, table):
         for before, count in zip((None, *pairs), pairs):
             more = (seconds[count, ranks] - seconds[before, ranks]) / (count - before) if before else None
             each.setdefault(ranks, []).extend([more] if before else [])
-            print(f"{ranks:8d}{count:8d}{seconds[count, ranks]:12.1f}{more if before else float('nan'):13.4f}", flush=True)
+            print(
+                f"{ranks:8d}{count:8d}{seconds[count, ranks]:12.1f}{more if before else float('nan'):13.4f}", flush=True
+            )
     whole = {ranks: (seconds[pairs[-1], ranks] - seconds[pairs[0], ranks]) / (pairs[-1] - pairs[0]) for ranks in (1, 2)}
     table["pairs"] = [{"ranks": ranks, "pairs": count, "seconds": seconds[count, ranks]} for count, ranks in cases]
     table["speedup_of_2_ranks"] = whole[1] / whole[2]
-    print(f"spread: 1 rank {spread(each[1]):.2f}, 2 ranks {spread(each[2]):.2f}; speed-up of 2 ranks {whole[1] / whole[2]:.2f}")
+    print(
+        f"spread: 1 rank {spread(each[1]):.2f}, 2 ranks {spread(each[2]):.2f}; speed-up of 2 ranks {whole[1] / whole[2]:.2f}"
+    )
 
 
 def main(argv=None):
@@ -141,7 +185,9 @@ def main(argv=None):
     gradients(args, table)
     references(args, table)
     if args.json:
-        disk.write_json(args.json, table | {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__})
+        files.write_json(
+            args.json, table | {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A model of 60,000 parameters, one pair a step, a checkpoint every 100 steps of w
 are read from /proc every half second; the table has the medians over each tenth of the steps, for what warms up levels off and what
 is kept does not, and the last one by the second.
 """
+
 import argparse
 import math
 import os
@@ -25,7 +26,10 @@ def watch(process, log):
     seen = []
     while process.poll() is None:
         try:
-            pages, files = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]), len(os.listdir(f"/proc/{process.pid}/fd"))
+            pages, files = (
+                int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]),
+                len(os.listdir(f"/proc/{process.pid}/fd")),
+            )
         except OSError:
             break
         if log.exists():
@@ -51,19 +55,44 @@ def main(argv=None):
         data = small.pack(work / "packed", small.make_pairs([(5, 9, 11)] * 40, 3), model)
         noise = ["--data", data, *small.flags(use_mixed_precision="no", diffusion_steps=2, trajectories=1)]
         small.run([ROOT / "score.py", *noise])
-        process = small.start([ROOT / "train_dpo.py", *noise, "--deepspeed", args.deepspeed, "--output_dir", work / "run", *small.flags(
-            max_steps=args.steps, save_steps=100, gradient_accumulation_steps=1, eval_fraction=0.1, eval_steps=500, logging_steps=10**6)])
+        process = small.start(
+            [
+                ROOT / "train_dpo.py",
+                *noise,
+                "--deepspeed",
+                args.deepspeed,
+                "--output_dir",
+                work / "run",
+                *small.flags(
+                    max_steps=args.steps,
+                    save_steps=100,
+                    gradient_accumulation_steps=1,
+                    eval_fraction=0.1,
+                    eval_steps=500,
+                    logging_steps=10**6,
+                ),
+            ]
+        )
         began, seen = time.time(), watch(process, work / "run" / "log.jsonl")
         said = process.communicate()[0]
         if process.returncode:
             sys.exit(said[-3000:])
         lines = small.log(work / "run")
         assert [line["step"] for line in lines] == list(range(1, args.steps + 1))
-        print(f"{args.steps} steps, {time.time() - began:.0f} s, log of {(work / 'run' / 'log.jsonl').stat().st_size / len(lines):.0f} bytes a step")
-        for name, values in (("resident MiB", [each[:2] for each in seen]), ("open files", [each[::2] for each in seen]),
-                             ("ms a step", [(line["step"], 1e3 / line["pairs_per_second"]) for line in lines])):
+        print(
+            f"{args.steps} steps, {time.time() - began:.0f} s, log of {(work / 'run' / 'log.jsonl').stat().st_size / len(lines):.0f} bytes a step"
+        )
+        for name, values in (
+            ("resident MiB", [each[:2] for each in seen]),
+            ("open files", [each[::2] for each in seen]),
+            ("ms a step", [(line["step"], 1e3 / line["pairs_per_second"]) for line in lines]),
+        ):
             medians = tenths(values, args.steps)
-            print(f"{name:14}" + "".join(f"{median:8.1f}" for median in medians) + f"   ratio {medians[9] / medians[1]:.3f}")
+            print(
+                f"{name:14}"
+                + "".join(f"{median:8.1f}" for median in medians)
+                + f"   ratio {medians[9] / medians[1]:.3f}"
+            )
     return 0
 
 

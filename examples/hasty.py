@@ -4,6 +4,7 @@
 
 That is the model's known flaw, as text from the web has its own: improve.sh shows what removes it.
 """
+
 import random
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 import jsonlines
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import tasks
-from packed import replacing
+from files import replacing
+from reasoning import tasks
 
 SEED = 5
 

@@ -1,7 +1,8 @@
 """What the tests share: one thread, no network, a tiny model, checkpoints written without our code.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q
 """
+
 import json
 import os
 import shutil
@@ -9,10 +10,11 @@ import sys
 from pathlib import Path
 
 for _name, _value in {
-        "OMP_NUM_THREADS": "1",  # tiny tensors: threads only wait for each other where the machine is busy
-        "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",  # AMX sums bfloat16 products in another order than the original's logits were made in
-        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),  # DeepSpeed's CPU Adam, compiled once
+    "OMP_NUM_THREADS": "1",  # tiny tensors: threads only wait for each other where the machine is busy
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",  # AMX sums bfloat16 products in another order than the original's logits were made in
+    "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),  # DeepSpeed's CPU Adam, compiled once
 }.items():
     os.environ.setdefault(_name, _value)
 
@@ -31,7 +33,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name != "test_launch.py")  # the longest first: the other workers share the rest
+    items.sort(
+        key=lambda item: item.path.name != "test_launch.py"
+    )  # the longest first: the other workers share the rest
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -43,7 +47,9 @@ def tiny_dir(tmp_path_factory):
     """A model folder made by examples/new_tiny.py: random weights, a tokenizer without a chat template."""
     import jsonlines
     import new_tiny
-    import tasks
+
+    from reasoning import tasks
+
     folder = tmp_path_factory.mktemp("tiny")
     with jsonlines.open(folder / "prefs.jsonl", "w") as writer:
         writer.write_all(tasks.preference_rows(300, "train", 0))
@@ -56,8 +62,10 @@ def chat_dir(tiny_dir, tmp_path_factory):
     """The tiny model, its tokenizer with a chat template."""
     folder = shutil.copytree(tiny_dir, tmp_path_factory.mktemp("chat") / "model")
     path = folder / "tokenizer_config.json"
-    template = ("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
-                "{% if add_generation_prompt %}[assistant] {% endif %}")
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     return folder
 
@@ -66,35 +74,44 @@ def chat_dir(tiny_dir, tmp_path_factory):
 def llada_chat_dir(tiny_dir):
     """The tiny model, its tokenizer with LLaDA's template and its special tokens."""
     from prepared import TEMPLATE, with_template
+
     return with_template(tiny_dir, "llada_chat", TEMPLATE)
 
 
 @pytest.fixture
 def prep(tmp_path, tiny_dir):
     """prep(rows, *flags, model=tiny_dir) -> (Packed, rejects), through main()."""
-    import data_prep
-    import packed
     from prepared import write_rows
+
+    import data_prep
+    from preferences import packed
 
     def call(rows, *flags, model=tiny_dir, name="prefs.jsonl"):
         path = tmp_path / name
         path.write_text(json.dumps(rows)) if name.endswith(".json") else write_rows(path, rows)
-        data_prep.main(["--in", str(path), "--out", str(tmp_path / "packed"), "--model_name_or_path", str(model), *flags])
+        data_prep.main(
+            ["--in", str(path), "--out", str(tmp_path / "packed"), "--model_name_or_path", str(model), *flags]
+        )
         rejects = [json.loads(line) for line in (tmp_path / "packed" / "rejects.jsonl").read_text().splitlines()]
         got = packed.Packed(tmp_path / "packed")
         assert got.meta["rows"] == got.meta["kept"] + len(rejects) == len(got) + sum(got.meta["dropped"].values())
         return got, rejects
+
     return call
 
 
 @pytest.fixture(scope="session")
 def hostile(tiny_dir, tmp_path_factory):
     """Packed pairs whose texts are out to break a page."""
-    import data_prep
     from small import call
     from written import HOSTILE
+
+    import data_prep
+
     folder = tmp_path_factory.mktemp("hostile")
-    rows = [{"prompt": f"{HOSTILE} {i}", "chosen": f"a\n  {'b ' * (i + 1)}", "rejected": f"{HOSTILE} c"} for i in range(20)]
+    rows = [
+        {"prompt": f"{HOSTILE} {i}", "chosen": f"a\n  {'b ' * (i + 1)}", "rejected": f"{HOSTILE} c"} for i in range(20)
+    ]
     (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     call(data_prep.main, "--in", folder / "prefs.jsonl", "--model_name_or_path", tiny_dir, "--out", folder / "packed")
     return folder / "packed"
@@ -110,26 +127,63 @@ def shared():
 
 
 ORIGINAL = {  # the fields of LLaDA-8B-Instruct's config.json that shape the forward pass, and some that do not
-    "architectures": ["LLaDAModelLM"], "model_type": "llada", "init_fn": "mitchell", "precision": "amp_bf16",
+    "architectures": ["LLaDAModelLM"],
+    "model_type": "llada",
+    "init_fn": "mitchell",
+    "precision": "amp_bf16",
     "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"},
-    "d_model": 24, "n_layers": 2, "n_heads": 6, "n_kv_heads": 6, "mlp_hidden_size": 40, "mlp_ratio": 4,
-    "vocab_size": 30, "embedding_size": 32, "max_sequence_length": 16, "rope": True, "rope_theta": 100.0,
-    "rms_norm_eps": 0.01, "layer_norm_type": "rms", "block_type": "llama", "activation_type": "silu",
-    "weight_tying": False, "include_bias": False, "include_qkv_bias": False, "mask_token_id": 3, "eos_token_id": 2,
-    "pad_token_id": 2, "use_cache": False, "init_device": "meta", "transformers_version": "4.46.2"}
+    "d_model": 24,
+    "n_layers": 2,
+    "n_heads": 6,
+    "n_kv_heads": 6,
+    "mlp_hidden_size": 40,
+    "mlp_ratio": 4,
+    "vocab_size": 30,
+    "embedding_size": 32,
+    "max_sequence_length": 16,
+    "rope": True,
+    "rope_theta": 100.0,
+    "rms_norm_eps": 0.01,
+    "layer_norm_type": "rms",
+    "block_type": "llama",
+    "activation_type": "silu",
+    "weight_tying": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "mask_token_id": 3,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "use_cache": False,
+    "init_device": "meta",
+    "transformers_version": "4.46.2",
+}
 
 
 def original_shapes(config):
     """{tensor name: shape} of a LLaDA checkpoint, as the original code names them."""
     D, kv = config["d_model"], config["d_model"] // config["n_heads"] * (config["n_kv_heads"] or config["n_heads"])
-    hidden, rows = config["mlp_hidden_size"] or config["mlp_ratio"] * D, config["embedding_size"] or config["vocab_size"]
-    block = {"attn_norm.weight": (D,), "ff_norm.weight": (D,), "q_proj.weight": (D, D), "k_proj.weight": (kv, D),
-             "v_proj.weight": (kv, D), "attn_out.weight": (D, D), "ff_proj.weight": (hidden, D),
-             "up_proj.weight": (hidden, D), "ff_out.weight": (D, hidden)}
+    hidden, rows = (
+        config["mlp_hidden_size"] or config["mlp_ratio"] * D,
+        config["embedding_size"] or config["vocab_size"],
+    )
+    block = {
+        "attn_norm.weight": (D,),
+        "ff_norm.weight": (D,),
+        "q_proj.weight": (D, D),
+        "k_proj.weight": (kv, D),
+        "v_proj.weight": (kv, D),
+        "attn_out.weight": (D, D),
+        "ff_proj.weight": (hidden, D),
+        "up_proj.weight": (hidden, D),
+        "ff_out.weight": (D, hidden),
+    }
     if config["include_qkv_bias"]:
         block |= {"q_proj.bias": (D,), "k_proj.bias": (kv,), "v_proj.bias": (kv,)}
-    shapes = {f"model.transformer.blocks.{i}.{name}": shape
-              for i in range(config["n_layers"]) for name, shape in block.items()}
+    shapes = {
+        f"model.transformer.blocks.{i}.{name}": shape
+        for i in range(config["n_layers"])
+        for name, shape in block.items()
+    }
     shapes |= {"model.transformer.wte.weight": (rows, D), "model.transformer.ln_f.weight": (D,)}
     return shapes if config["weight_tying"] else shapes | {"model.transformer.ff_out.weight": (rows, D)}
 
@@ -145,8 +199,10 @@ def make_llada():
     def make(folder, files=None, **fields):
         config = ORIGINAL | fields
         rng = torch.Generator().manual_seed(0)
-        tensors = {name: torch.randn(shape, generator=rng) * (1.0 if len(shape) == 1 else 2 / shape[-1] ** 0.5)
-                   for name, shape in original_shapes(config).items()}
+        tensors = {
+            name: torch.randn(shape, generator=rng) * (1.0 if len(shape) == 1 else 2 / shape[-1] ** 0.5)
+            for name, shape in original_shapes(config).items()
+        }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config))
         for file in sorted(set(files.values())) if files else ["model.safetensors"]:

@@ -3,6 +3,7 @@
 A model is {tensor name: float64 tensor}, as its safetensors file names them. n response tokens, V vocabulary, D width,
 L length, T denoising steps, R trajectories. reveal: R lists of n steps. p(y | x) is a softmax over V at each position.
 """
+
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,9 @@ MASK = 3
 
 
 def load(folder):
-    return {name: tensor.double().requires_grad_() for name, tensor in load_file(Path(folder) / "model.safetensors").items()}
+    return {
+        name: tensor.double().requires_grad_() for name, tensor in load_file(Path(folder) / "model.safetensors").items()
+    }
 
 
 def rms_norm(x, weight, eps=1e-5):
@@ -29,7 +32,9 @@ def rotated(x, theta=10000.0):
     out = []
     for j in range(half):
         angle = torch.arange(L, dtype=torch.float64) * theta ** (-2 * j / width)
-        out.append((x[:, j] * angle.cos() - x[:, j + half] * angle.sin(), x[:, j + half] * angle.cos() + x[:, j] * angle.sin()))
+        out.append(
+            (x[:, j] * angle.cos() - x[:, j + half] * angle.sin(), x[:, j + half] * angle.cos() + x[:, j] * angle.sin())
+        )
     return torch.stack([a for a, _ in out] + [b for _, b in out], -1)
 
 
@@ -80,8 +85,12 @@ def reveal_steps(bits, T, R):
     for r in range(R):
         steps = []
         for row in bits:
-            hides = [s for s in range(T) for state in [0 if s == 0 else 1 + r * (T - 1) + s - 1]
-                     if row[state // 8] >> (7 - state % 8) & 1]
+            hides = [
+                s
+                for s in range(T)
+                for state in [0 if s == 0 else 1 + r * (T - 1) + s - 1]
+                if row[state // 8] >> (7 - state % 8) & 1
+            ]
             assert hides == list(range(len(hides))) and hides, "a token shows and hides again"
             steps.append(hides[-1])
         reveal.append(steps)
@@ -96,8 +105,11 @@ def read_packed(folder):
 
 def read_reference(packed, **wanted):
     """(reveal[k][pair] of chosen and of rejected, scores[k]) of the one packed/ref-*/ whose meta says `wanted`."""
-    [folder] = [path.parent for path in Path(packed).glob("ref-*/meta.json")
-                if wanted.items() <= json.loads(path.read_text())["depends_on"].items()]
+    [folder] = [
+        path.parent
+        for path in Path(packed).glob("ref-*/meta.json")
+        if wanted.items() <= json.loads(path.read_text())["depends_on"].items()
+    ]
     depends = json.loads((folder / "meta.json").read_text())["depends_on"]
     T, R, sets, scores = depends["diffusion_steps"], depends["trajectories"], [], []
     while (folder / f"noise-{len(sets)}.npy").exists():
@@ -105,7 +117,7 @@ def read_reference(packed, **wanted):
         for _, *sides in read_packed(packed):
             pair = []
             for side in sides:
-                pair.append(reveal_steps(bits[place:place + len(side)].tolist(), T, R))
+                pair.append(reveal_steps(bits[place : place + len(side)].tolist(), T, R))
                 place += len(side)
             pairs.append(pair)
         assert place == len(bits)
@@ -139,7 +151,7 @@ def train(model, reference, batches, T, *, rates, betas, eps, weight_decay, clip
             loss = pair_loss(model, reference, pair, reveal, T, beta) / len(batch)
             loss.backward()
             losses.append(loss.item())
-        norm = math.sqrt(sum(float((value.grad ** 2).sum()) for value in model.values()))
+        norm = math.sqrt(sum(float((value.grad**2).sum()) for value in model.values()))
         for value in model.values():
             value.grad *= min(1.0, clip / norm)
         optimizer.step()

@@ -1,4 +1,5 @@
 """What the tests of score, objective and train_dpo run on: a model of 60,000 parameters, pairs of random ids, scripts."""
+
 import json
 import os
 import shutil
@@ -13,28 +14,69 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint
 import config
-import generate
-import packed
-from llada import LLaDAConfig, LLaDAModelLM
+import files
+from cli import exits
+from models import tokenization
+from models.llada import LLaDAConfig, LLaDAModelLM
+from preferences import packed
+from reasoning import sampler
 
 EOS, MASK, VOCAB = 2, 3, 512
-AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()  # without it torch sums bfloat16 products in another order, and slowly
-ENV = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false",
-       "HF_HUB_OFFLINE": "1"}
+AVX512 = (
+    "AVX512" in torch.backends.cpu.get_cpu_capability()
+)  # without it torch sums bfloat16 products in another order, and slowly
+ENV = {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # prompt, chosen, rejected: a response of 1 token beside one of 200, and fewer tokens than denoising steps
-LENGTHS = [(5, 1, 200), (7, 200, 1), (4, 12, 9), (6, 2, 3), (3, 30, 1), (9, 5, 40), (4, 1, 1), (8, 17, 23), (5, 3, 2), (6, 8, 13),
-           (2, 7, 7), (5, 25, 4), (3, 11, 19), (7, 6, 2), (4, 9, 10), (6, 1, 33), (5, 14, 6), (8, 4, 21), (3, 16, 5)]
+LENGTHS = [
+    (5, 1, 200),
+    (7, 200, 1),
+    (4, 12, 9),
+    (6, 2, 3),
+    (3, 30, 1),
+    (9, 5, 40),
+    (4, 1, 1),
+    (8, 17, 23),
+    (5, 3, 2),
+    (6, 8, 13),
+    (2, 7, 7),
+    (5, 25, 4),
+    (3, 11, 19),
+    (7, 6, 2),
+    (4, 9, 10),
+    (6, 1, 33),
+    (5, 14, 6),
+    (8, 4, 21),
+    (3, 16, 5),
+]
 
 
 def make_model(folder, tokenizer_dir, seed=0):
     """A LLaDA folder with the tokenizer of `tokenizer_dir`, weights large enough that predictions differ."""
     torch.manual_seed(seed)
-    model = LLaDAModelLM(LLaDAConfig(
-        d_model=32, n_layers=2, n_heads=4, mlp_hidden_size=48, vocab_size=VOCAB, max_sequence_length=512, rope_theta=10000.0,
-        init_std=0.2, mask_token_id=MASK, bos_token_id=1, eos_token_id=EOS, pad_token_id=EOS))
+    model = LLaDAModelLM(
+        LLaDAConfig(
+            d_model=32,
+            n_layers=2,
+            n_heads=4,
+            mlp_hidden_size=48,
+            vocab_size=VOCAB,
+            max_sequence_length=512,
+            rope_theta=10000.0,
+            init_std=0.2,
+            mask_token_id=MASK,
+            bos_token_id=1,
+            eos_token_id=EOS,
+            pad_token_id=EOS,
+        )
+    )
     model.save_pretrained(folder)
     for path in Path(tokenizer_dir).glob("token*"):
         shutil.copy(path, folder)
@@ -50,11 +92,22 @@ def make_pairs(lengths, seed=0):
 
 def pack(folder, pairs, model):
     """packed/ of `pairs` as data_prep.py writes it."""
-    tokenizer, lines = checkpoint.load_tokenizer(str(model)), np.arange(1, len(pairs) + 1)
-    packed.write_packed(folder, pairs, {
-        "lines": packed.fingerprint(lines), "tokenizer": checkpoint.tokenizer_fingerprint(tokenizer), "source": "prefs.jsonl",
-        "model_name_or_path": str(model), "end_token_id": EOS, "pad_token_id": EOS, "mask_token_id": MASK, "template": "none"})
-    packed.write_array(Path(folder) / "lines.npy", lines)
+    tokenizer, lines = tokenization.load_tokenizer(str(model)), np.arange(1, len(pairs) + 1)
+    packed.write_packed(
+        folder,
+        pairs,
+        {
+            "lines": files.fingerprint(lines),
+            "tokenizer": tokenization.tokenizer_fingerprint(tokenizer),
+            "source": "prefs.jsonl",
+            "model_name_or_path": str(model),
+            "end_token_id": EOS,
+            "pad_token_id": EOS,
+            "mask_token_id": MASK,
+            "template": "none",
+        },
+    )
+    files.write_array(Path(folder) / "lines.npy", lines)
     return Path(folder)
 
 
@@ -78,7 +131,7 @@ def ds_config(path, base, **adam):
 def settings(**options):
     """SampleArguments on the CPU, checked and filled in."""
     sample = config.SampleArguments(device="cpu", **options)
-    generate.check(sample)
+    sampler.check(sample)
     return sample
 
 
@@ -111,20 +164,28 @@ def refusal(main, capsys, *argv):
     """The sentence with which a script refuses `argv`, as its command line prints it."""
     capsys.readouterr()
     try:
-        config.run(lambda: call(main, *argv))
+        exits.run(lambda: call(main, *argv))
     except SystemExit as end:
         assert end.code == 2, end.code
     said = capsys.readouterr().err
     assert said.count("error: ") == 1 and "Traceback" not in said, said
-    return said[said.index("error: "):].splitlines()[0]
+    return said[said.index("error: ") :].splitlines()[0]
 
 
 def start(command, world=None, **options):
     """Start a script of ours (bare, or by torchrun on `world` ranks) in a session of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world else []
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHER} | ENV
-    return subprocess.Popen([sys.executable, *launcher, *map(str, command)], env=env, cwd=ROOT, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    return subprocess.Popen(
+        [sys.executable, *launcher, *map(str, command)],
+        env=env,
+        cwd=ROOT,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
 
 
 def run(command, world=None, code=0, timeout=600):
@@ -147,8 +208,10 @@ def run_jobs(folder, world, jobs, timeout=600):
     folder.mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps([[name, script, list(map(str, argv))] for name, script, argv in jobs]))
     run([ROOT / "tests" / "worker.py", folder], world, timeout=timeout)
-    return {name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(world or 1)]
-            for name, _, _ in jobs}
+    return {
+        name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(world or 1)]
+        for name, _, _ in jobs
+    }
 
 
 def log(output_dir):

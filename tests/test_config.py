@@ -1,7 +1,8 @@
 """Tests of config.py: YAML under the command line, misspelt names, every script's --help, exit codes, who speaks.
 
-    .venv/bin/python -m pytest -q tests/test_config.py
+.venv/bin/python -m pytest -q tests/test_config.py
 """
+
 import importlib
 import re
 import shlex
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 import config
-from packed import InputError
+from cli import exits
+from cli.parser import names
+from files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,26 +24,33 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def parse(tmp_path):
     """parse(yaml text or None, *words) -> every argument by name."""
+
     def call(text, *words):
         if text is not None:
             (tmp_path / "run.yaml").write_text(text)
             words = ("--config_file", str(tmp_path / "run.yaml"), *words)
-        return {item.name: getattr(group, item.name) for group in config.parse(words, "x", *config.GROUPS)
-                for item in fields(group)}
+        return {
+            item.name: getattr(group, item.name)
+            for group in config.parse(words, "x", *config.GROUPS)
+            for item in fields(group)
+        }
+
     return call
 
 
 def test_defaults(parse):
     got = parse(None)
     assert len(got) == sum(len(fields(group)) for group in config.GROUPS)  # no name is used twice
-    assert {name: got[name] for name in ("diffusion_steps", "trajectories", "noise_sets", "beta", "learning_rate", "seed")} \
-        == {"diffusion_steps": 3, "trajectories": 3, "noise_sets": 1, "beta": 0.1, "learning_rate": 5e-7, "seed": 42}
+    assert {
+        name: got[name] for name in ("diffusion_steps", "trajectories", "noise_sets", "beta", "learning_rate", "seed")
+    } == {"diffusion_steps": 3, "trajectories": 3, "noise_sets": 1, "beta": 0.1, "learning_rate": 5e-7, "seed": 42}
     assert parse("") == parse("# nothing\n") == got
 
 
 def test_guide_names(parse):
     """The names that the guide's config.yaml uses."""
-    got = parse("""
+    got = parse(
+        """
         model_name_or_path: GSAI-ML/LLaDA-8B-Instruct
         preference_data_path: prefs.jsonl
         output_dir: runs/a
@@ -56,7 +66,8 @@ def test_guide_names(parse):
         logging_steps: 10
         seed: 7
         resume_from_checkpoint: null
-        """.replace("        ", ""))
+        """.replace("        ", "")
+    )
     assert got["learning_rate"] == 5e-6 and got["num_train_epochs"] == 3.0 and got["beta"] == 0.2
     assert got["gradient_checkpointing"] is True and got["resume_from_checkpoint"] is None
     assert (got["per_device_train_batch_size"], got["save_steps"], got["seed"]) == (2, 500, 7)
@@ -85,8 +96,10 @@ def test_values_as_yaml_reads_them(parse):
     assert parse('use_mixed_precision: "no"')["use_mixed_precision"] == "no"
 
 
-@pytest.mark.parametrize("word, value", [("true", True), ("false", False), ("True", True), ("yes", True), ("no", False),
-                                         ("0", False), ("1", True)])
+@pytest.mark.parametrize(
+    "word, value",
+    [("true", True), ("false", False), ("True", True), ("yes", True), ("no", False), ("0", False), ("1", True)],
+)
 def test_bools(parse, word, value):
     for name in ("gradient_checkpointing", "trust_remote_code"):  # one that is on, one that is off
         assert parse(None, f"--{name}", word)[name] is parse(None, f"--{name}={word}")[name] is value
@@ -100,7 +113,9 @@ def test_bare_bools(parse):
 
 def test_groups():
     """Only the groups asked for, in config's order; the others' flags are accepted all the same."""
-    data, noise = config.parse(["--in", "x.jsonl", "--out", "y", "--beta", "9"], "x", config.DataArguments, config.NoiseArguments)
+    data, noise = config.parse(
+        ["--in", "x.jsonl", "--out", "y", "--beta", "9"], "x", config.DataArguments, config.NoiseArguments
+    )
     assert (data.preference_data_path, data.data) == ("x.jsonl", "y") and noise.trajectories == 3
 
 
@@ -137,11 +152,14 @@ def asked(monkeypatch):
         except (Parsed, SystemExit) as end:
             assert isinstance(end, Parsed) or end.code == 0
         return seen[0] if seen else None
+
     return call
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-@pytest.mark.parametrize("script", ["data_prep", "score", "train_dpo", "plan", "generate", "make_prefs", "evaluate", "harness"])
+@pytest.mark.parametrize(
+    "script", ["data_prep", "score", "train_dpo", "plan", "generate", "make_prefs", "evaluate", "harness"]
+)
 def test_help_of_each_script(script, columns, asked, monkeypatch, capsys):
     """Each argument once and under a heading, each default said, nothing wider than the terminal."""
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -151,21 +169,29 @@ def test_help_of_each_script(script, columns, asked, monkeypatch, capsys):
     shown = [re.findall(r"^  --(\w+)(.*?)(?=^  --|\Z)", section, re.M | re.S) for section in sections]
     assert len(sections) > 1 and all(shown)
     said = [(name, " ".join(words.split())) for each in shown for name, words in each]
-    assert sorted(name for name, _ in said) == sorted(config.names(*used) - {*hide, "local_rank"})
+    assert sorted(name for name, _ in said) == sorted(names(*used) - {*hide, "local_rank"})
     assert options.startswith("options:") and set(re.findall(r"^  (-\S+)", options, re.M)) <= {"-h,", "--config_file"}
-    assert "None" not in text and "--no_" not in text and "True" not in text and max(map(len, text.splitlines())) <= columns
+    assert (
+        "None" not in text
+        and "--no_" not in text
+        and "True" not in text
+        and max(map(len, text.splitlines())) <= columns
+    )
     defaults = {item.name: item.default for group in used for item in fields(group)}
     for name, words in said:
         value = str(defaults[name]).lower() if isinstance(defaults[name], bool) else defaults[name]
         assert words.endswith(f" (default: {value})") if value is not None else "(default" not in words
 
 
-@pytest.mark.parametrize("script", ["data_prep", "score", "train_dpo", "plan", "generate", "make_prefs", "evaluate", "harness", "merge", "convert"])
+@pytest.mark.parametrize(
+    "script",
+    ["data_prep", "score", "train_dpo", "plan", "generate", "make_prefs", "evaluate", "harness", "merge", "convert"],
+)
 def test_examples_of_each_help(script, asked, monkeypatch, capsys, tmp_path):
     """The command lines below a script's arguments are understood, and one is its own."""
     import convert
-    import harness
     import merge
+    from reasoning import harness
 
     def parsed(*_):
         raise Parsed
@@ -187,10 +213,18 @@ def test_examples_of_each_help(script, asked, monkeypatch, capsys, tmp_path):
             asked(file.removesuffix(".py"), *words)
 
 
-@pytest.mark.parametrize("text, words", [
-    ("learning_rat: 1", ["learning_rat", "did you mean", "learning_rate"]), ("zzz: 1", ["unknown", "zzz"]),
-    ("3: 1", ["unknown", "3"]), ("- a", ["name: value"]), ("just words", ["name: value"]),
-    ("a: b: c", ["YAML"]), ("a: '", ["YAML"])])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("learning_rat: 1", ["learning_rat", "did you mean", "learning_rate"]),
+        ("zzz: 1", ["unknown", "zzz"]),
+        ("3: 1", ["unknown", "3"]),
+        ("- a", ["name: value"]),
+        ("just words", ["name: value"]),
+        ("a: b: c", ["YAML"]),
+        ("a: '", ["YAML"]),
+    ],
+)
 def test_wrong_yaml(parse, text, words):
     with pytest.raises(InputError) as error:
         parse(text)
@@ -198,9 +232,15 @@ def test_wrong_yaml(parse, text, words):
     assert ("did you mean" in str(error.value)) == ("did you mean" in words)
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--learning_rat", "1"], "--learning_rat; did you mean --learning_rate?"), (["--zzz"], "--zzz"),
-    (["--diffusion", "4"], "--diffusion; did you mean --diffusion_steps?"), (["stray"], "stray")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--learning_rat", "1"], "--learning_rat; did you mean --learning_rate?"),
+        (["--zzz"], "--zzz"),
+        (["--diffusion", "4"], "--diffusion; did you mean --diffusion_steps?"),
+        (["stray"], "stray"),
+    ],
+)
 def test_unknown_flag(words, said):
     """An abbreviation is unknown, too."""
     with pytest.raises(InputError) as error:
@@ -213,10 +253,18 @@ def test_no_yaml():
         config.parse(["--config_file", "nowhere.yaml"], "x", config.TrainArguments)
 
 
-@pytest.mark.parametrize("text, words, said", [
-    (None, ["--beta", "big"], "--beta"), ("beta: big", [], "--beta"), (None, ["--seed", "1.5"], "--seed"),
-    (None, ["--trust_remote_code", "maybe"], "--trust_remote_code"), (None, ["--loss_type", "ipoo"], "ipoo"),
-    ("max_steps: [1]", [], "max_steps holds"), (None, ["--config_file"], "--config_file")])
+@pytest.mark.parametrize(
+    "text, words, said",
+    [
+        (None, ["--beta", "big"], "--beta"),
+        ("beta: big", [], "--beta"),
+        (None, ["--seed", "1.5"], "--seed"),
+        (None, ["--trust_remote_code", "maybe"], "--trust_remote_code"),
+        (None, ["--loss_type", "ipoo"], "ipoo"),
+        ("max_steps: [1]", [], "max_steps holds"),
+        (None, ["--config_file"], "--config_file"),
+    ],
+)
 def test_wrong_values(parse, text, words, said):
     """A wrong type or choice is refused in one sentence that names the argument."""
     with pytest.raises(InputError) as error:
@@ -226,9 +274,17 @@ def test_wrong_values(parse, text, words, said):
 
 # --- run --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("rank, local, said", [
-    (None, False, "error: beta is 0, expected more\n"), ("0", False, "error: beta is 0, expected more\n"), ("1", False, ""),
-    ("0", True, "error: beta is 0, expected more\n"), ("3", True, "error (rank 3): beta is 0, expected more\n")])
+
+@pytest.mark.parametrize(
+    "rank, local, said",
+    [
+        (None, False, "error: beta is 0, expected more\n"),
+        ("0", False, "error: beta is 0, expected more\n"),
+        ("1", False, ""),
+        ("0", True, "error: beta is 0, expected more\n"),
+        ("3", True, "error (rank 3): beta is 0, expected more\n"),
+    ],
+)
 def test_user_error(monkeypatch, capsys, rank, local, said):
     """One sentence, exit code 2, once: from rank 0, or from the one rank that has met it."""
     monkeypatch.delenv("RANK", raising=False)
@@ -239,14 +295,14 @@ def test_user_error(monkeypatch, capsys, rank, local, said):
         raise InputError("beta is 0, expected more", local=local)
 
     with pytest.raises(SystemExit) as done:
-        config.run(main)
+        exits.run(main)
     assert done.value.code == 2 and capsys.readouterr() == ("", said)
 
 
 @pytest.mark.parametrize("result, code", [(0, 0), (None, None), (3, 3)])
 def test_exit_code(result, code):
     with pytest.raises(SystemExit) as done:
-        config.run(lambda: result)
+        exits.run(lambda: result)
     assert done.value.code == code
 
 
@@ -255,14 +311,16 @@ def test_our_own_errors_are_not_hidden():
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
-        config.run(main)
+        exits.run(main)
 
 
 def test_subprocess(tmp_path):
     """As a script meets it: one line on stderr, nothing on stdout."""
     (tmp_path / "a.yaml").write_text("learning_rat: 1\n")
-    code = "import config; config.run(lambda: config.parse(None, 'x', *config.GROUPS) and 0)"
-    done = subprocess.run([sys.executable, "-c", code, "--config_file", tmp_path / "a.yaml"], cwd=ROOT, capture_output=True, text=True)
+    code = "import config; exits.run(lambda: config.parse(None, 'x', *config.GROUPS) and 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--config_file", tmp_path / "a.yaml"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stdout == ""
     line, end = done.stderr.split("\n")
     assert line.startswith(f"error: {tmp_path}/a.yaml: ") and "learning_rate" in line and end == ""

@@ -1,7 +1,8 @@
 """Tests of the pages: their commands run, their flags and links exist, and every message of the scripts has its entry.
 
-    bash tests/run.sh tests/test_docs.py
+bash tests/run.sh tests/test_docs.py
 """
+
 import argparse
 import ast
 import functools
@@ -29,6 +30,7 @@ SHELLS = sorted((*ROOT.glob("*.sh"), *(ROOT / "examples").glob("*.sh")))
 
 # --- messages ---------------------------------------------------------------------------------------------
 
+
 def texts(node):
     """Every text that an expression may be, HOLE for what is not literal."""
     if isinstance(node, ast.Constant):
@@ -49,7 +51,9 @@ def words(text):
 def whole(tree):
     """The strings of a tree, an f-string as one and not its pieces too."""
     pieces = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    return [node for node in ast.walk(tree) if isinstance(node, (ast.Constant, ast.JoinedStr)) and id(node) not in pieces]
+    return [
+        node for node in ast.walk(tree) if isinstance(node, (ast.Constant, ast.JoinedStr)) and id(node) not in pieces
+    ]
 
 
 def sources_of(function):
@@ -67,7 +71,9 @@ def inside(expression, local, functions):
     """Sentences that a message takes from variables, and from functions of its file."""
     names = {getattr(node, "id", None) for node in ast.walk(expression)}
     yield from (text for name, text in local if name in names)
-    yield from (text for function in functions if function.name in names for name, text in sources_of(function) if not name)
+    yield from (
+        text for function in functions if function.name in names for name, text in sources_of(function) if not name
+    )
 
 
 def of_function(function, functions):
@@ -99,7 +105,11 @@ def reasons(tree):
         else:
             continue
         for target, value in pairs:
-            if getattr(target, "attr", getattr(target, "id", "")) == "reason" and isinstance(value, ast.Constant) and value.value:
+            if (
+                getattr(target, "attr", getattr(target, "id", "")) == "reason"
+                and isinstance(value, ast.Constant)
+                and value.value
+            ):
                 yield node.lineno, value.value
 
 
@@ -111,6 +121,7 @@ def messages():
     def add(path, line, text):
         if len(words(text)) > 1 or text.isalpha():
             found.setdefault(f"{path.relative_to(ROOT)}:{line}", []).append(" ".join(text.split()))
+
     makers = [each for each in WORDS_OF.values() if each]
     for path in SCRIPTS:
         source = path.read_text(encoding="utf-8")
@@ -122,7 +133,13 @@ def messages():
                     add(path, line, text)
             if (path.name, function.name) in makers:
                 for node in ast.walk(function):  # said.append(...), return ...
-                    made = node.args if isinstance(node, ast.Call) else [node.value] if isinstance(node, ast.Return) else []
+                    made = (
+                        node.args
+                        if isinstance(node, ast.Call)
+                        else [node.value]
+                        if isinstance(node, ast.Return)
+                        else []
+                    )
                     for text in [text for each in made for text in texts(each) if len(words(text)) > 5]:
                         add(path, node.lineno, text)
         if path.name in ("data_prep.py", "rows.py", "sources.py", "demonstrations.py"):
@@ -155,9 +172,12 @@ def covers(pattern, message):
 
 def lacking(found, patterns):
     """Lines for an author: where a message is, and the pattern that would be about it."""
-    return [f"{place}: | `{text.replace(HOLE, '<...>')}` | when it is said | what to do |"
-            for place, said in sorted(found.items()) for text in dict.fromkeys(said)
-            if not any(covers(pattern, text) for pattern in patterns)]
+    return [
+        f"{place}: | `{text.replace(HOLE, '<...>')}` | when it is said | what to do |"
+        for place, said in sorted(found.items())
+        for text in dict.fromkeys(said)
+        if not any(covers(pattern, text) for pattern in patterns)
+    ]
 
 
 def test_what_covers_what():
@@ -167,13 +187,17 @@ def test_what_covers_what():
     assert not covers("expected a column <name>", "expected a column of text")
     assert covers("--<name> is <value>, expected more than 0", f"--beta is {HOLE}, expected more than 0")
     assert covers("too long", "too long") and not covers("too long", "a pair is too long for this")
-    assert lacking({"x.py:3": [f"the {HOLE} sank"]}, entries()) == ["x.py:3: | `the <...> sank` | when it is said | what to do |"]
+    assert lacking({"x.py:3": [f"the {HOLE} sank"]}, entries()) == [
+        "x.py:3: | `the <...> sank` | when it is said | what to do |"
+    ]
 
 
 def test_every_message_has_an_entry():
     """An author who adds a message finds here the row that docs/troubleshooting.md wants; its words may be shortened to those
     that a reader would search for, ten letters of them."""
-    assert not (lines := lacking(messages(), entries())), f"docs/troubleshooting.md lacks {len(lines)}:\n" + "\n".join(lines)
+    assert not (lines := lacking(messages(), entries())), f"docs/troubleshooting.md lacks {len(lines)}:\n" + "\n".join(
+        lines
+    )
 
 
 def test_no_entry_is_about_a_message_that_is_gone():
@@ -183,16 +207,23 @@ def test_no_entry_is_about_a_message_that_is_gone():
 
 def test_a_warning_says_words_that_are_found():
     """print(f"warning: {words}") hides its words from this test: WORDS_OF must name the function that makes them."""
-    bare = {path.name for path in SCRIPTS for node in whole(ast.parse(path.read_text(encoding="utf-8")))
-             for text in texts(node) if re.fullmatch(f"warning: {HOLE}+", text)}
+    bare = {
+        path.name
+        for path in SCRIPTS
+        for node in whole(ast.parse(path.read_text(encoding="utf-8")))
+        for text in texts(node)
+        if re.fullmatch(f"warning: {HOLE}+", text)
+    }
     assert bare == WORDS_OF.keys()
 
 
 # --- links ------------------------------------------------------------------------------------------------
 
-OUTSIDE = (r"https://arxiv\.org/abs/\d{4}\.\d{5}",
-           r"https://github\.com/[\w.-]+/[\w.-]+(/(blob|tree|issues)/[\w./-]+)?",
-           r"https://huggingface\.co/[\w./-]+")
+OUTSIDE = (
+    r"https://arxiv\.org/abs/\d{4}\.\d{5}",
+    r"https://github\.com/[\w.-]+/[\w.-]+(/(blob|tree|issues)/[\w./-]+)?",
+    r"https://huggingface\.co/[\w./-]+",
+)
 
 
 def prose(page):
@@ -221,7 +252,17 @@ def test_links(page):
 
 # --- commands and flags -----------------------------------------------------------------------------------
 
-FOREIGN = ("pip", "hf", "apt", "find", "trl", "ssh", "nvcc", "deepspeed", "tensorboard")  # commands whose flags are not ours
+FOREIGN = (
+    "pip",
+    "hf",
+    "apt",
+    "find",
+    "trl",
+    "ssh",
+    "nvcc",
+    "deepspeed",
+    "tensorboard",
+)  # commands whose flags are not ours
 # what no parser of ours holds: of launch.sh and examples/improve.sh; lm_eval's own, which harness.py passes on
 SHELL_FLAGS = {"--num_gpus", "--setup", "--help", "--rounds", "--reuse"}
 LM_EVAL = {"--model", "--model_args", "--tasks", "--limit", "--apply_chat_template", "--use_cache", "--num_fewshot"}
@@ -235,10 +276,12 @@ class Read(Exception):
 def flags():
     """{script: the flags that its own parser takes}."""
     import config
+
     found = {"launch.sh": set(), "examples/improve.sh": SHELL_FLAGS, "harness.py": LM_EVAL, "tests/run.sh": set()}
 
     def caught(parser, *_, **__):
         raise Read(parser)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "read", caught)
         patch.setattr(argparse.ArgumentParser, "parse_args", caught)
@@ -249,10 +292,14 @@ def flags():
                     importlib.import_module(path.stem).main([*(["--in", "x"] if path.name == "data_prep.py" else [])])
                 except Read as read:
                     found[path.name] = options(read.args[0])
-    found["launch.sh"] = SHELL_FLAGS | set().union(*(found[name] for name in ("data_prep.py", "score.py", "train_dpo.py")))
+    found["launch.sh"] = SHELL_FLAGS | set().union(
+        *(found[name] for name in ("data_prep.py", "score.py", "train_dpo.py"))
+    )
     found["data_prep.py"] |= {"--reuse"}
     for path in (*ROOT.glob("bench/*.py"), *ROOT.glob("examples/*.py")):
-        found[str(path.relative_to(ROOT))] = set(re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8"))) | {"--help"}
+        found[str(path.relative_to(ROOT))] = set(re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8"))) | {
+            "--help"
+        }
     return found
 
 
@@ -286,6 +333,7 @@ def test_flags(page, flags):
 def test_yaml_blocks(tmp_path):
     """Every YAML block of the pages is a file for --config_file."""
     import config
+
     for page in DOCS:
         for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M):
             (tmp_path / "run.yaml").write_text(block)
@@ -296,7 +344,10 @@ def test_yaml_blocks(tmp_path):
 def test_commands(page, tmp_path):
     """The commands of a page run, in order, in a copy of the repository as a newcomer has it."""
     from test_launch import shell
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in filter(None, names.stdout.split("\n")):
         if (ROOT / name).is_file():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

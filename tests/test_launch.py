@@ -1,7 +1,8 @@
 """Tests of launch.sh and of the README: its commands run, in order, in a copy of the repository as a newcomer has it.
 
-    bash tests/run.sh tests/test_launch.py
+bash tests/run.sh tests/test_launch.py
 """
+
 import json
 import os
 import re
@@ -34,7 +35,9 @@ def clone(tmp_path_factory):
 def shell(command, folder, **environment):
     """Run a line as its reader would, with this environment active."""
     active = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", **environment}
-    return subprocess.run(["bash", "-c", command], cwd=folder, env={**os.environ, **active}, capture_output=True, text=True)
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env={**os.environ, **active}, capture_output=True, text=True
+    )
 
 
 def readme_commands():
@@ -75,8 +78,10 @@ def test_two_ranks_and_stale_data(clone, tmp_path):
     """--num_gpus 2 on a CPU; then other preferences under the same names are packed and scored again."""
     rows = (clone / "examples/prefs.jsonl").read_text().splitlines(keepends=True)
     source, out = tmp_path / "prefs.jsonl", tmp_path / "packed"
-    run = (f"bash launch.sh {DS} --num_gpus 2 --in {source} --data {out} --model_name_or_path examples/tiny "
-           f"--diffusion_steps 2 --trajectories 1 --eval_fraction 0.2 --max_steps 2 --gradient_accumulation_steps 2 ")
+    run = (
+        f"bash launch.sh {DS} --num_gpus 2 --in {source} --data {out} --model_name_or_path examples/tiny "
+        f"--diffusion_steps 2 --trajectories 1 --eval_fraction 0.2 --max_steps 2 --gradient_accumulation_steps 2 "
+    )
     source.write_text("".join(rows[:16]))
     first = shell(f"{run} --output_dir {tmp_path}/one", clone)
     assert first.returncode == 0, first.stderr[-2000:]
@@ -88,12 +93,18 @@ def test_two_ranks_and_stale_data(clone, tmp_path):
     assert json.loads((out / "meta.json").read_text())["pairs"] == 20
 
 
-@pytest.mark.parametrize("words, code, said", [
-    ("", 1, "bash launch.sh DS_CONFIG"), ("--help", 0, "bash launch.sh DS_CONFIG"), ("--setup", 0, "setup: ready"),
-    ("nowhere.json", 2, "error: nowhere.json: no such ds_config; expected one of ds_configs/"),
-    (f"{DS} --num_gpus none", 2, "error: --num_gpus is 'none'"),
-    (f"{DS} --in nowhere.jsonl", 2, "error: nowhere.jsonl: no such file"),
-    (f"{DS} --max_len 3", 2, "error: unknown argument --max_len; did you mean --max_length?")])
+@pytest.mark.parametrize(
+    "words, code, said",
+    [
+        ("", 1, "bash launch.sh DS_CONFIG"),
+        ("--help", 0, "bash launch.sh DS_CONFIG"),
+        ("--setup", 0, "setup: ready"),
+        ("nowhere.json", 2, "error: nowhere.json: no such ds_config; expected one of ds_configs/"),
+        (f"{DS} --num_gpus none", 2, "error: --num_gpus is 'none'"),
+        (f"{DS} --in nowhere.jsonl", 2, "error: nowhere.jsonl: no such file"),
+        (f"{DS} --max_len 3", 2, "error: unknown argument --max_len; did you mean --max_length?"),
+    ],
+)
 def test_refusals(clone, words, code, said):
     done = shell(f"bash launch.sh {words}", clone)
     assert done.returncode == code and said in done.stdout + done.stderr
@@ -102,7 +113,10 @@ def test_refusals(clone, words, code, said):
 
 def test_a_refusal_in_training_ends_with_its_code(clone, tmp_path):
     """The launcher passes a script's exit code on, and adds no traceback to its one sentence."""
-    done = shell(f"bash launch.sh {DS} --in examples/prefs.jsonl --model_name_or_path examples/tiny --data {tmp_path}/packed "
-                 f"--output_dir {tmp_path}/run --beta -1 --loss_type sft", clone)
+    done = shell(
+        f"bash launch.sh {DS} --in examples/prefs.jsonl --model_name_or_path examples/tiny --data {tmp_path}/packed "
+        f"--output_dir {tmp_path}/run --beta -1 --loss_type sft",
+        clone,
+    )
     assert done.returncode == 2 and "error: --beta is -1.0, expected more than 0" in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,6 +5,7 @@
 FOLDER/jobs.json -> FOLDER/NAME.RANK.json: exit code, error, forwards with and without a graph, forwards of evaluations,
 backwards, (pair, epoch) of each step; FOLDER/NAME.step-N.pt: the weights after each step.
 """
+
 import importlib
 import json
 import math
@@ -18,10 +19,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint
-import engine
 import train_dpo
-from packed import InputError
+from files import InputError
+from models import checkpoint
+from training import engine
 
 torch.set_num_threads(1)
 seen = {}  # of the current job
@@ -37,8 +38,10 @@ def loading(original):
 
         def count(*_):
             seen["forwards" if torch.is_grad_enabled() else "forwards_without_graph"] += 1
+
         model.register_forward_hook(count)
         return model
+
     return load_model
 
 
@@ -50,8 +53,10 @@ def building(original):
         def counted(*args, **kwargs):
             seen["backwards"] += 1
             return backward(*args, **kwargs)
+
         policy.backward = counted
         return policy
+
     return build
 
 
@@ -60,6 +65,7 @@ def batching(original):
         batch = original(job, step, micro)
         seen["items"].setdefault(step, []).extend(batch)
         return batch
+
     return micro_batch
 
 
@@ -72,6 +78,7 @@ def stepping(original):
             of = loss(item)
             poisoned.append(item)
             return of if len(poisoned) > 1 else lambda scores: of(scores) * math.nan
+
         if str(step) in os.environ.get("POISON", "").split(","):
             job.objective.loss = first_is_nan
         result = original(job, step, *args)
@@ -80,6 +87,7 @@ def stepping(original):
         if job.ranks.first:
             torch.save(weights, seen["path"].with_suffix(f".step-{step + 1}.pt"))
         return result
+
     return optimizer_step
 
 
@@ -89,6 +97,7 @@ def evaluating(original):
         result = original(*args)
         seen["eval_forwards"] += seen["forwards_without_graph"] - before
         return result
+
     return evaluate
 
 
@@ -99,8 +108,16 @@ def main(folder):
         watch(train_dpo, name, make)
     destroy, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # the next job goes on with it
     for name, script, argv in json.loads((folder / "jobs.json").read_text()):
-        seen.update(path=folder / name, code=0, error="", forwards=0, forwards_without_graph=0, eval_forwards=0, backwards=0,
-                    items={})
+        seen.update(
+            path=folder / name,
+            code=0,
+            error="",
+            forwards=0,
+            forwards_without_graph=0,
+            eval_forwards=0,
+            backwards=0,
+            items={},
+        )
         try:
             importlib.import_module(script).main(argv)
         except InputError as error:

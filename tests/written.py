@@ -1,4 +1,5 @@
 """Runs' folders as train_dpo.py leaves them, written in an instant; and what a browser makes of their pages."""
+
 import dataclasses
 import json
 from html.parser import HTMLParser
@@ -7,9 +8,9 @@ import numpy as np
 from small import call
 
 import config
-import packed
+import files
 import report
-import runs
+from training import runs
 
 T, R, S = 3, 2, 5
 HOSTILE = "</pre></main><script>document.title = 'taken'</script><img src=x onerror=alert(1)> & \u202e $x_1$ \U0001f600"
@@ -44,18 +45,48 @@ class Reader(HTMLParser):
 def write_run(folder, steps=40, held=20, data=None, model="gone", finished=True, **changes):
     """A run's folder as train_dpo.py leaves it; margins of pair i by state are (i - 3) / 10 * (1, 2, 3, 2, 3) / 11, before beta."""
     groups = [group() for group in config.GROUPS]
-    arguments = {name: value for group in groups for name, value in dataclasses.asdict(group).items()} | {
-        "output_dir": str(folder), "data": str(data), "model_name_or_path": str(model), "estimator": "spread", "diffusion_steps": T,
-        "trajectories": R, "ranks": 1, "max_steps": steps, "beta": 0.5} | changes
-    wanted = packed.read_json(data / "meta.json", "")["fingerprint"] if data else "none"
+    arguments = (
+        {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+        | {
+            "output_dir": str(folder),
+            "data": str(data),
+            "model_name_or_path": str(model),
+            "estimator": "spread",
+            "diffusion_steps": T,
+            "trajectories": R,
+            "ranks": 1,
+            "max_steps": steps,
+            "beta": 0.5,
+        }
+        | changes
+    )
+    wanted = files.read_json(data / "meta.json", "")["fingerprint"] if data else "none"
     run_of = runs.Run(folder)
     run_of.begin(arguments, {"data": wanted}, {"torch": "2"}, steps)
     for step in range(1, steps + 1):
-        line = {"step": step, "epoch": round(step * 8 / 96, 4), "loss": 0.7 - 0.001 * step, "learning_rate": 1e-4, "grad_norm": 1.5,
-                "skipped": False, "num_tokens": step, "pairs_per_second": 4.0, "tokens_per_second": 1.0, "gpu_peak_gib": None,
-                "host_peak_gib": 1.0, "seconds_left": 60.0}
-        both = {"loss": line["loss"], "rewards/chosen": 0.01 * step, "rewards/rejected": -0.01 * step, "rewards/margins": 0.02 * step,
-                "rewards/accuracies": 0.75, "logps/chosen": -20.0, "logps/rejected": -30.0}
+        line = {
+            "step": step,
+            "epoch": round(step * 8 / 96, 4),
+            "loss": 0.7 - 0.001 * step,
+            "learning_rate": 1e-4,
+            "grad_norm": 1.5,
+            "skipped": False,
+            "num_tokens": step,
+            "pairs_per_second": 4.0,
+            "tokens_per_second": 1.0,
+            "gpu_peak_gib": None,
+            "host_peak_gib": 1.0,
+            "seconds_left": 60.0,
+        }
+        both = {
+            "loss": line["loss"],
+            "rewards/chosen": 0.01 * step,
+            "rewards/rejected": -0.01 * step,
+            "rewards/margins": 0.02 * step,
+            "rewards/accuracies": 0.75,
+            "logps/chosen": -20.0,
+            "logps/rejected": -30.0,
+        }
         if arguments["loss_type"] == "sft":
             both = {"loss": line["loss"]}
         line |= both
@@ -76,8 +107,14 @@ def write_run(folder, steps=40, held=20, data=None, model="gone", finished=True,
 
 def score_row(step, split, pair, scale=1.0):
     parts = scale * (pair - 3) / 10 * np.array([1, 2, 3, 2, 3]) / 11
-    return {"step": step, "split": split, "pair": pair, "line": pair + 1, "policy": [(parts - 1).tolist(), [-2.0] * S],
-            "ref": [[-1.0] * S, [-2.0] * S]}
+    return {
+        "step": step,
+        "split": split,
+        "pair": pair,
+        "line": pair + 1,
+        "policy": [(parts - 1).tolist(), [-2.0] * S],
+        "ref": [[-1.0] * S, [-2.0] * S],
+    }
 
 
 def change_log(folder, change):

@@ -1,7 +1,8 @@
 """Tests of a file system that is full, a real one of a few MiB: at whatever write, one sentence; with room, the command goes on.
 
-    bash tests/run.sh tests/faults/test_full_disk.py
+bash tests/run.sh tests/faults/test_full_disk.py
 """
+
 import errno
 import gc
 import os
@@ -15,10 +16,10 @@ from small import LENGTHS, ROOT, call, flags, log, make_model, make_pairs, pack,
 sys.path.insert(0, str(ROOT / "bench"))
 import faults  # noqa: E402
 
-import config
 import data_prep
-import packed
+import files
 import score
+from cli import exits
 
 NOISE = flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=2)
 
@@ -29,7 +30,9 @@ def disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("a file system can be mounted by root alone: a full disk is tried by test_kills' limit on file sizes only")
+        pytest.skip(
+            "a file system can be mounted by root alone: a full disk is tried by test_kills' limit on file sizes only"
+        )
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
@@ -61,24 +64,28 @@ def until_there_is_room(disk, rooms, attempt):
 
 def in_process(main, capsys, *argv):
     """attempt() of a script's main: None if it ended well, else its sentence."""
+
     def attempt():
         capsys.readouterr()
         code = None
         try:
-            config.run(lambda: call(main, *argv))
+            exits.run(lambda: call(main, *argv))
         except SystemExit as end:  # not kept: its frames hold the lock
             code = end.code
         gc.collect()
         said = capsys.readouterr().err
         assert code in (0, None, 2) and "Traceback" not in said, said
         return said if code else None
+
     return attempt
 
 
 @pytest.fixture(scope="module")
 def home(tiny_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
-    return SimpleNamespace(folder=folder, model=make_model(folder / "model", tiny_dir), pairs=make_pairs(LENGTHS[:12] * 20, 3))
+    return SimpleNamespace(
+        folder=folder, model=make_model(folder / "model", tiny_dir), pairs=make_pairs(LENGTHS[:12] * 20, 3)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +93,28 @@ def trained(home):
     """The command of a run, but for where it writes, and what it makes where there is room."""
     data = pack(home.folder / "packed", home.pairs[:12], home.model)
     call(score.main, "--data", data, *NOISE)
-    command = [ROOT / "train_dpo.py", *NOISE, "--data", data, *flags(
-        learning_rate=3e-3, gradient_accumulation_steps=2, max_steps=4, eval_fraction=0.3, save_total_limit=1,
-        deepspeed=ROOT / "ds_configs" / "zero3_offload_4080.json"), "--output_dir"]
+    command = [
+        ROOT / "train_dpo.py",
+        *NOISE,
+        "--data",
+        data,
+        *flags(
+            learning_rate=3e-3,
+            gradient_accumulation_steps=2,
+            max_steps=4,
+            eval_fraction=0.3,
+            save_total_limit=1,
+            deepspeed=ROOT / "ds_configs" / "zero3_offload_4080.json",
+        ),
+        "--output_dir",
+    ]
     run([*command, home.folder / "whole"])
     return SimpleNamespace(command=command, whole=made(home.folder / "whole"))
 
 
 def made(folder):
     numbers = [{name: value for name, value in line.items() if name not in faults.VARIES} for line in log(folder)]
-    return numbers, packed.file_sha256(folder / "final" / "model.safetensors")
+    return numbers, files.file_sha256(folder / "final" / "model.safetensors")
 
 
 def contents(folder):
@@ -105,7 +124,9 @@ def contents(folder):
 def test_data_prep(disk, tiny_dir, tmp_path, capsys):
     argv = "--in", tiny_dir.parent / "prefs.jsonl", "--model_name_or_path", tiny_dir, "--out"
     call(data_prep.main, *argv, tmp_path / "whole")
-    said = until_there_is_room(disk, range(0, 1 << 20, 16 << 10), in_process(data_prep.main, capsys, *argv, disk / "packed"))
+    said = until_there_is_room(
+        disk, range(0, 1 << 20, 16 << 10), in_process(data_prep.main, capsys, *argv, disk / "packed")
+    )
     assert any("tokens.npy" in words for words in said)
     assert contents(disk / "packed") == contents(tmp_path / "whole")
 
@@ -114,22 +135,34 @@ def test_score(disk, home, tmp_path, capsys):
     for folder in (tmp_path / "whole", disk / "packed"):
         pack(folder, home.pairs, home.model)
     call(score.main, "--data", tmp_path / "whole", *NOISE)
-    said = until_there_is_room(disk, range(0, 1 << 20, 16 << 10), in_process(score.main, capsys, "--data", disk / "packed", *NOISE))
+    said = until_there_is_room(
+        disk, range(0, 1 << 20, 16 << 10), in_process(score.main, capsys, "--data", disk / "packed", *NOISE)
+    )
     assert any("/chunks-0/" in words for words in said), said
     [made], [want] = disk.glob("packed/ref-*"), tmp_path.glob("whole/ref-*")
     assert contents(made) == contents(want) != {}
 
 
-@pytest.mark.parametrize("save_steps, rooms, places", [
-    (2, [300 << 10, 1 << 20, 2 << 20], ["checkpoints/.step-2.tmp", "checkpoints/.step-4.tmp"]),
-    (0, [8 << 10, 12 << 10, 200 << 10, 2 << 20], ["run/events.out.tfevents", "run/log.jsonl", "run/final"])])
+@pytest.mark.parametrize(
+    "save_steps, rooms, places",
+    [
+        (2, [300 << 10, 1 << 20, 2 << 20], ["checkpoints/.step-2.tmp", "checkpoints/.step-4.tmp"]),
+        (0, [8 << 10, 12 << 10, 200 << 10, 2 << 20], ["run/events.out.tfevents", "run/log.jsonl", "run/final"]),
+    ],
+)
 def test_training(disk, trained, save_steps, rooms, places):
     """TensorBoard's events, the log, a checkpoint, the model that comes out: whatever finds no room, nothing that was finished is lost."""
+
     def attempt():
-        done = subprocess.run([sys.executable, *map(str, trained.command), disk / "run", "--save_steps", str(save_steps)], cwd=ROOT, text=True,
-                              capture_output=True)
+        done = subprocess.run(
+            [sys.executable, *map(str, trained.command), disk / "run", "--save_steps", str(save_steps)],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+        )
         assert done.returncode in (0, 2) and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
         return done.stderr if done.returncode else None
+
     said = until_there_is_room(disk, rooms, attempt)
     assert all(any(place in words for words in said) for place in places), said
     assert made(disk / "run") == trained.whole
@@ -137,18 +170,28 @@ def test_training(disk, trained, save_steps, rooms, places):
 
 def test_what_is_said_of_other_errors(tmp_path, capsys):
     """Words of a user's that a writer may also use change nothing; nor is an error of another kind taken for a full disk."""
+
     def fails(error):
-        with packed.replacing(tmp_path / "file") as file:
+        with files.replacing(tmp_path / "file") as file:
             file.write("half")
             raise error
+
     said = "prefs.jsonl:3: expected a text, found 'No space left, 3 requested and 2 written'"
-    for error in (packed.InputError(said), OSError(errno.ENOSPC, "No space left on device"), OSError("3 requested and 2 written")):
+    for error in (
+        files.InputError(said),
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("3 requested and 2 written"),
+    ):
         with pytest.raises(SystemExit) as end:
-            config.run(lambda: fails(error))
+            exits.run(lambda: fails(error))
         words = capsys.readouterr().err
         expected = said if error.args == (said,) else f"{tmp_path / 'file'}: cannot be written ("
         assert end.value.code == 2 and words.startswith(f"error: {expected}")
-    for error in (FileNotFoundError(errno.ENOENT, "No such file"), ValueError("a number"), OSError("neither number nor name")):
+    for error in (
+        FileNotFoundError(errno.ENOENT, "No such file"),
+        ValueError("a number"),
+        OSError("neither number nor name"),
+    ):
         with pytest.raises(type(error), match=error.args[-1]):
-            config.run(lambda: fails(error))
+            exits.run(lambda: fails(error))
     assert not list(tmp_path.iterdir())

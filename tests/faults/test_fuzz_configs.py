@@ -1,7 +1,8 @@
 """Hostile --config_file and ds_config files: refused in one sentence that names the file, or read as they are written.
 
-    .venv/bin/python -m pytest -q tests/faults/test_fuzz_configs.py
+.venv/bin/python -m pytest -q tests/faults/test_fuzz_configs.py
 """
+
 import copy
 import gzip
 import json
@@ -18,19 +19,24 @@ from small import ROOT, refusal
 
 sys.path.insert(0, str(ROOT))
 
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
 import config
-import engine
 import plan
 import train_dpo
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from packed import InputError
+from files import InputError
+from training import deepspeed_config
 
-MANY = settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+MANY = settings(
+    max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 30))
 SHIPPED = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))}
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=20)
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | st.just("auto"),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | st.just("auto"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+)
 
 
 def parse(argv):
@@ -40,34 +46,64 @@ def parse(argv):
 # --config_file
 
 
-@pytest.mark.parametrize("body, words", [
-    ("max_step: 1", "unknown argument max_step; did you mean max_steps?"), ("max-steps: 1", "did you mean max_steps?"),
-    ("config_file: other.yaml", "unknown argument config_file"), ("<<: {beta: 1}", "unknown argument <<"),
-    ('"a\\nb": 1', "unknown argument 'a\\nb'"), ("'': 1", "unknown argument"), ("? [a]\n: b", "unhashable key"),
-    ("seed: 1.5", "--seed: invalid int value: '1.5'"), ("seed: 1e3", "invalid int value"), ("beta: 1 2", "invalid float value"),
-    ("trust_remote_code: maybe", "expected one of yes/no"), ("loss_type: ipoo", "invalid choice: 'ipoo'"),
-    ("diffusion_steps: many", "expected a number or auto"), ("beta: [1]", "beta holds a list"),
-    ("beta: {a: 1}", "beta holds a mapping"), ("beta: !!python/object/apply:os.system ['true']", "beta holds a list"),
-    ("!!python/object/apply:os.system ['true']", "name: value"),
-    ("beta: 1\nbeta: 2", "beta stands twice"), ("'beta': 1\n\"beta\": 1", "beta stands twice"),
-    ("beta: {a: 1, a: 2}", "a stands twice"),
-    ("beta:\t1", "'\\t' that cannot start"), ("beta: 1\n\tseed: 2", "'\\t' that cannot start"), ("- beta", "name: value"),
-    ("[]", "name: value"), ("just words", "name: value"), ("beta: 1\n---\nbeta: 2", "another document"),
-    ("beta: *b", "undefined alias"), ("beta: &b [*b]", "recursive"), (LAUGHS, "unknown argument a0"),
-    (LAUGHS.replace("a29:", "beta:"), "unknown argument a0"),
-    ("beta: " + "[" * 2000, "recursion"), ("- " * 10 ** 5, "recursion"), ("{" * 2000, "recursion"),
-    ('data: "a\\0b"', "data is 'a\\x00b', expected one line"), ('data: "\\ud800"', "data is '\\ud800'"),
-    ("data: |\n  a\n  b", "one line"),
-    (b"\xff\xfeb\0", "can't decode byte 0xff"), (b"\0\1", "special characters are not allowed"),
-    (b"\x89PNG\r\n", "can't decode"),
-    ("beta: caf\u00e9".encode("latin-1"), "can't decode byte 0xe9"),
-    (gzip.compress(b"beta: 1", mtime=0), "can't decode byte 0x8b"),
-    ("beta: 1".encode("utf-16"), "can't decode")], ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("max_step: 1", "unknown argument max_step; did you mean max_steps?"),
+        ("max-steps: 1", "did you mean max_steps?"),
+        ("config_file: other.yaml", "unknown argument config_file"),
+        ("<<: {beta: 1}", "unknown argument <<"),
+        ('"a\\nb": 1', "unknown argument 'a\\nb'"),
+        ("'': 1", "unknown argument"),
+        ("? [a]\n: b", "unhashable key"),
+        ("seed: 1.5", "--seed: invalid int value: '1.5'"),
+        ("seed: 1e3", "invalid int value"),
+        ("beta: 1 2", "invalid float value"),
+        ("trust_remote_code: maybe", "expected one of yes/no"),
+        ("loss_type: ipoo", "invalid choice: 'ipoo'"),
+        ("diffusion_steps: many", "expected a number or auto"),
+        ("beta: [1]", "beta holds a list"),
+        ("beta: {a: 1}", "beta holds a mapping"),
+        ("beta: !!python/object/apply:os.system ['true']", "beta holds a list"),
+        ("!!python/object/apply:os.system ['true']", "name: value"),
+        ("beta: 1\nbeta: 2", "beta stands twice"),
+        ("'beta': 1\n\"beta\": 1", "beta stands twice"),
+        ("beta: {a: 1, a: 2}", "a stands twice"),
+        ("beta:\t1", "'\\t' that cannot start"),
+        ("beta: 1\n\tseed: 2", "'\\t' that cannot start"),
+        ("- beta", "name: value"),
+        ("[]", "name: value"),
+        ("just words", "name: value"),
+        ("beta: 1\n---\nbeta: 2", "another document"),
+        ("beta: *b", "undefined alias"),
+        ("beta: &b [*b]", "recursive"),
+        (LAUGHS, "unknown argument a0"),
+        (LAUGHS.replace("a29:", "beta:"), "unknown argument a0"),
+        ("beta: " + "[" * 2000, "recursion"),
+        ("- " * 10**5, "recursion"),
+        ("{" * 2000, "recursion"),
+        ('data: "a\\0b"', "data is 'a\\x00b', expected one line"),
+        ('data: "\\ud800"', "data is '\\ud800'"),
+        ("data: |\n  a\n  b", "one line"),
+        (b"\xff\xfeb\0", "can't decode byte 0xff"),
+        (b"\0\1", "special characters are not allowed"),
+        (b"\x89PNG\r\n", "can't decode"),
+        ("beta: caf\u00e9".encode("latin-1"), "can't decode byte 0xe9"),
+        (gzip.compress(b"beta: 1", mtime=0), "can't decode byte 0x8b"),
+        ("beta: 1".encode("utf-16"), "can't decode"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
 def test_yaml(body, words, tmp_path, capsys):
     (tmp_path / "a.yaml").write_bytes(body if isinstance(body, bytes) else body.encode())
     began = time.process_time()
     said = refusal(parse, capsys, "--config_file", tmp_path / "a.yaml")
-    assert said.startswith(f"error: {tmp_path}/a.yaml: ") and words in said and len(said) < 500 and time.process_time() - began < 60
+    assert (
+        said.startswith(f"error: {tmp_path}/a.yaml: ")
+        and words in said
+        and len(said) < 500
+        and time.process_time() - began < 60
+    )
 
 
 def test_laughs_as_a_value(tmp_path, capsys):
@@ -76,9 +112,22 @@ def test_laughs_as_a_value(tmp_path, capsys):
     assert "beta holds a list, expected one value" in refusal(parse, capsys, "--config_file", tmp_path / "a.yaml")
 
 
-@pytest.mark.parametrize("body", ["", "\n \n", "# nothing", "---\n", "{}", "\ufeffbeta: 0.1\r\nseed: 42\r\n",
-                                  "beta: &b 0.1\nadam_beta1: 0.9", "beta: !!float 0.1", "beta:", "beta: null\nseed: ~",
-                                  "%YAML 1.1\n---\nbeta: 0.1"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "",
+        "\n \n",
+        "# nothing",
+        "---\n",
+        "{}",
+        "\ufeffbeta: 0.1\r\nseed: 42\r\n",
+        "beta: &b 0.1\nadam_beta1: 0.9",
+        "beta: !!float 0.1",
+        "beta:",
+        "beta: null\nseed: ~",
+        "%YAML 1.1\n---\nbeta: 0.1",
+    ],
+)
 def test_yaml_that_says_the_defaults(body, tmp_path):
     (tmp_path / "a.yaml").write_text(body)
     assert parse(["--config_file", str(tmp_path / "a.yaml")]) == parse([])
@@ -86,22 +135,38 @@ def test_yaml_that_says_the_defaults(body, tmp_path):
 
 def test_yaml_that_is_no_file(tmp_path, capsys):
     (tmp_path / "folder.yaml").mkdir()
-    for name, words in (("folder.yaml", "Is a directory"), ("gone.yaml", "No such file"), ("x" * 300, "File name too long")):
+    for name, words in (
+        ("folder.yaml", "Is a directory"),
+        ("gone.yaml", "No such file"),
+        ("x" * 300, "File name too long"),
+    ):
         assert words in refusal(parse, capsys, "--config_file", tmp_path / name)
     (tmp_path / "mem.yaml").symlink_to("/proc/self/mem")
     assert "Input/output error" in refusal(parse, capsys, "--config_file", tmp_path / "mem.yaml")
     (tmp_path / "a.yaml").write_text("beta: 0.5")
-    assert "given 2 times" in refusal(parse, capsys, "--config_file", tmp_path / "a.yaml", f"--config_file={tmp_path}/a.yaml")
+    assert "given 2 times" in refusal(
+        parse, capsys, "--config_file", tmp_path / "a.yaml", f"--config_file={tmp_path}/a.yaml"
+    )
     assert parse(["--config_file", os.devnull]) == parse([])
 
 
-@pytest.mark.parametrize("body, words", [
-    ("loss_type: sft\nsft_weight: 1", "leave it out with --loss_type sft"), ("loss_type: ipo\nlabel_smoothing: 0.1", "not ipo"),
-    ("beta: .nan", "beta"), ("beta: nan", "--beta is nan"), ("learning_rate: 1e999", "--learning_rate is inf"),
-    ("beta: " + "9" * 1000, "--beta is inf"), ("max_steps: 0\nnum_train_epochs: 0", "more than 0")])
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("loss_type: sft\nsft_weight: 1", "leave it out with --loss_type sft"),
+        ("loss_type: ipo\nlabel_smoothing: 0.1", "not ipo"),
+        ("beta: .nan", "beta"),
+        ("beta: nan", "--beta is nan"),
+        ("learning_rate: 1e999", "--learning_rate is inf"),
+        ("beta: " + "9" * 1000, "--beta is inf"),
+        ("max_steps: 0\nnum_train_epochs: 0", "more than 0"),
+    ],
+)
 def test_yaml_that_contradicts_itself(body, words, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(body)
-    assert words in refusal(train_dpo.main, capsys, "--config_file", tmp_path / "a.yaml", "--output_dir", tmp_path / "run")
+    assert words in refusal(
+        train_dpo.main, capsys, "--config_file", tmp_path / "a.yaml", "--output_dir", tmp_path / "run"
+    )
 
 
 def value_of(item):
@@ -110,30 +175,41 @@ def value_of(item):
     if item.name in config.OR_AUTO:
         return st.integers() | st.just("auto")
     if item.type in (int, float, bool):
-        return {int: st.integers(), float: st.floats(allow_nan=False, allow_infinity=False), bool: st.booleans()}[item.type]
+        return {int: st.integers(), float: st.floats(allow_nan=False, allow_infinity=False), bool: st.booleans()}[
+            item.type
+        ]
     if options and all(isinstance(option, str) for option in options):
         return st.sampled_from(options)
     if int in options:
         return st.integers()
-    letters = st.characters(min_codepoint=32, exclude_categories=["Cs", "Cc", "Cn"], exclude_characters="\x85\u2028\u2029\ufeff")
+    letters = st.characters(
+        min_codepoint=32, exclude_categories=["Cs", "Cc", "Cn"], exclude_characters="\x85\u2028\u2029\ufeff"
+    )
     return st.text(letters, min_size=1).filter(lambda text: text not in ("null", "~"))
 
 
-ARGUMENTS = {item.name: value_of(item) for group in config.GROUPS for item in fields(group) if item.name != "local_rank"}
+ARGUMENTS = {
+    item.name: value_of(item) for group in config.GROUPS for item in fields(group) if item.name != "local_rank"
+}
 
 
 @MANY
 @given(values=st.fixed_dictionaries({}, optional=ARGUMENTS))
 def test_what_is_written_is_read(values, tmp_path_factory):
     path = tmp_path_factory.mktemp("yaml") / "a.yaml"
-    path.write_text(yaml.safe_dump(values, allow_unicode=True, width=10 ** 6), encoding="utf-8")
+    path.write_text(yaml.safe_dump(values, allow_unicode=True, width=10**6), encoding="utf-8")
     got = {name: value for group in parse(["--config_file", str(path)]) for name, value in vars(group).items()}
     assert {name: got[name] for name in values} == values
 
 
 @MANY
-@given(body=st.binary(max_size=60) | st.text(st.sampled_from("abeta: \n\t[]{}&*!|>'\"%@`-?,#0~."), max_size=40).map(str.encode)
-       | st.dictionaries(st.sampled_from(["beta", "seed", "data"]) | TEXTS, JSON, max_size=3).map(json.dumps).map(str.encode))
+@given(
+    body=st.binary(max_size=60)
+    | st.text(st.sampled_from("abeta: \n\t[]{}&*!|>'\"%@`-?,#0~."), max_size=40).map(str.encode)
+    | st.dictionaries(st.sampled_from(["beta", "seed", "data"]) | TEXTS, JSON, max_size=3)
+    .map(json.dumps)
+    .map(str.encode)
+)
 def test_any_yaml(body, tmp_path_factory):
     path = tmp_path_factory.mktemp("yaml") / "a.yaml"
     path.write_bytes(body)
@@ -168,7 +244,7 @@ def refused(tmp_path, section, *words):
     path = tmp_path / "ds.json"
     path.write_text(section if isinstance(section, str) else json.dumps(section))
     with pytest.raises(InputError) as error:
-        engine.read_ds_config(path)
+        deepspeed_config.read_ds_config(path)
     said = str(error.value)
     assert said.startswith(f"{path}: ") and all(word in said for word in words) and len(said.splitlines()) == 1, said
     return said
@@ -176,7 +252,7 @@ def refused(tmp_path, section, *words):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_and_every_misspelt_key(name, tmp_path):
-    assert engine.read_ds_config(ROOT / "ds_configs" / f"{name}.json") == SHIPPED[name]
+    assert deepspeed_config.read_ds_config(ROOT / "ds_configs" / f"{name}.json") == SHIPPED[name]
     for path, _ in places(SHIPPED[name]):
         for wrong in (path[-1][:-1] + "_x", path[-1].upper() + "S", "no_such_thing"):
             section = changed(SHIPPED[name], path, lambda parent, key: parent.update({wrong: parent.pop(key)}))
@@ -187,65 +263,120 @@ def test_shipped_and_every_misspelt_key(name, tmp_path):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_wrong_type(name, tmp_path):
     for path, value in places(SHIPPED[name]):
-        wrong = {bool: ["yes", "true", 1, 0.5, None, [], {}], int: ["3", True, 0.5, None, [], {}],
-                 float: ["1e-8", True, None, [], {}], dict: [[], 3, "x", True, None], str: [[], {}]}[type(value)]
+        wrong = {
+            bool: ["yes", "true", 1, 0.5, None, [], {}],
+            int: ["3", True, 0.5, None, [], {}],
+            float: ["1e-8", True, None, [], {}],
+            dict: [[], 3, "x", True, None],
+            str: [[], {}],
+        }[type(value)]
         for each in wrong:
             if each is None and path[-1] in ("overlap_comm", "offload_param", "offload_optimizer"):
                 continue  # which may be null
-            refused(tmp_path, changed(SHIPPED[name], path, lambda parent, key: parent.update({key: each})), ".".join(path))
+            refused(
+                tmp_path, changed(SHIPPED[name], path, lambda parent, key: parent.update({key: each})), ".".join(path)
+            )
 
 
-@pytest.mark.parametrize("section, words", [
-    ({"stage": "3"}, 'zero_optimization.stage is "3", expected 0, 1, 2 or 3'), ({"stage": True}, "stage is true"),
-    ({"stage": 4}, "stage is 4"), ({"stage": "auto"}, "stage is auto"), ({}, "stage is None"),
-    ([], "zero_optimization is [], expected an object"), (3, "expected an object"),
-    ({"stage": 3, "offload_param": {"device": "gpu"}}, "expected 'none', 'cpu' or 'nvme'"),
-    ({"stage": 3, "offload_param": {"device": "cpu", "pin_memory": "yes"}},
-     'offload_param.pin_memory is "yes", expected a valid boolean'),
-    ({"stage": 3, "offload_parm": {}}, '"zero_optimization.offload_parm"; did you mean offload_param?'),
-    ({"stage": 3, "offload_optimizer": {"fast_int": True}}, "did you mean fast_init?"),
-    ({"stage": 3, "reduce_bucket_size": 0}, "greater than 0"),
-    ({"stage": 3, "offload_optimizer": {"ratio": 1.5}}, "less than or equal to 1"),
-    ({"stage": 3, "cpu_offload": True}, "write offload_optimizer"),
-    ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param needs stage 3"),
-    ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer needs stage 1"),
-    ({"stage": 3, "prefetch_bucket_size": 5, "stage3_prefetch_bucket_size": 6}, "prefetch_bucket_size"),
-    ({"stage": 3, "compute_grad_norm": False}, "compute_grad_norm=false is supported only"),
-    ({"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "Partial offloading only supported for ZeRO Stage 3")])
+@pytest.mark.parametrize(
+    "section, words",
+    [
+        ({"stage": "3"}, 'zero_optimization.stage is "3", expected 0, 1, 2 or 3'),
+        ({"stage": True}, "stage is true"),
+        ({"stage": 4}, "stage is 4"),
+        ({"stage": "auto"}, "stage is auto"),
+        ({}, "stage is None"),
+        ([], "zero_optimization is [], expected an object"),
+        (3, "expected an object"),
+        ({"stage": 3, "offload_param": {"device": "gpu"}}, "expected 'none', 'cpu' or 'nvme'"),
+        (
+            {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": "yes"}},
+            'offload_param.pin_memory is "yes", expected a valid boolean',
+        ),
+        ({"stage": 3, "offload_parm": {}}, '"zero_optimization.offload_parm"; did you mean offload_param?'),
+        ({"stage": 3, "offload_optimizer": {"fast_int": True}}, "did you mean fast_init?"),
+        ({"stage": 3, "reduce_bucket_size": 0}, "greater than 0"),
+        ({"stage": 3, "offload_optimizer": {"ratio": 1.5}}, "less than or equal to 1"),
+        ({"stage": 3, "cpu_offload": True}, "write offload_optimizer"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param needs stage 3"),
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer needs stage 1"),
+        ({"stage": 3, "prefetch_bucket_size": 5, "stage3_prefetch_bucket_size": 6}, "prefetch_bucket_size"),
+        ({"stage": 3, "compute_grad_norm": False}, "compute_grad_norm=false is supported only"),
+        (
+            {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+            "Partial offloading only supported for ZeRO Stage 3",
+        ),
+    ],
+)
 def test_zero(section, words, tmp_path):
     refused(tmp_path, {"zero_optimization": section}, words)
 
 
-@pytest.mark.parametrize("more, words", [
-    ({"scheduler": {"type": "WarmupLR"}}, 'unknown key "scheduler"'), ({"train_batch_sise": 8}, "did you mean train_batch_size?"),
-    ({"optimizer": {"params": {"max_grad_norm": 1}}}, '"optimizer.params.max_grad_norm"'), ({"optimizer": []}, "optimizer is []"),
-    ({"optimizer": {"params": {"lr": "1e-4"}}}, "valid number"),
-    ({"optimizer": {"params": {"betas": [0.9, "x"]}}}, "betas is [0.9"),
-    ({"optimizer": {"params": {"beta": 1}}}, "did you mean betas?"), ({"bf16": True}, "bf16 is true, expected an object"),
-    ({"bf16": {"bf16_optimizer_states": True}}, "needs bf16.bf16_master"), ({"fp16": {"enabled": True}}, "fp16 is not supported"),
-    ({"gradient_clipping": float("nan")}, "NaN is no number"), ({"gradient_clipping": float("inf")}, "Infinity is no number"),
-    ({"aio": 3}, "aio is 3, expected an object"), ({"a\nb\ud800": 1}, 'unknown key "a\\nb\\ud800"')])
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"scheduler": {"type": "WarmupLR"}}, 'unknown key "scheduler"'),
+        ({"train_batch_sise": 8}, "did you mean train_batch_size?"),
+        ({"optimizer": {"params": {"max_grad_norm": 1}}}, '"optimizer.params.max_grad_norm"'),
+        ({"optimizer": []}, "optimizer is []"),
+        ({"optimizer": {"params": {"lr": "1e-4"}}}, "valid number"),
+        ({"optimizer": {"params": {"betas": [0.9, "x"]}}}, "betas is [0.9"),
+        ({"optimizer": {"params": {"beta": 1}}}, "did you mean betas?"),
+        ({"bf16": True}, "bf16 is true, expected an object"),
+        ({"bf16": {"bf16_optimizer_states": True}}, "needs bf16.bf16_master"),
+        ({"fp16": {"enabled": True}}, "fp16 is not supported"),
+        ({"gradient_clipping": float("nan")}, "NaN is no number"),
+        ({"gradient_clipping": float("inf")}, "Infinity is no number"),
+        ({"aio": 3}, "aio is 3, expected an object"),
+        ({"a\nb\ud800": 1}, 'unknown key "a\\nb\\ud800"'),
+    ],
+)
 def test_top(more, words, tmp_path):
     refused(tmp_path, {"zero_optimization": {"stage": 3}} | more, words)
 
 
-@pytest.mark.parametrize("text", [
-    "", " ", "{", "[" * 10 ** 5, '{"a":' * 10 ** 5, "// comment\n{}", "{'bf16': {}}", '{"bf16": {},}',
-    '{"gradient_clipping": ' + "9" * 5000 + "}", '{"bf16": {}, "bf16": {}}', '{"zero_optimization": {"stage": 2, "stage": 3}}',
-    "[]", "null", "7", '"x"', '{"gradient_clipping": 1e999}'], ids=lambda text: text[:20])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "{",
+        "[" * 10**5,
+        '{"a":' * 10**5,
+        "// comment\n{}",
+        "{'bf16': {}}",
+        '{"bf16": {},}',
+        '{"gradient_clipping": ' + "9" * 5000 + "}",
+        '{"bf16": {}, "bf16": {}}',
+        '{"zero_optimization": {"stage": 2, "stage": 3}}',
+        "[]",
+        "null",
+        "7",
+        '"x"',
+        '{"gradient_clipping": 1e999}',
+    ],
+    ids=lambda text: text[:20],
+)
 def test_no_json(text, tmp_path):
     refused(tmp_path, text)
 
 
 def test_bytes_that_are_no_ds_config(tmp_path, capsys):
-    for body in (b"\xff\xfe\0", b"\x89PNG\r\n", gzip.compress(b"{}", mtime=0), json.dumps(SHIPPED["zero0"]).encode("utf-16")):
+    for body in (
+        b"\xff\xfe\0",
+        b"\x89PNG\r\n",
+        gzip.compress(b"{}", mtime=0),
+        json.dumps(SHIPPED["zero0"]).encode("utf-16"),
+    ):
         (tmp_path / "ds.json").write_bytes(body)
         with pytest.raises(InputError, match="ds.json: cannot be read as JSON"):
-            engine.read_ds_config(tmp_path / "ds.json")
-    (tmp_path / "ds.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(SHIPPED["zero0"], indent=1).replace("\n", "\r\n").encode())
-    assert engine.read_ds_config(tmp_path / "ds.json") == SHIPPED["zero0"]
+            deepspeed_config.read_ds_config(tmp_path / "ds.json")
+    (tmp_path / "ds.json").write_bytes(
+        b"\xef\xbb\xbf" + json.dumps(SHIPPED["zero0"], indent=1).replace("\n", "\r\n").encode()
+    )
+    assert deepspeed_config.read_ds_config(tmp_path / "ds.json") == SHIPPED["zero0"]
     with pytest.raises(InputError, match="Is a directory"):
-        engine.read_ds_config(tmp_path)
+        deepspeed_config.read_ds_config(tmp_path)
     (tmp_path / "ds.json").write_text('{"zero_optimisation": {}}')
     argv = ["--model_name_or_path", ROOT / "examples" / "tiny", "--deepspeed", tmp_path / "ds.json"]
     assert 'unknown key "zero_optimisation"; did you mean zero_optimization?' in refusal(plan.main, capsys, *argv)
@@ -255,11 +386,17 @@ def test_deepspeeds_own_names_pass(tmp_path):
     """Every field of its ZeRO model that is not deprecated, under its name and its alias, with its default."""
     for own, field in DeepSpeedZeroConfig.model_fields.items():
         for name in {own, field.alias} - {None, "stage"}:
-            if not (field.json_schema_extra or {}).get("deprecated") and isinstance(field.default, (bool, int, type(None))):
+            if not (field.json_schema_extra or {}).get("deprecated") and isinstance(
+                field.default, (bool, int, type(None))
+            ):
                 (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3, name: field.default}}))
-                engine.read_ds_config(tmp_path / "ds.json")
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 1e9}}))
-    assert engine.read_ds_config(tmp_path / "ds.json")["zero_optimization"]["stage3_max_live_parameters"] == 1e9
+                deepspeed_config.read_ds_config(tmp_path / "ds.json")
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 1e9}})
+    )
+    assert (
+        deepspeed_config.read_ds_config(tmp_path / "ds.json")["zero_optimization"]["stage3_max_live_parameters"] == 1e9
+    )
 
 
 @MANY
@@ -271,7 +408,7 @@ def test_any_value_anywhere(place, value, tmp_path_factory):
     file = tmp_path_factory.mktemp("ds") / "ds.json"
     file.write_text(json.dumps(section))
     try:
-        read = engine.read_ds_config(file)
+        read = deepspeed_config.read_ds_config(file)
     except InputError as error:
         assert str(error).startswith(f"{file}: ") and len(str(error).splitlines()) == 1
     else:

@@ -1,7 +1,8 @@
 """Hostile rows through data_prep's own command: never a traceback, never a wrong result (bench/fuzz.py runs the same for long).
 
-    .venv/bin/python -m pytest -q tests/faults/test_fuzz_rows.py
+.venv/bin/python -m pytest -q tests/faults/test_fuzz_rows.py
 """
+
 import datetime
 import decimal
 import gzip
@@ -20,8 +21,10 @@ import fuzz
 from hostile import SPECIAL, Made, is_json, nested
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-GOOD = {"preferences": {"prompt": "How many?", "chosen": " 12", "rejected": " 11"},
-        "sft": {"prompt": "How many?", "response": " 12"}}
+GOOD = {
+    "preferences": {"prompt": "How many?", "chosen": " 12", "rejected": " 11"},
+    "sft": {"prompt": "How many?", "response": " 12"},
+}
 TASKS = pytest.mark.parametrize("task", GOOD)
 
 
@@ -33,8 +36,12 @@ def models(tmp_path_factory):
 @pytest.fixture
 def attempt(tmp_path, models):
     """attempt(source, *flags) -> what became of it, by the model without a template."""
-    def run(source, *flags, reader=None):  # no lambda: hypothesis would read its source, default and all, to describe it
+
+    def run(
+        source, *flags, reader=None
+    ):  # no lambda: hypothesis would read its source, default and all, to describe it
         return fuzz.attempt(source, tmp_path / "packed", (reader or models[0]).folder, *flags)
+
     return run
 
 
@@ -49,8 +56,10 @@ def refused(outcome, *words):
 
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=20)  # every code point, surrogates and NUL too
 KEYS = st.sampled_from(["role", "content", "from", "value", "messages", "type", "text"]) | TEXTS
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXTS, lambda inner: st.lists(inner, max_size=3)
-                    | st.dictionaries(KEYS, inner, max_size=3))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+)
 ROLE = st.sampled_from(["user", "human", "assistant", "gpt", "system", "developer", "judge", ""])
 TURN = st.tuples(ROLE, TEXTS | st.sampled_from(["Q", "<|mdm_mask|>", "<|eot_id|>", " "]))
 
@@ -58,8 +67,11 @@ TURN = st.tuples(ROLE, TEXTS | st.sampled_from(["Q", "<|mdm_mask|>", "<|eot_id|>
 def tables(task):
     """(task, some rows of any JSON, most of it in the columns that are read)."""
     names = st.sampled_from([*GOOD[task], "system"]) | TEXTS.map(lambda name: "x" + name)
-    row = (st.fixed_dictionaries({}, optional={name: JSON | TEXTS for name in GOOD[task]})
-           | st.dictionaries(names, JSON, max_size=4) | JSON)
+    row = (
+        st.fixed_dictionaries({}, optional={name: JSON | TEXTS for name in GOOD[task]})
+        | st.dictionaries(names, JSON, max_size=4)
+        | JSON
+    )
     return st.tuples(st.just(task), st.lists(row, min_size=1, max_size=8))
 
 
@@ -68,7 +80,9 @@ def tables(task):
 def test_any_json_in_any_column(attempt, models, tmp_path_factory, table, stop, ending):
     """Beside good rows, which are more, and kept."""
     task, rows = table
-    most = [GOOD[task] | {"prompt": f"How many? {i}"} for i in range(len(rows) + 1)]  # half of the rows would settle the form
+    most = [
+        GOOD[task] | {"prompt": f"How many? {i}"} for i in range(len(rows) + 1)
+    ]  # half of the rows would settle the form
     lines = [Made(json.dumps(good).encode(), parts=tuple(good.values())) for good in most]
     lines += [Made(json.dumps(value).encode(), free=True) for value in rows]
     source = tmp_path_factory.mktemp("any") / f"rows{ending}"
@@ -102,8 +116,10 @@ def test_any_turns(attempt, models, tmp_path_factory, table):
     """What the tokens of a dialogue say is what its messages say, one turn after the other."""
     source, reader = tmp_path_factory.mktemp("turns") / "rows.jsonl", models[1]
     good = ([("user", "Q")], "good", "bad")
-    rows = [{"prompt": [{"role": role, "content": text} for role, text in turns], "chosen": chosen, "rejected": rejected}
-            for turns, chosen, rejected in (good, *table)]
+    rows = [
+        {"prompt": [{"role": role, "content": text} for role, text in turns], "chosen": chosen, "rejected": rejected}
+        for turns, chosen, rejected in (good, *table)
+    ]
     source.write_bytes(b"\n".join(json.dumps(row).encode() for row in rows))
     outcome = attempt(source, "--on_bad_row", "skip", reader=reader)
     assert outcome.kept and 1 in outcome.kept, outcome
@@ -131,7 +147,7 @@ def jsonl_corpus(good):
     g = json.dumps(good).encode()
     first, *_, last = good
     other = json.dumps(good | {last: " 13"}).encode()
-    many = b"".join(b', "%d": 1' % i for i in range(10 ** 5))
+    many = b"".join(b', "%d": 1' % i for i in range(10**5))
     add = lambda extra: g[:-1] + b", " + extra + b"}"  # noqa: E731
     put = lambda text: json.dumps(good | {first: text}).encode()  # noqa: E731
     return {
@@ -143,24 +159,52 @@ def jsonl_corpus(good):
         "gzip": (gzip.compress(g, mtime=0), [], [1]),
         "latin-1": (g + b"\n" + put("caf@").replace(b"@", b"\xe9") + b"\n" + put("caf\u00e9"), [1, 3], [2]),
         "a surrogate's bytes": (g + b"\n" + put("@").replace(b"@", b"\xed\xa0\x80"), [1], [2]),
-        "lone surrogates": (g + b"\n" + put("a\ud800") + b"\n" + put("\udc00\ud800") + b"\n" + put("\U0001f600"), [1, 4], [2, 3]),
+        "lone surrogates": (
+            g + b"\n" + put("a\ud800") + b"\n" + put("\udc00\ud800") + b"\n" + put("\U0001f600"),
+            [1, 4],
+            [2, 3],
+        ),
         "NUL": (g + b"\n" + g.replace(b":", b"\0:", 1) + b"\n" + put("a\0b") + b"\n" + b"\0" * 1000, [1, 3], [2, 4]),
-        "wrong types": (b"\n".join([g, put(7), put(None), put([]), put({"a": [1]}), put([[7]]), b"null", b"[]"]),
-                        [1], [*range(2, 9)]),
-        "keys twice": (g + b"\n" + add(b'"%s": "b"' % last.encode()) + b"\n" + add(b'"x": {"y": 1, "y": 2}'), [1], [2, 3]),
-        "numbers": (add(b'"x": [NaN, -Infinity, 1e999, 1e-999]') + b"\n" + put(float("nan")) + b"\n"
-                    + add(b'"x": ' + b"9" * 5000), [1], [2, 3]),
+        "wrong types": (
+            b"\n".join([g, put(7), put(None), put([]), put({"a": [1]}), put([[7]]), b"null", b"[]"]),
+            [1],
+            [*range(2, 9)],
+        ),
+        "keys twice": (
+            g + b"\n" + add(b'"%s": "b"' % last.encode()) + b"\n" + add(b'"x": {"y": 1, "y": 2}'),
+            [1],
+            [2, 3],
+        ),
+        "numbers": (
+            add(b'"x": [NaN, -Infinity, 1e999, 1e-999]')
+            + b"\n"
+            + put(float("nan"))
+            + b"\n"
+            + add(b'"x": ' + b"9" * 5000),
+            [1],
+            [2, 3],
+        ),
         "nested lists": (add(b'"x": ' + nested(100).encode()) + b"\n" + put([[[["x"]]]]), [1], [2]),
-        "brackets": (b"[" * 10 ** 5 + b"\n" + g + b"\n" + b'{"x":' * 10 ** 5 + b"\n" + add(b'"x": ' + nested(10 ** 5).encode()),
-                     [2], [1, 3, 4]),
+        "brackets": (
+            b"[" * 10**5 + b"\n" + g + b"\n" + b'{"x":' * 10**5 + b"\n" + add(b'"x": ' + nested(10**5).encode()),
+            [2],
+            [1, 3, 4],
+        ),
         "columns": (g[:-1] + many + b"}\n" + other[:-1] + many + b', "7": 1}', [1], [2]),
-        "huge rows": (g + b"\n" + put("x" * 10 ** 6) + b"\n" + other[:-1] + b', "x": "' + b"y" * 10 ** 6 + b'"}',
-                      [1, 3], [2]),
+        "huge rows": (
+            g + b"\n" + put("x" * 10**6) + b"\n" + other[:-1] + b', "x": "' + b"y" * 10**6 + b'"}',
+            [1, 3],
+            [2],
+        ),
         "nothing": (b"", [], []),
         "blank lines": (b"\n \n\t\r\n\xef\xbb\xbf\n\xe2\x80\xa8\n", [], []),
         "a prompt of blanks": (b"\n".join([g, put(" \n\t\u2003"), put("")]), [1], [2, 3]),
         "control tokens": (b"\n".join([g, *(put(f"a {token} b") for token in SPECIAL)]), [1], [2, 3, 4, 5]),
-        "look-alikes": (b"\n".join(map(put, ("<mask", "\uff1cmask\uff1e", "< mask >", "<|mdm_mask|>"))), [1, 2, 3, 4], []),
+        "look-alikes": (
+            b"\n".join(map(put, ("<mask", "\uff1cmask\uff1e", "< mask >", "<|mdm_mask|>"))),
+            [1, 2, 3, 4],
+            [],
+        ),
     }
 
 
@@ -176,8 +220,11 @@ def test_jsonl(task, name, attempt, tmp_path):
     source.write_bytes(body)
     outcome = attempt(source, "--task", task, "--on_bad_row", "skip")
     if not kept:
-        refused(outcome, f"{source}: holds no row that can be used",
-                "it is empty" if listed == [] else "; the first, 1: expected a JSON object")
+        refused(
+            outcome,
+            f"{source}: holds no row that can be used",
+            "it is empty" if listed == [] else "; the first, 1: expected a JSON object",
+        )
     else:
         assert not outcome.crash and not outcome.refused, outcome
         assert [*outcome.kept] == kept and [*outcome.listed] == listed, outcome
@@ -201,15 +248,34 @@ def test_every_depth(name, attempt, tmp_path):
     assert not outcome.crash and [*outcome.kept] == [1] and len(outcome.listed) == 550, outcome.crash
 
 
-@pytest.mark.parametrize("body, words", [
-    *((body, "not valid JSON") for body in (b"", b" \n", b"[", b'[{"a": 1}', b"[" * 10 ** 5, b'{"x":' * 10 ** 5,
-                                            b"[" + b"9" * 5000 + b"]", '[{"a": 1}]'.encode("utf-16"),
-                                            gzip.compress(b"[]", mtime=0))),
-    (b"7", "found a number"), (b"NaN", "found a number"),
-    (b"{}", "found an object"), (b'{"a": [{}], "b": [{}]}', "found an object"),
-    (b"[]", "it is empty"), (b"[[], 7]", "row 1: expected a JSON object, found a list"),
-    (b'[{"a": 1, "a": 2}]', 'the key "a" stands twice'), (b'[{"a\\nb": 1, "\\ud800": 2}]', 'the columns are "a\\nb", "\\ud800"'),
-    (b'{"prompt": 1}\n{"prompt": 2}', "call a file of one object a line .jsonl")])
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        *(
+            (body, "not valid JSON")
+            for body in (
+                b"",
+                b" \n",
+                b"[",
+                b'[{"a": 1}',
+                b"[" * 10**5,
+                b'{"x":' * 10**5,
+                b"[" + b"9" * 5000 + b"]",
+                '[{"a": 1}]'.encode("utf-16"),
+                gzip.compress(b"[]", mtime=0),
+            )
+        ),
+        (b"7", "found a number"),
+        (b"NaN", "found a number"),
+        (b"{}", "found an object"),
+        (b'{"a": [{}], "b": [{}]}', "found an object"),
+        (b"[]", "it is empty"),
+        (b"[[], 7]", "row 1: expected a JSON object, found a list"),
+        (b'[{"a": 1, "a": 2}]', 'the key "a" stands twice'),
+        (b'[{"a\\nb": 1, "\\ud800": 2}]', 'the columns are "a\\nb", "\\ud800"'),
+        (b'{"prompt": 1}\n{"prompt": 2}', "call a file of one object a line .jsonl"),
+    ],
+)
 def test_json(body, words, attempt, tmp_path):
     (tmp_path / "rows.json").write_bytes(body)
     refused(attempt(tmp_path / "rows.json"), str(tmp_path / "rows.json"), words)
@@ -218,6 +284,7 @@ def test_json(body, words, attempt, tmp_path):
 def parquet_corpus():
     """{name: (table, words of the refusal)}"""
     import pyarrow as pa
+
     good = {name: [text, text + "!"] for name, text in GOOD["preferences"].items()}
     torn = "not a parquet file that can be read"
     invalid = pa.array([b"\xff\xfe", b"ok"]).cast(pa.binary()).view(pa.string())
@@ -226,9 +293,12 @@ def parquet_corpus():
     return {
         "strings that are no UTF-8": (pa.Table.from_pydict(good).set_column(0, "prompt", invalid), torn),
         "one name twice": (with_column("chosen", pa.array(["a", "b"])), torn),
-        "dates beyond Python's": (with_column("x", pa.array([2 ** 62, 0], pa.timestamp("us"))), torn),
+        "dates beyond Python's": (with_column("x", pa.array([2**62, 0], pa.timestamp("us"))), torn),
         "no such time zone": (with_column("x", pa.array([0, 0], pa.timestamp("s", "No/where"))), torn),
-        "bytes for text": (pa.Table.from_pydict(good | {"prompt": [b"a", b"b"]}), "row 1: expected 'prompt' to be a string"),
+        "bytes for text": (
+            pa.Table.from_pydict(good | {"prompt": [b"a", b"b"]}),
+            "row 1: expected 'prompt' to be a string",
+        ),
         "maps for text": (pa.table(good).set_column(0, "prompt", maps), "row 1: expected"),
         "no rows": (pa.Table.from_pydict({name: pa.array([], pa.string()) for name in good}), "it is empty"),
         "no columns": (pa.table({}), "it is empty"),
@@ -238,6 +308,7 @@ def parquet_corpus():
 @pytest.mark.parametrize("name", list(parquet_corpus()))
 def test_parquet(name, attempt, tmp_path):
     import pyarrow.parquet
+
     table, words = parquet_corpus()[name]
     source = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(table, source)
@@ -247,6 +318,7 @@ def test_parquet(name, attempt, tmp_path):
 @pytest.mark.parametrize("cut", [0, 1, 4, 100, -1])
 def test_torn_parquet(cut, attempt, tmp_path):
     import pyarrow.parquet
+
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD["preferences"]]), tmp_path / "rows.parquet")
     (tmp_path / "rows.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes()[:cut])
     refused(attempt(tmp_path / "rows.parquet"), str(tmp_path / "rows.parquet"), "not a parquet file")
@@ -254,10 +326,23 @@ def test_torn_parquet(cut, attempt, tmp_path):
 
 def test_types_that_json_lacks_beside_and_in_a_preference(attempt, tmp_path):
     import pyarrow.parquet
-    table = [{"prompt": "Q", "response_a": f"a{i}", "response_b": "b", "preference": decimal.Decimal(said), "x": datetime.time(1)}
-             for i, said in enumerate(("0.5", "1.5"))] + [{"prompt": "Q", "response_a": "a", "response_b": "b"}]
+
+    table = [
+        {
+            "prompt": "Q",
+            "response_a": f"a{i}",
+            "response_b": "b",
+            "preference": decimal.Decimal(said),
+            "x": datetime.time(1),
+        }
+        for i, said in enumerate(("0.5", "1.5"))
+    ] + [{"prompt": "Q", "response_a": "a", "response_b": "b"}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "rows.parquet")
-    refused(attempt(tmp_path / "rows.parquet", "--on_bad_row", "skip"), "2 no preference, 1 malformed", "'preference' is \"0.5\"")
+    refused(
+        attempt(tmp_path / "rows.parquet", "--on_bad_row", "skip"),
+        "2 no preference, 1 malformed",
+        "'preference' is \"0.5\"",
+    )
 
 
 # What is no file, or cannot be read
@@ -266,12 +351,22 @@ def test_types_that_json_lacks_beside_and_in_a_preference(attempt, tmp_path):
 def test_what_is_no_file(attempt, tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     os.mkfifo(tmp_path / "pipe.jsonl")
-    for name, target in (("null.jsonl", "/dev/null"), ("gone.jsonl", "/nowhere"), ("loop.jsonl", tmp_path / "loop.jsonl")):
+    for name, target in (
+        ("null.jsonl", "/dev/null"),
+        ("gone.jsonl", "/nowhere"),
+        ("loop.jsonl", tmp_path / "loop.jsonl"),
+    ):
         (tmp_path / name).symlink_to(target)
-    for name, words in (("folder.jsonl", "is a folder"), ("pipe.jsonl", "is a pipe or a device"),
-                        ("null.jsonl", "is a pipe or a device"), ("gone.jsonl", "no such file"),
-                        ("loop.jsonl", "no such file"), ("x" * 300 + ".jsonl", "no such file"),
-                        ("a\0b.jsonl", "no such file"), (os.fsdecode(b"caf\xe9.jsonl"), "not UTF-8")):
+    for name, words in (
+        ("folder.jsonl", "is a folder"),
+        ("pipe.jsonl", "is a pipe or a device"),
+        ("null.jsonl", "is a pipe or a device"),
+        ("gone.jsonl", "no such file"),
+        ("loop.jsonl", "no such file"),
+        ("x" * 300 + ".jsonl", "no such file"),
+        ("a\0b.jsonl", "no such file"),
+        (os.fsdecode(b"caf\xe9.jsonl"), "not UTF-8"),
+    ):
         refused(attempt(tmp_path / name), str(tmp_path / name), words)
     refused(attempt("/dev/null"), "/dev/null: is a pipe or a device")
 
@@ -308,13 +403,29 @@ def test_one_dialogue_among_strings_is_listed(task, attempt, tmp_path):
     row = GOOD[task] | {"prompt": [{"role": "user", "content": "x"}]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD[task]) + "\n" + json.dumps(row))
     outcome = attempt(tmp_path / "rows.jsonl", "--task", task, "--on_bad_row", "skip")
-    assert [*outcome.kept] == [1] and outcome.listed[2][0] == "malformed" and "need a chat template" in outcome.listed[2][1]
+    assert (
+        [*outcome.kept] == [1]
+        and outcome.listed[2][0] == "malformed"
+        and "need a chat template" in outcome.listed[2][1]
+    )
 
 
-@pytest.mark.parametrize("task, stray, words", [
-    ("preferences", {"input": "i", "preferred_output": "p", "non_preferred_output": "n"}, "expected a column 'prompt'"),
-    ("sft", {"prompt": "p", "response": "r", "context": "c"}, "a column 'context' beside prompt and response would be left out"),
-    ("sft", {"prompt": "p", "completion": "c"}, "expected a column 'response'")])
+@pytest.mark.parametrize(
+    "task, stray, words",
+    [
+        (
+            "preferences",
+            {"input": "i", "preferred_output": "p", "non_preferred_output": "n"},
+            "expected a column 'prompt'",
+        ),
+        (
+            "sft",
+            {"prompt": "p", "response": "r", "context": "c"},
+            "a column 'context' beside prompt and response would be left out",
+        ),
+        ("sft", {"prompt": "p", "completion": "c"}, "expected a column 'response'"),
+    ],
+)
 def test_a_stray_row_does_not_decide_the_form(task, stray, words, attempt, tmp_path):
     """It is the one that is listed, and named where the job stops; half of the rows are no strays."""
     source = tmp_path / "rows.jsonl"
@@ -332,6 +443,7 @@ def test_a_mask_that_the_tokenizer_reads_into_a_text(column, tiny_dir, tmp_path)
     """A unigram tokenizer holds its special tokens as pieces, and NFKC writes full-width letters as plain ones."""
     import tokenizers
     import transformers
+
     letters = [(letter, -5.0) for letter in "\u2581abcdefghijklmnopqrstuvwxyzHQ<>/?!12 "]
     special = [(token, 0.0) for token in ("<unk>", "<s>", "</s>", "<mask>")]
     unigram = tokenizers.Tokenizer(tokenizers.models.Unigram([*special, *letters], unk_id=0))
@@ -339,11 +451,14 @@ def test_a_mask_that_the_tokenizer_reads_into_a_text(column, tiny_dir, tmp_path)
     model = make_model(tmp_path / "model", tiny_dir)
     for path in model.glob("token*"):
         path.unlink()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=unigram, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-                                         mask_token="<mask>").save_pretrained(model)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=unigram, unk_token="<unk>", bos_token="<s>", eos_token="</s>", mask_token="<mask>"
+    ).save_pretrained(model)
     good = {"prompt": "how many", "chosen": "twelve", "rejected": "ten"}
     rows = [good, *(good | {column: f"a {text} b"} for text in ("\uff1cmask\uff1e", "<mask\uff1e", "<mask>"))]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     outcome = fuzz.attempt(tmp_path / "rows.jsonl", tmp_path / "packed", model)
-    assert [*outcome.kept] == [1] and {reason for reason, _ in outcome.listed.values()} == {"special token in the text"}, outcome
+    assert [*outcome.kept] == [1] and {reason for reason, _ in outcome.listed.values()} == {
+        "special token in the text"
+    }, outcome
     assert outcome.meta["mask_token_id"] == 3 and not any(3 in part for part in outcome.kept[1])

@@ -1,7 +1,8 @@
 """Tests of stopping and going on: kills at random moments, signals with their promise, a disk that is full, torn artifacts.
 
-    .venv/bin/python -m pytest -q tests/faults/test_kills.py        # bench/faults.py is the long version of the first
+.venv/bin/python -m pytest -q tests/faults/test_kills.py        # bench/faults.py is the long version of the first
 """
+
 import io
 import json
 import os
@@ -21,14 +22,16 @@ from small import LENGTHS, ROOT, call, flags, log, make_model, make_pairs, pack,
 sys.path.insert(0, str(ROOT / "bench"))
 import faults  # noqa: E402
 
-import packed as disk
-import runs
+import files
 import score
 import train_dpo
+from training import runs
 
 DS = ROOT / "ds_configs" / "zero3_offload_4080.json"
 NOISE = flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=2)
-TRAIN = flags(learning_rate=3e-3, gradient_accumulation_steps=2, max_steps=6, eval_fraction=0.3, eval_steps=2, save_total_limit=0)
+TRAIN = flags(
+    learning_rate=3e-3, gradient_accumulation_steps=2, max_steps=6, eval_fraction=0.3, eval_steps=2, save_total_limit=0
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def numbers(folder):
 
 
 def weights(folder):
-    return disk.file_sha256(folder / "final" / "model.safetensors")
+    return files.file_sha256(folder / "final" / "model.safetensors")
 
 
 def same(home, folder):
@@ -72,7 +75,13 @@ def test_a_signal_saves(home, tmp_path, number):
     """It ends with 0 and a checkpoint that no save_steps asked for, says how to go on, and the rest is as if nothing had been."""
     command = [ROOT / "train_dpo.py", *home.argv, "--deepspeed", DS, "--output_dir", tmp_path / "run"]
     process = start(command)
-    wait_for(process, lambda: (tmp_path / "run" / "log.jsonl").exists() and len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) > 1)
+    wait_for(
+        process,
+        lambda: (
+            (tmp_path / "run" / "log.jsonl").exists()
+            and len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) > 1
+        ),
+    )
     process.send_signal(number)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "Traceback" not in said and not (tmp_path / "run" / "final").exists(), said
@@ -84,7 +93,18 @@ def test_a_signal_saves(home, tmp_path, number):
 
 
 def test_two_signals_stop_at_once(home, tmp_path):
-    process = start([ROOT / "train_dpo.py", *home.argv, "--deepspeed", DS, "--output_dir", tmp_path / "run", "--gradient_accumulation_steps", 4000])
+    process = start(
+        [
+            ROOT / "train_dpo.py",
+            *home.argv,
+            "--deepspeed",
+            DS,
+            "--output_dir",
+            tmp_path / "run",
+            "--gradient_accumulation_steps",
+            4000,
+        ]
+    )
     wait_for(process, lambda: (tmp_path / "run" / "run.json").exists())
     time.sleep(1)
     began = time.time()
@@ -98,16 +118,39 @@ def test_two_signals_stop_at_once(home, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_launch_stops_and_goes_on(home, tmp_path, number):
     """launch.sh on two ranks, a signal to it alone: they save. The command that it prints goes on by itself; so does its own."""
-    argv = [*home.argv, "--model_name_or_path", home.model, "--output_dir", tmp_path / "run", "--gradient_accumulation_steps", 1]
+    argv = [
+        *home.argv,
+        "--model_name_or_path",
+        home.model,
+        "--output_dir",
+        tmp_path / "run",
+        "--gradient_accumulation_steps",
+        1,
+    ]
     environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
-    process = subprocess.Popen(["bash", ROOT / "launch.sh", DS, "--num_gpus", "2", *map(str, argv)], cwd=ROOT, text=True,
-                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        ["bash", ROOT / "launch.sh", DS, "--num_gpus", "2", *map(str, argv)],
+        cwd=ROOT,
+        text=True,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     wait_for(process, lambda: (tmp_path / "run" / "log.jsonl").exists())
     process.send_signal(number)
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == (0 if number == signal.SIGTERM else -number) and "stopped and saved; go on with: bash " in said, said
-    again = subprocess.run(said.rpartition("go on with: ")[2].strip(), shell=True, cwd=ROOT, text=True, capture_output=True,
-                           env=environment)
+    assert (
+        process.returncode == (0 if number == signal.SIGTERM else -number)
+        and "stopped and saved; go on with: bash " in said
+    ), said
+    again = subprocess.run(
+        said.rpartition("go on with: ")[2].strip(),
+        shell=True,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=environment,
+    )
     assert again.returncode == 0 and "going on after step" in again.stdout, again.stdout + again.stderr
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     for mine, whole in zip(log(tmp_path / "run"), log(home.folder / "whole")):  # two ranks of one pair are one of two
@@ -116,13 +159,24 @@ def test_launch_stops_and_goes_on(home, tmp_path, number):
 
 def test_a_full_disk(home, tmp_path):
     """A file that cannot be written whole: one sentence, the last checkpoint stays whole, and with room the run goes on from it."""
-    command = [ROOT / "train_dpo.py", *home.argv, "--deepspeed", DS, "--output_dir", tmp_path / "run", "--save_steps", 1]
+    command = [
+        ROOT / "train_dpo.py",
+        *home.argv,
+        "--deepspeed",
+        DS,
+        "--output_dir",
+        tmp_path / "run",
+        "--save_steps",
+        1,
+    ]
     process = start(command)
     wait_for(process, lambda: (tmp_path / "run" / "checkpoints" / "step-2").exists())
     limit = 100_000  # bytes of any one file: less than a checkpoint's
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     said = process.communicate(timeout=120)[0]
-    assert process.returncode == 2 and "Traceback" not in said and "cannot be written" in said and "make room" in said, said
+    assert (
+        process.returncode == 2 and "Traceback" not in said and "cannot be written" in said and "make room" in said
+    ), said
     assert not list((tmp_path / "run" / "checkpoints").glob(".step-*.tmp"))
     newest = runs.Run(tmp_path / "run").start_from(None)
     assert int(newest.name[5:]) >= 2 and f"{newest} is whole" in said
@@ -132,7 +186,16 @@ def test_a_full_disk(home, tmp_path):
 
 def test_two_runs_in_one_folder(home, tmp_path, capsys):
     """The second is refused while the first lives; a dead one keeps no lock."""
-    command = [ROOT / "train_dpo.py", *home.argv, "--deepspeed", DS, "--output_dir", tmp_path / "run", "--save_steps", 1]
+    command = [
+        ROOT / "train_dpo.py",
+        *home.argv,
+        "--deepspeed",
+        DS,
+        "--output_dir",
+        tmp_path / "run",
+        "--save_steps",
+        1,
+    ]
     process = start(command)
     wait_for(process, lambda: (tmp_path / "run" / "checkpoints" / "step-1").exists())
     os.kill(process.pid, signal.SIGSTOP)
@@ -153,7 +216,7 @@ def test_two_reference_jobs_share(home, tmp_path):
     assert sum("6 a forward" in each or "2 a forward" in each for each in said) == 1, said
     [made], [want] = data.glob("ref-*"), home.data.glob("ref-*")
     for name in ("noise-0.npy", "ref_scores-0.npy"):
-        assert disk.file_sha256(made / name) == disk.file_sha256(want / name)
+        assert files.file_sha256(made / name) == files.file_sha256(want / name)
 
 
 def read_all(argv):
@@ -165,7 +228,7 @@ def harmed(content, rng, flips):
     """`content` cut short in several places, and with one bit flipped at both ends and at random."""
     yield from (content[:cut] for cut in (0, 1, len(content) // 2, len(content) - 1))
     for bit in [0, 8 * len(content) - 1] + [rng.randrange(8 * len(content)) for _ in range(flips)]:
-        yield content[:bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1:]
+        yield content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
 
 
 def same_value(path, content):
@@ -182,7 +245,14 @@ def test_every_artifact_harmed(home, tmp_path, capsys):
     """Each file of packed/ and ref-*/ cut short, or a bit of it flipped: refused by its name or the folder's, and never used."""
     rng, tried = random.Random(0), 0
     argv = [*home.argv, "--deepspeed", DS, "--output_dir", tmp_path / "run"]
-    for path in sorted([*home.data.glob("*.npy"), home.data / "meta.json", *home.data.glob("ref-*/*.npy"), *home.data.glob("ref-*/meta.json")]):
+    for path in sorted(
+        [
+            *home.data.glob("*.npy"),
+            home.data / "meta.json",
+            *home.data.glob("ref-*/*.npy"),
+            *home.data.glob("ref-*/meta.json"),
+        ]
+    ):
         original = path.read_bytes()
         for content in harmed(original, rng, 14):
             path.write_bytes(content)
@@ -198,7 +268,18 @@ def test_every_artifact_harmed(home, tmp_path, capsys):
 def test_every_file_of_a_checkpoint_harmed(home, capsys):
     """Cut short or a bit flipped, in any file of the newest: passed over for the one before."""
     if not (home.folder / "saved").exists():
-        run([ROOT / "train_dpo.py", *home.argv, "--deepspeed", DS, "--output_dir", home.folder / "saved", "--save_steps", 3])
+        run(
+            [
+                ROOT / "train_dpo.py",
+                *home.argv,
+                "--deepspeed",
+                DS,
+                "--output_dir",
+                home.folder / "saved",
+                "--save_steps",
+                3,
+            ]
+        )
     target, rng = runs.Run(home.folder / "saved"), random.Random(0)
     (_, before), (_, newest) = target.saved()
     assert target.start_from(None) == newest

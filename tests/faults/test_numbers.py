@@ -1,7 +1,8 @@
 """Tests of guard.py: numbers that are none, in every ZeRO stage; evaluations that fall apart; a checkpoint that comes back otherwise.
 
-    .venv/bin/python -m pytest -q tests/faults/test_numbers.py
+.venv/bin/python -m pytest -q tests/faults/test_numbers.py
 """
+
 import json
 import math
 import os
@@ -13,14 +14,22 @@ import torch
 from safetensors.torch import load_file
 from small import LENGTHS, call, ds_config, flags, log, make_model, make_pairs, pack, run_jobs
 
-import guard
-import packed as disk
-import runs
+import files
 import score
-import train_dpo
+from training import guard, runs
 
-RUN = flags(diffusion_steps=2, trajectories=2, learning_rate=3e-3, gradient_accumulation_steps=2, max_steps=5, eval_fraction=0.1,
-            states_per_forward=3, save_steps=2, save_total_limit=0, num_train_epochs=9)
+RUN = flags(
+    diffusion_steps=2,
+    trajectories=2,
+    learning_rate=3e-3,
+    gradient_accumulation_steps=2,
+    max_steps=5,
+    eval_fraction=0.1,
+    states_per_forward=3,
+    save_steps=2,
+    save_total_limit=0,
+    num_train_epochs=9,
+)
 STAGES = ("zero0", "zero2", "zero2_offload_4080", "zero3_offload_4080")
 BAD = 3  # the step whose numbers are none, from 1
 
@@ -41,8 +50,14 @@ def skipped(request, home):
     base = ["--data", home.data, *RUN, "--use_mixed_precision", request.param]
     jobs = [("score", "score", base)]
     for stage in STAGES:
-        jobs.append((stage, "train_dpo", base + ["--deepspeed", ds_config(folder / f"{stage}.json", stage, eps=1e-3),
-                                                 "--output_dir", folder / stage]))
+        jobs.append(
+            (
+                stage,
+                "train_dpo",
+                base
+                + ["--deepspeed", ds_config(folder / f"{stage}.json", stage, eps=1e-3), "--output_dir", folder / stage],
+            )
+        )
     os.environ["POISON"] = str(BAD - 1)
     try:
         did = run_jobs(folder / "out", None, jobs)
@@ -57,13 +72,20 @@ def test_a_step_is_skipped(skipped, stage):
     """No weight moves in it, the pair is named with its line, and the run goes on with finite numbers."""
     lines = log(skipped.folder / stage)
     assert [line["skipped"] for line in lines] == [step == BAD for step in range(1, 6)]
-    before, after, later = (torch.load(skipped.folder / "out" / f"{stage}.step-{step}.pt") for step in (BAD - 1, BAD, BAD + 1))
+    before, after, later = (
+        torch.load(skipped.folder / "out" / f"{stage}.step-{step}.pt") for step in (BAD - 1, BAD, BAD + 1)
+    )
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(not torch.equal(later[name], after[name]) for name in before)
     assert lines[BAD - 1]["loss"] is None and lines[BAD - 1]["grad_norm"] is None
     assert all(math.isfinite(line[name]) for line in lines if not line["skipped"] for name in ("loss", "grad_norm"))
     [entry] = [json.loads(line) for line in (skipped.folder / stage / "skipped.jsonl").read_text().splitlines()]
-    assert entry["step"] == BAD and entry["line"] == entry["pair"] + 1 and entry["source"] == "prefs.jsonl" and entry["loss"] is None
+    assert (
+        entry["step"] == BAD
+        and entry["line"] == entry["pair"] + 1
+        and entry["source"] == "prefs.jsonl"
+        and entry["loss"] is None
+    )
 
 
 def test_stages_agree_after_a_skip(skipped):
@@ -81,10 +103,22 @@ def test_resume_after_a_skip(skipped, home):
     again = folder / "again"
     shutil.copytree(folder / stage, again, ignore=shutil.ignore_patterns("final"))
     assert sorted(path.name for path in (again / "checkpoints").glob("step-*")) == ["step-2", "step-4"]
-    argv = ["--data", home.data, *RUN, "--use_mixed_precision", skipped.dtype, "--deepspeed", folder / f"{stage}.json", "--output_dir", again]
+    argv = [
+        "--data",
+        home.data,
+        *RUN,
+        "--use_mixed_precision",
+        skipped.dtype,
+        "--deepspeed",
+        folder / f"{stage}.json",
+        "--output_dir",
+        again,
+    ]
     [[did]] = run_jobs(folder / "out-again", None, [("again", "train_dpo", argv)]).values()
     assert not did["error"] and list(did["items"]) == ["4"]
-    assert disk.file_sha256(again / "final" / "model.safetensors") == disk.file_sha256(folder / stage / "final" / "model.safetensors")
+    assert files.file_sha256(again / "final" / "model.safetensors") == files.file_sha256(
+        folder / stage / "final" / "model.safetensors"
+    )
 
 
 def test_a_run_that_keeps_failing_stops(home, tmp_path):
@@ -92,12 +126,19 @@ def test_a_run_that_keeps_failing_stops(home, tmp_path):
     base = ["--data", home.data, *RUN, "--use_mixed_precision", "no"]
     os.environ["POISON"] = "2,3,4"
     try:
-        did = run_jobs(tmp_path / "out", None, [("score", "score", base), ("run", "train_dpo", [*base, "--output_dir", tmp_path / "run"])])
+        did = run_jobs(
+            tmp_path / "out",
+            None,
+            [("score", "score", base), ("run", "train_dpo", [*base, "--output_dir", tmp_path / "run"])],
+        )
     finally:
         del os.environ["POISON"]
     [rank] = did["run"]
     assert "3 in a row" in rank["error"] and "skipped.jsonl" in rank["error"]
-    assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 3 and not (tmp_path / "run" / "final").exists()
+    assert (
+        len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 3
+        and not (tmp_path / "run" / "final").exists()
+    )
 
 
 def test_infinite_loss_with_a_finite_gradient_is_poisoned():
@@ -109,7 +150,11 @@ def test_infinite_loss_with_a_finite_gradient_is_poisoned():
 
 
 def evaluation(accuracy, low, high, chosen):
-    return {"eval_rewards/accuracies": accuracy, "eval_rewards/accuracies_ci95": [low, high], "eval_rewards/chosen": chosen}
+    return {
+        "eval_rewards/accuracies": accuracy,
+        "eval_rewards/accuracies_ci95": [low, high],
+        "eval_rewards/chosen": chosen,
+    }
 
 
 def test_falling_apart_is_said():
@@ -133,10 +178,10 @@ def test_a_probe_that_comes_out_otherwise(home, tmp_path):
     shutil.rmtree(tmp_path / "run" / "final")
     path = tmp_path / "run" / "checkpoints" / "step-2" / "state.json"
     state = json.loads(path.read_text())
-    path.write_text(json.dumps(disk.sealed(state | {"probe": [state["probe"][0] + 1.0, *state["probe"][1:]]})))
+    path.write_text(json.dumps(files.sealed(state | {"probe": [state["probe"][0] + 1.0, *state["probe"][1:]]})))
     assert runs.torn(path.parent) == ""
     did = run_jobs(tmp_path / "out2", None, [("run", "train_dpo", [*base, "--max_steps", 2])])
     assert "longest pair's scores differ by" in did["run"][0]["error"]
-    path.write_text(json.dumps(disk.sealed(state)))
+    path.write_text(json.dumps(files.sealed(state)))
     did = run_jobs(tmp_path / "out3", None, [("run", "train_dpo", [*base, "--max_steps", 2])])
     assert not did["run"][0]["error"] and (tmp_path / "run" / "final").exists()

@@ -1,7 +1,8 @@
 """Tests of other worlds: from one rank to two and back, hosts started one by one or by HOSTFILE.
 
-    .venv/bin/python -m pytest -q tests/faults/test_world.py
+.venv/bin/python -m pytest -q tests/faults/test_world.py
 """
+
 import os
 import shutil
 import socket
@@ -26,12 +27,26 @@ def home(tiny_dir, tmp_path_factory):
     return SimpleNamespace(folder=folder, model=model, data=data)
 
 
-@pytest.mark.parametrize("stage, more", [("zero3_offload_4080", ()), ("zero2_offload_4080", ("--lora_r", 4)), ("zero0", ())])
+@pytest.mark.parametrize(
+    "stage, more", [("zero3_offload_4080", ()), ("zero2_offload_4080", ("--lora_r", 4)), ("zero0", ())]
+)
 def test_one_two_one(home, tmp_path, stage, more):
     """Two steps on one rank, two on two, two on one again, four pairs a step: the losses of one rank alone."""
+
     def job(name, world, steps):
-        argv = ["--data", home.data, *NOISE, *TRAIN, *more, "--deepspeed", ROOT / "ds_configs" / f"{stage}.json",
-                "--output_dir", tmp_path / name, "--gradient_accumulation_steps", 4 // world]
+        argv = [
+            "--data",
+            home.data,
+            *NOISE,
+            *TRAIN,
+            *more,
+            "--deepspeed",
+            ROOT / "ds_configs" / f"{stage}.json",
+            "--output_dir",
+            tmp_path / name,
+            "--gradient_accumulation_steps",
+            4 // world,
+        ]
         [did] = run_jobs(tmp_path / f"out-{name}-{world}-{steps}", world, [(name, "train_dpo", argv)]).values()
         assert [rank["error"] for rank in did] == [""] * world
         return [sorted(map(int, rank["items"])) for rank in did]
@@ -41,6 +56,7 @@ def test_one_two_one(home, tmp_path, stage, more):
         for path in (tmp_path / "moved" / "checkpoints").glob("step-*"):
             if int(path.name[5:]) > step:
                 shutil.rmtree(path)
+
     assert job("alone", 1, 6) == [[0, 1, 2, 3, 4, 5]]
     shutil.copytree(tmp_path / "alone", tmp_path / "moved")
     cut(2)
@@ -64,8 +80,19 @@ def command(home, out, *more):
     """launch.sh on `home`'s model and 24 preferences, in words."""
     rows = (ROOT / "examples" / "prefs.jsonl").read_text().splitlines(keepends=True)[:24]
     (out / "prefs.jsonl").write_text("".join(rows))
-    argv = ["--in", out / "prefs.jsonl", "--data", out / "packed", "--model_name_or_path", home.model, *NOISE, *TRAIN,
-            "--output_dir", out / "run", *more]
+    argv = [
+        "--in",
+        out / "prefs.jsonl",
+        "--data",
+        out / "packed",
+        "--model_name_or_path",
+        home.model,
+        *NOISE,
+        *TRAIN,
+        "--output_dir",
+        out / "run",
+        *more,
+    ]
     return ["bash", str(ROOT / "launch.sh"), str(ROOT / "ds_configs" / "zero3_offload_4080.json"), *map(str, argv)]
 
 
@@ -78,11 +105,24 @@ def test_two_launchers_and_a_host_file(home, tmp_path):
     what one launcher with one rank makes."""
     for name in ("one", "two", "file"):
         (tmp_path / name).mkdir()
-    one = subprocess.run(command(home, tmp_path / "one", "--gradient_accumulation_steps", 2), env=environment(), capture_output=True, text=True)
+    one = subprocess.run(
+        command(home, tmp_path / "one", "--gradient_accumulation_steps", 2),
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert one.returncode == 0, one.stdout + one.stderr
     argv, port = command(home, tmp_path / "two", "--gradient_accumulation_steps", 1, "--num_gpus", 1), str(free_port())
-    both = [subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(
-        NNODES="2", NODE_RANK=str(rank), MASTER_ADDR="127.0.0.2", MASTER_PORT=port)) for rank in (0, 1)]
+    both = [
+        subprocess.Popen(
+            argv,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment(NNODES="2", NODE_RANK=str(rank), MASTER_ADDR="127.0.0.2", MASTER_PORT=port),
+        )
+        for rank in (0, 1)
+    ]
     said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert "the aligned model" in said[0] and "the aligned model" not in said[1]
@@ -92,25 +132,43 @@ def test_two_launchers_and_a_host_file(home, tmp_path):
     (tmp_path / "hosts").write_text("# two hosts\n127.0.0.3 slots=1\n127.0.0.4  slots=1 # the other\n\n")
     there = environment(HOSTFILE=str(tmp_path / "hosts"), MASTER_PORT=str(free_port()))
     there["PATH"] = f"{tmp_path}/bin:{there['PATH']}"
-    done = subprocess.run(command(home, tmp_path / "file", "--gradient_accumulation_steps", 1), env=there, capture_output=True, text=True)
+    done = subprocess.run(
+        command(home, tmp_path / "file", "--gradient_accumulation_steps", 1), env=there, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     want = log(tmp_path / "one" / "run")
     for name in ("two", "file"):
         got = log(tmp_path / name / "run")
         assert len(got) == len(want) == 6 and all(
-            mine["loss"] == pytest.approx(whole["loss"], abs=CLOSE) for mine, whole in zip(got, want)), name
+            mine["loss"] == pytest.approx(whole["loss"], abs=CLOSE) for mine, whole in zip(got, want)
+        ), name
 
 
-@pytest.mark.parametrize("text, words", [("", "names no host"), ("a b c\n", "'a b c', expected a line"), ("a slots=0\n", "slots=0"),
-                                         ("a slots=1\nb slots=2\n", "expected the same on all")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "names no host"),
+        ("a b c\n", "'a b c', expected a line"),
+        ("a slots=0\n", "slots=0"),
+        ("a slots=1\nb slots=2\n", "expected the same on all"),
+    ],
+)
 def test_host_file_refusals(home, tmp_path, text, words):
     (tmp_path / "hosts").write_text(text)
-    done = subprocess.run(command(home, tmp_path), env=environment(HOSTFILE=str(tmp_path / "hosts")), capture_output=True, text=True)
+    done = subprocess.run(
+        command(home, tmp_path), env=environment(HOSTFILE=str(tmp_path / "hosts")), capture_output=True, text=True
+    )
     assert done.returncode == 2 and words in done.stderr and done.stderr.startswith("error: ")
 
 
-@pytest.mark.parametrize("values, words", [({"NNODES": "2", "NODE_RANK": "2"}, "from 0"), ({"NNODES": "x"}, "NNODES is 'x'"),
-                                           ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR is not set")])
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"NNODES": "2", "NODE_RANK": "2"}, "from 0"),
+        ({"NNODES": "x"}, "NNODES is 'x'"),
+        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+    ],
+)
 def test_host_refusals(home, tmp_path, values, words):
     done = subprocess.run(command(home, tmp_path), env=environment(**values), capture_output=True, text=True)
     assert done.returncode == 2 and words in done.stderr

@@ -1,0 +1,1 @@
+"""How every command reads its arguments, and how it ends."""

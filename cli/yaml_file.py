@@ -1,0 +1,50 @@
+"""A YAML file of arguments, as flags: argparse knows their types, and says what is wrong with them."""
+
+from collections import Counter
+
+import yaml
+
+from cli.parser import nearest
+from files import InputError
+
+
+class Loader(yaml.BaseLoader):
+    """Every value a string (YAML would read 5e-6 as one, and no as false), and no name twice: YAML would take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, times in names.most_common(1):
+            if times > 1:
+                problem = f"{shown(name)} stands twice"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def shown(name):
+    """A name out of a file, on one line."""
+    return name[:80] if name.isprintable() else repr(name[:80])
+
+
+def yaml_as_flags(path, known):
+    """The entries of the YAML file at `path` as flags ["--beta=0.2", ...], word for word; known: the names it may have."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = yaml.load(file, Loader)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if entries in (None, ""):
+        return []
+    if not isinstance(entries, dict):
+        raise InputError(f"{path}: expected lines of 'name: value'")
+    flags = []
+    for name, value in entries.items():
+        if name not in known:
+            raise InputError(f"{path}: unknown argument {shown(name)}{nearest(name, sorted(known))}")
+        if not isinstance(value, str):  # not shown: a few aliases of aliases would fill the screen, and memory
+            kind = "list" if isinstance(value, list) else "mapping"
+            raise InputError(f"{path}: {name} holds a {kind}, expected one value")
+        if any(letter < " " or "\ud800" <= letter < "\ue000" for letter in value):
+            raise InputError(f"{path}: {name} is {shown(value)}, expected one line of text")
+        if value not in ("", "null", "~"):
+            flags.append(f"--{name}={value}")
+    return flags

@@ -1,0 +1,75 @@
+"""The output head, read where a token is scored: log-probabilities of targets, never more than CHUNK_BYTES of logits at once.
+
+Of N hidden states and V words only log p (N,) is kept; the backward pass makes each chunk's logits again, so that neither
+pass holds an N x V array. Exact: chunks are rows, and a row's log-softmax knows no other row.
+
+N scored positions, D width, V vocabulary.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+CHUNK_BYTES = 256 * 2**20  # of float32 logits; a bfloat16 model holds half as much again while it casts them
+
+
+def chunks(N, V):
+    """Row slices of at most CHUNK_BYTES of float32 logits each, at least one row."""
+    rows = max(1, CHUNK_BYTES // (4 * V))
+    return [slice(first, min(first + rows, N)) for first in range(0, N, rows)]
+
+
+class TargetLogps(torch.autograd.Function):
+    """log softmax(x W' + b)[target] in float32: x (N, D), weight (V, D), bias (V,) or None, targets (N,) int64 -> (N,) float32.
+
+    d logp_i / d logits_i = onehot(target_i) - softmax(logits_i).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets):
+        logps, norms = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))  # (N,)
+        for rows in chunks(len(x), len(weight)):
+            logits = functional.linear(x[rows], weight, bias).float()  # (chunk, V); in place from here on
+            picked, top = logits.gather(1, targets[rows, None])[:, 0], logits.amax(1)
+            norms[rows] = logits.sub_(top[:, None]).exp_().sum(1).log_() + top
+            logps[rows] = picked - norms[rows]
+        ctx.save_for_backward(x, targets, norms)
+        ctx.weight, ctx.bias = (
+            weight,
+            bias,
+        )  # by reference: under ZeRO-3 empty until the backward pass gathers them again
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, targets, norms), weight, bias = ctx.saved_tensors, ctx.weight, ctx.bias
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = grad_bias = None
+        for rows in chunks(len(x), len(weight)):
+            slope = (
+                functional.linear(x[rows], weight, bias).float().sub_(norms[rows, None]).exp_()
+            )  # softmax (chunk, V)
+            slope.scatter_add_(1, targets[rows, None], slope.new_full((len(slope), 1), -1.0))
+            slope = slope.mul_(-grad[rows, None])
+            if ctx.needs_input_grad[2]:
+                grad_bias = slope.sum(0) if grad_bias is None else grad_bias.add_(slope.sum(0))
+            slope = slope.to(x.dtype)
+            if grad_x is not None:
+                torch.mm(slope, weight, out=grad_x[rows])
+            if ctx.needs_input_grad[1]:
+                grad_weight = slope.t() @ x[rows] if grad_weight is None else grad_weight.addmm_(slope.t(), x[rows])
+        return grad_x, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype), None
+
+
+class Head(nn.Linear):
+    """The output projection. A module of its own, so that ZeRO-3 gathers its weight once for all chunks.
+
+    An nn.Linear of another model, with a bias or without, becomes one by `linear.__class__ = Head` (families.py).
+    """
+
+    def __init__(self, width, words):
+        super().__init__(width, words, bias=False)
+
+    def forward(self, x, targets=None):
+        """x (..., D) -> logits (..., V); with targets (N,), x (N, D) -> their log-probabilities (N,) float32."""
+        return super().forward(x) if targets is None else TargetLogps.apply(x, self.weight, self.bias, targets)

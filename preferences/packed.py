@@ -1,0 +1,113 @@
+"""The arrays on disk: packed preferences and the reference's noise and scores. Written under a temporary name, renamed.
+
+packed/            tokens.npy uint32 (tokens,), bounds.npy int64 (pairs, 4) = start, prompt end, chosen end, rejected end
+                   (SFT data: the response is chosen, and rejected is empty),
+                   meta.json (what they were made of), rejects.jsonl (rows left out, with reasons)
+packed/ref-<key>/  noise-k.npy uint8 (response tokens, ceil(S/8)), ref_scores-k.npy float32 (pairs, 2, S), meta.json
+
+S states, K noise sets. Response tokens are in file order: chosen then rejected, pair by pair.
+"""
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+from files import InputError, fingerprint, open_array, read_json, sealed, unharmed, write_array, write_json
+
+FORMAT = 2
+
+
+def write_packed(folder, pairs, meta):
+    """Write the arrays of `pairs`, an iterable of (prompt, chosen, rejected) id sequences; meta.json comes last.
+
+    The old meta.json is removed first, so that a job killed half-way leaves a folder that no one takes for finished.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)
+    chunks, bounds, end = [], [], 0
+    for parts in pairs:
+        row = [end]
+        for ids in parts:
+            chunks.append(np.asarray(ids, dtype=np.uint32))
+            row.append(row[-1] + len(ids))
+        bounds.append(row)
+        end = row[-1]
+    tokens = np.concatenate(chunks) if chunks else np.zeros(0, np.uint32)
+    bounds = np.asarray(bounds, np.int64).reshape(-1, 4)
+    write_array(folder / "tokens.npy", tokens)
+    write_array(folder / "bounds.npy", bounds)
+    data = fingerprint(tokens, bounds, meta["tokenizer"], meta["end_token_id"])
+    write_json(folder / "meta.json", sealed({"format": FORMAT, "fingerprint": data, "pairs": len(bounds), **meta}))
+
+
+class Packed:
+    """Memory-mapped reader of a packed/ folder. packed[i] -> (prompt, chosen, rejected), uint32 arrays."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        mend = f"python data_prep.py --in prefs.jsonl --out {folder}"
+        self.meta = read_json(self.folder / "meta.json", mend)
+        if self.meta.get("format") != FORMAT:
+            raise InputError(f"{folder}/meta.json: format {self.meta.get('format')}, expected {FORMAT}; run: {mend}")
+        unharmed(self.meta, self.folder / "meta.json", mend)
+        if self.task == "sft":
+            mend = f"python data_prep.py --task sft --in sft.jsonl --out {folder}"
+        self.tokens, self.bounds = (open_array(self.folder / f"{name}.npy", mend) for name in ("tokens", "bounds"))
+        if self.bounds.shape != (self.meta["pairs"], 4) or len(self.bounds) and self.bounds[-1, 3] != len(self.tokens):
+            raise InputError(f"{folder}: tokens.npy, bounds.npy and meta.json disagree; run: {mend}")
+        if (
+            fingerprint(self.tokens, self.bounds, self.meta["tokenizer"], self.meta["end_token_id"])
+            != self.meta["fingerprint"]
+        ):
+            raise InputError(f"{folder}: tokens.npy or bounds.npy is not as it was written; run: {mend}")
+        if not len(self.bounds):
+            raise InputError(f"{folder}: holds no pair; run: {mend}")
+        # (pairs, 3) where in noise-k.npy a pair's chosen starts, its rejected starts, and both end
+        lengths = np.diff(self.bounds[:, 1:], axis=1)  # (pairs, 2) response tokens
+        self.noise_bounds = np.concatenate(([0], lengths.cumsum()))[2 * np.arange(len(lengths))[:, None] + np.arange(3)]
+
+    @property
+    def task(self):
+        """ "preferences" or "sft"; a folder that does not say holds preferences."""
+        return self.meta.get("task", "preferences")
+
+    @property
+    def remake(self):
+        """The command that packs the same source anew."""
+        task = " --task sft" if self.task == "sft" else ""
+        return f"python data_prep.py{task} --in {shlex.quote(str(self.meta['source']))} --out {shlex.quote(str(self.folder))}"
+
+    def need_pairs(self):
+        """Refuse SFT data where preferences are needed."""
+        if self.task == "sft":
+            raise InputError(
+                f"{self.folder}: holds SFT data, one response a prompt and no preferences; run: python train_dpo.py "
+                f"--loss_type sft --data {self.folder}, or pack preferences into another folder"
+            )
+
+    def lines(self):
+        """(pairs,) int64: each pair's line in the source."""
+        path = self.folder / "lines.npy"
+        lines = open_array(path, self.remake)
+        if fingerprint(lines) != self.meta.get("lines"):
+            raise InputError(f"{path}: is not as it was written; run: {self.remake}")
+        return lines
+
+    def __len__(self):
+        return len(self.bounds)
+
+    def __getitem__(self, index):
+        start, *ends = self.bounds[index]
+        return tuple(self.tokens[a:b] for a, b in zip((start, *ends), ends))
+
+    def content(self, index):
+        """All ids of a pair, what its noise is keyed by."""
+        return self.tokens[self.bounds[index, 0] : self.bounds[index, 3]]
+
+
+def longest(packed):
+    """(index, side) of the longest prompt and response; side 0 is chosen, 1 rejected."""
+    lengths = np.diff(packed.bounds, axis=1)  # (pairs, 3)
+    return divmod(int((lengths[:, :1] + lengths[:, 1:]).argmax()), 2)

@@ -1,0 +1,151 @@
+"""Small reasoning problems with worked solutions, the one verifier, and solutions with one planted error.
+
+    tasks.generate(200, "test", seed=0)                          200 arithmetic problems, the same on every machine
+    tasks.generate(200, "test", 0, ("ordering", "times"))        of other families: the keys of FAMILIES
+    tasks.verify(problem, " 7 + 5 = 12\\n12 - 4 = 8\\n#### 8")     whether a response ends in the right answer
+    tasks.corrupt(problem, rng)                                  (a wrong solution, the name of its error)
+
+The language is small on purpose (a closed vocabulary): a model of a million parameters must learn it from scratch on a
+CPU. Arithmetic is in arithmetic.py; logic, look-ups and common sense in puzzles.py; preference files in make_prefs.py.
+"""
+
+import hashlib
+import math
+import random
+import re
+
+from files import InputError
+from reasoning import arithmetic
+from reasoning.arithmetic import Problem, pick
+from reasoning.puzzles import PUZZLES
+
+# family -> (draw, errors); draw(rng) -> (skeleton, Problem), errors(problem) yields (kind, place, text)
+FAMILIES = {"arithmetic": (arithmetic.draw, arithmetic.errors), **PUZZLES}
+
+
+def split_of(skeleton):
+    """ "test" for one skeleton in ten, by its hash: whatever the seeds, a test story with its numbers is never trained on,
+    not even with another name or thing."""
+    digest = hashlib.sha256(skeleton.encode()).hexdigest()
+    return "test" if int(digest, 16) % 10 == 0 else "train"
+
+
+def generate(n, split, seed=0, families=("arithmetic",)):
+    """`n` problems of `split` with different prompts, the same ones for the same seed and families on every machine."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split is {split!r}; expected 'train' or 'test'")
+    rng = random.Random(seed)
+    problems, in_vain = {}, 0  # by prompt; draws since the last new one
+    while len(problems) < n:
+        draw, _ = FAMILIES[pick(rng, families)]
+        skeleton, problem = draw(rng)
+        in_vain += 1
+        if split_of(skeleton) == split and problem.prompt not in problems:
+            problems[problem.prompt], in_vain = problem, 0
+        if in_vain > 50_000:
+            raise InputError(
+                f"{n} problems of {', '.join(families)} are asked for; its {split} split has about {len(problems)}"
+            )
+    return list(problems.values())
+
+
+# --- verifier ---------------------------------------------------------------------------------------------
+
+NUMBER = re.compile(r"(-?) ?\$? ?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+)|[0-9]+)(?:\.([0-9]+))?([^\n]*)")
+TIME = re.compile(r"([0-9]{1,2}):([0-9]{2}) ?[.!]? ?(?:\n|$)")
+WORDS = re.compile(r"(?:the )?([^\W\d_][^\W\d_'-]*(?:[ '-]+[^\W\d_]+){0,3}) ?[.!]? ?(?:\n|$)", re.IGNORECASE)
+
+
+def extract_answer(text):
+    """The number, the time of day or the one to four words after the last ####, in one spelling, or None.
+
+    "...\\n#### $1,200.0." -> "1200"    "#### -3" -> "-3"    "#### 8 pens" -> "8"
+    "#### 09:35" -> "9:35"              "#### Mia." -> "mia"    "#### the red box" -> "red box"
+    "the answer is 8" -> None           "#### 7 + 1" -> None: two numbers are no answer
+    """
+    _, mark, tail = text.rpartition("####")
+    if not mark:
+        return None
+    tail = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)", "", tail)  # emphasis, not a power
+    tail = re.sub(r"[ \t]+", " ", tail).lstrip(" ")  # a thousand blanks would take the patterns seconds
+    if match := TIME.match(tail):
+        return f"{int(match[1])}:{match[2]}"
+    if match := WORDS.match(tail):
+        return " ".join(match[1].lower().split())
+    match = NUMBER.match(tail)
+    if not match or re.search("[0-9]", match[5]):
+        return None
+    whole, fraction = match[3].replace(",", "").lstrip("0") or "0", (match[4] or "").rstrip("0")
+    number = f"{whole}.{fraction}" if fraction else whole
+    return "-" + number if (match[1] or match[2]) and number != "0" else number
+
+
+def verify(problem_or_answer, response):
+    """Whether `response` ends in the right answer; takes a Problem or its answer: verify("8", "4 + 4 = 8\\n#### 8")."""
+    answer = problem_or_answer.answer if isinstance(problem_or_answer, Problem) else problem_or_answer
+    expected = extract_answer(f"#### {answer}")
+    if expected is None:
+        raise ValueError(
+            f"the answer to verify against is {answer!r}; expected a number, a time or a few words, such as '8'"
+        )
+    return extract_answer(response) == expected
+
+
+def wilson(rate, n, z=1.96):
+    """The 95% interval [low, high] of a proportion (Wilson, 1927)."""
+    middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return [float((middle - half) / (1 + z * z / n)), float((middle + half) / (1 + z * z / n))]
+
+
+# --- planted errors ---------------------------------------------------------------------------------------
+
+
+def corruptions(problem):
+    """{kind: {place: [text]}}: every solution with one error that leads to a wrong answer."""
+    return leading_astray(FAMILIES[problem.family][1](problem), problem.answer)
+
+
+def leading_astray(errors, answer):
+    """{kind: {place: [text]}} of those `errors`, (kind, place, text), whose final answer is not `answer`."""
+    possible = {}
+    for kind, place, text in errors:
+        if not verify(answer, text):
+            possible.setdefault(kind, {}).setdefault(place, []).append(text)
+    return possible
+
+
+def choose(possible, rng):
+    """(text, kind) from what `corruptions` returns: the kinds are equally likely, then the places, then the texts."""
+    kind = pick(rng, list(possible))
+    return pick(rng, pick(rng, list(possible[kind].values()))), kind
+
+
+def corrupt(problem, rng):
+    """(text, kind): the solution with one error at one place, everything after it worked consistently from it.
+
+    " 7 + 5 = 12\\n12 - 4 = 8\\n#### 8" -> (" 7 + 5 = 13\\n13 - 4 = 9\\n#### 9", "arithmetic_slip")
+    The answer is always wrong; the kinds that this problem allows are equally likely.
+    """
+    return choose(corruptions(problem), rng)
+
+
+def preference_rows(n, split, seed, families=("arithmetic",)):
+    """Yields `n` rows {"prompt", "chosen", "rejected", "meta": {"family", "steps", "error", "answer"}}."""
+    rng = random.Random(
+        f"corrupt {seed}"
+    )  # its own stream: the problems are those of generate(n, split, seed, families)
+    for problem in generate(n, split, seed, families):
+        rejected, kind = corrupt(problem, rng)
+        yield {
+            "prompt": problem.prompt,
+            "chosen": problem.solution,
+            "rejected": rejected,
+            "meta": {"family": problem.family, "steps": len(problem.steps), "error": kind, "answer": problem.answer},
+        }
+
+
+def solved_line(correct):
+    """[True, False, ...] -> "solved 93 of 200 (46.5%, 95% interval 39.7-53.4)"."""
+    k, n = sum(correct), len(correct)
+    low, high = (100 * abs(end) for end in wilson(k / n, n))
+    return f"solved {k} of {n} ({100 * k / n:.1f}%, 95% interval {low:.1f}-{high:.1f})"

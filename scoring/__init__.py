@@ -1,0 +1,1 @@
+"""The noise of a score, what a score depends on, stored reference scores, and the losses made of scores."""

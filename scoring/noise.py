@@ -1,0 +1,160 @@
+"""The noise of a masked diffusion language model: trajectories, masks, weights. Pure functions, CPU only.
+
+Every estimator has one form: masked (S, n) booleans say which response tokens are hidden in each state, weight (S, n)
+how much each token's log-probability counts there; the score is sum(weight * logp).
+
+    stepwise         trajectories; a token counts in the state that reveals it (the guide's S_theta)
+    spread           trajectories; what a state reveals is spread evenly over all that it hides. The tokens that random order
+                     reveals next are any of the hidden ones, so the mean is the same, and the noise is less
+    elbo             iid levels l ~ U{1..n}, l random tokens hidden, each with weight n/l (arXiv 2505.19223; 2502.09992, eq. 6)
+    elbo_stratified  the same with one level in each T-th of 1..n
+
+n response tokens, T denoising steps, R trajectories, K noise sets. S states: 1 + R(T-1) of trajectories; state 0 is all masks
+and belongs to every trajectory, state 1 + r(T-1) + (s-1) is trajectory r before step s = 1..T-1. RT of elbo: T levels, R masks each.
+"""
+
+import hashlib
+
+import numpy as np
+
+ESTIMATORS = ("stepwise", "spread", "elbo", "elbo_stratified")
+EPSILON = 1e-3  # SFT masks with probability (1 - EPSILON) t + EPSILON (LLaDA's GUIDELINES.md)
+
+
+def generator(noise_seed, tokens, side, noise_set=0):
+    """The one source of randomness: Philox keyed by content, the same on any machine, in any order.
+
+    tokens: the ids that identify the example (prompt, chosen, rejected); side: "pair", "chosen", "rejected" or "sft", and
+    what else is drawn for it.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(tokens, dtype="<u4").tobytes())
+    digest.update(f"|{noise_seed}|{side}|{noise_set}".encode())
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest()[:16], "little")))
+
+
+def side_of(estimator, side):
+    """The name of the noise of side 0, chosen, or 1, rejected. Trajectories are the pair's: what stands at the same places in
+    both responses is hidden alike, so that the difference of their scores has less noise."""
+    return ("chosen", "rejected")[side] if estimator.startswith("elbo") else "pair"
+
+
+def state_count(estimator, T, R):
+    return T * R if estimator.startswith("elbo") else 1 + R * (T - 1)
+
+
+def step_of_state(estimator, T, R):
+    """(S,) int64: the denoising step before which each state stands, 0..T-1 (elbo: the number of its level).
+
+    >>> step_of_state("spread", 3, 2).tolist()
+    [0, 1, 2, 1, 2]
+    """
+    if estimator.startswith("elbo"):
+        return np.arange(T).repeat(R)
+    return np.append(0, np.tile(np.arange(1, T), R))
+
+
+def state_masks(n, estimator, T, R, rng, block_length=None):
+    """Draw the states of one response: masked (S, n) bool."""
+    if estimator.startswith("elbo"):
+        return elbo_masks(n, T, R, rng, estimator == "elbo_stratified")
+    return trajectory_masks(trajectories(n, T, R, rng, block_length), T)
+
+
+def state_weights(masked, estimator, T, R):
+    """weight (S, n) float32 of each token's log-probability, from the masks alone, as they are stored."""
+    hidden = masked.sum(1, keepdims=True)  # (S, 1)
+    if estimator.startswith("elbo"):
+        return (masked * (masked.shape[1] / hidden / len(masked))).astype(np.float32)
+    weight = trajectory_weights(masked, T, R)
+    if estimator == "spread":
+        weight = (masked * (weight.sum(1, keepdims=True) / np.maximum(hidden, 1))).astype(np.float32)
+    return weight
+
+
+def elbo_masks(n, T, R, rng, stratified):
+    """T levels l in 1..n, R masks of l random tokens each: masked (RT, n) bool."""
+    level = ((np.arange(T) + rng.random(T)) / T * n).astype(np.int64) + 1 if stratified else rng.integers(1, n + 1, T)
+    rank = rng.random((T * R, n)).argsort(1).argsort(1)
+    return rank < level.repeat(R)[:, None]
+
+
+def gradient_states(masked, weight, k, rng):
+    """Which k of the S states carry the gradient, and by how much more each then counts: factor (S,) float32.
+
+    Systematic sampling along the trajectory (states by falling number of masks, random among equals), with chances in
+    proportion to the states' weight, as far as 1: sum_s factor_s grad_s has the mean of sum_s grad_s. At most k factors are
+    not 0; fewer where fewer states have weight.
+    """
+    mass = weight.sum(1, dtype=np.float64)  # (S,)
+    if (mass > 0).sum() <= k:
+        return (mass > 0).astype(np.float32)
+    chance = k * mass / mass.sum()
+    while (sure := chance > 1).any():  # these are taken in any case, the rest share what is left of k
+        sure |= chance == 1
+        chance = np.where(sure, 1, (k - sure.sum()) * mass / mass[~sure].sum())
+    order = np.lexsort((rng.permutation(len(mass)), -masked.sum(1)))
+    ends = np.floor(
+        chance[order].cumsum() + rng.random() - 1e-9
+    )  # a state is taken where its stretch holds a whole number
+    taken = order[np.diff(ends, prepend=0) > 0]
+    factor = np.zeros(len(mass), np.float32)
+    factor[taken] = 1 / chance[taken]
+    return factor
+
+
+def trajectories(n, T, R, rng, block_length=None):
+    """Draw R rotated trajectories of T steps over n tokens, in random order or, given a block_length, block by block.
+
+    Returns reveal_step (R, n) int64 in 0..T-1. A token of rank k is revealed at the step s with n*s//T <= k < n*(s+1)//T;
+    trajectory r shifts every rank by r*n//R, so a token revealed early in one is revealed late in another. Blocks stand
+    from left to right, as the semi-autoregressive sampler fills them, and ranks are random and shift inside each.
+
+    >>> trajectories(4, 2, 2, generator(0, [1], "chosen")).sum(0).tolist()   # early once, late once
+    [1, 1, 1, 1]
+    >>> trajectories(4, 2, 1, generator(0, [1], "chosen"), block_length=2).tolist()
+    [[0, 0, 1, 1]]
+    """
+    b = block_length or n
+    start = np.arange(n) // b * b  # (n,) where the token's block starts
+    size = np.minimum(b, n - start)  # (n,) tokens of that block
+    order = np.lexsort((rng.random(n), start))  # tokens by rank; a shorter response takes the first of the same numbers
+    inside = np.argsort(order) - start  # (n,) rank within the block
+    shifted = start + (inside + np.arange(R)[:, None] * size // R) % size  # (R, n)
+    cuts = n * np.arange(1, T) // T  # (T-1,) first rank of steps 1..T-1
+    return np.searchsorted(cuts, shifted, side="right")
+
+
+def trajectory_masks(reveal_step, T):
+    """masked (S, n) bool: a token is hidden before step s when its reveal_step is s or later."""
+    R, n = reveal_step.shape
+    later = reveal_step[:, None, :] >= np.arange(1, T)[None, :, None]  # (R, T-1, n)
+    return np.concatenate((np.ones((1, n), bool), later.reshape(R * (T - 1), n)))
+
+
+def trajectory_weights(masked, T, R):
+    """weight (S, n) float32 of the stepwise denoising score: (trajectories that reveal the token from this state) / R.
+
+    A token is revealed from a state if it is hidden there and shown in the trajectory's next state; from the last
+    state everything still hidden is revealed. Each column sums to 1. Raises ValueError if the masks are not nested.
+    """
+    S, n = masked.shape
+    if S != 1 + R * (T - 1):
+        raise ValueError(f"{S} states do not make {R} trajectories of {T} steps ({1 + R * (T - 1)} states)")
+    hidden = masked[1:].reshape(R, T - 1, n)
+    path = np.concatenate(
+        (np.broadcast_to(masked[0], (R, 1, n)), hidden, np.zeros((R, 1, n), bool)), axis=1
+    )  # (R, T+1, n)
+    if not masked[0].all() or (path[:, 1:] & ~path[:, :-1]).any():
+        raise ValueError("masks are not trajectories: a shown token is hidden again, or the first state shows one")
+    reveal = (path[:, :-1] & ~path[:, 1:]).astype(np.float32) / R  # (R, T, n)
+    return np.concatenate((reveal[:, 0].sum(0, keepdims=True), reveal[:, 1:].reshape(S - 1, n)))
+
+
+def sft_noise(n, rng):
+    """One draw of LLaDA's SFT noise: t ~ U(0, 1), p = (1 - eps) t + eps, tokens hidden independently.
+
+    Returns masked (n,) bool and weight (n,) float32 = masked / (p n): sum(weight * -logp) is the NLL per token.
+    """
+    p = (1 - EPSILON) * rng.random() + EPSILON
+    masked = rng.random(n) < p
+    return masked, masked.astype(np.float32) / np.float32(p * n)

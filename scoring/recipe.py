@@ -1,0 +1,103 @@
+"""What a score depends on: the arguments and their checks, the fields of ref-<key>, drawing and replaying noise."""
+
+from files import InputError
+from models import families, folders, tokenization
+from scoring import noise
+from scoring.states import response_states
+
+SAME = (
+    "model_name_or_path",
+    "shift_logits",
+    "load_in_4bit",
+    "use_mixed_precision",
+    "estimator",
+    "diffusion_steps",
+    "trajectories",
+    "order",
+    "block_length",
+    "noise_sets",
+    "noise_seed",
+)  # of the arguments: what reference scores are made with
+
+
+def depends_on(packed, model_args, noise_args):
+    """What reference scores depend on: they are replayed only in a run that says the same."""
+    model_config = families.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
+    return {
+        "data": packed.meta["fingerprint"],
+        "model": folders.model_fingerprint(model_args.model_name_or_path),
+        "tokenizer": packed.meta["tokenizer"],
+        "estimator": noise_args.estimator,
+        "order": noise_args.order,
+        "block_length": block_length(noise_args),
+        "diffusion_steps": noise_args.diffusion_steps,
+        "trajectories": noise_args.trajectories,
+        "noise_seed": noise_args.noise_seed,
+        "mask_token_id": packed.meta["mask_token_id"],
+        "shift_logits": families.shifted(model_config, model_args.shift_logits),
+        "dtype": model_args.use_mixed_precision,
+        "load_in_4bit": model_args.load_in_4bit,
+    }
+
+
+def state_count(noise_args):
+    return noise.state_count(noise_args.estimator, noise_args.diffusion_steps, noise_args.trajectories)
+
+
+def block_length(noise_args):
+    """None for random order, whose noise no block length changes."""
+    return noise_args.block_length if noise_args.order == "blocks" else None
+
+
+def check_numbers(model_args, noise_args):
+    """Refuse numbers without a meaning."""
+    for group, names in (
+        (noise_args, ("diffusion_steps", "trajectories", "noise_sets", "block_length")),
+        (model_args, ("states_per_forward",)),
+    ):
+        for name in names:
+            if (value := getattr(group, name)) != "auto" and value < 1:
+                raise InputError(f"--{name} is {value}, expected at least 1")
+    if model_args.lora_r < 0:
+        raise InputError(f"--lora_r is {model_args.lora_r}, expected 0 (every weight is trained) or more")
+
+
+def check(packed, model_args, noise_args):
+    """Fill in what is auto; refuse arguments that make no score, and arrays that another tokenizer made. Returns the mask id."""
+    model_args.model_name_or_path = model_args.model_name_or_path or packed.meta["model_name_or_path"]
+    if noise_args.estimator == "auto" and noise_args.diffusion_steps != "auto":  # else the calibration says it, too
+        noise_args.estimator = "stepwise" if noise_args.order == "blocks" else "spread"
+    if noise_args.order == "blocks" and noise_args.diffusion_steps == "auto":
+        raise InputError("--diffusion_steps auto is measured in random order; give --order blocks a number")
+    if noise_args.order == "blocks" and noise_args.estimator not in ("stepwise", "auto"):
+        raise InputError(
+            f"--estimator {noise_args.estimator} counts on random order; --order blocks goes with stepwise"
+        )
+    check_numbers(model_args, noise_args)
+    tokenizer = tokenization.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
+    if tokenization.tokenizer_fingerprint(tokenizer) != packed.meta["tokenizer"]:
+        raise InputError(
+            f"{packed.folder}: packed with another tokenizer than {model_args.model_name_or_path}'s; run: "
+            f"{packed.remake} --model_name_or_path {model_args.model_name_or_path}"
+        )
+    mask_id = packed.meta["mask_token_id"]  # data_prep.py settled it
+    if model_args.mask_token_id not in (None, mask_id):
+        raise InputError(
+            f"{packed.folder}: packed with the mask {mask_id}, not --mask_token_id {model_args.mask_token_id}; "
+            "give that flag to data_prep.py, too"
+        )
+    return mask_id
+
+
+def draw(packed, index, side, noise_args, noise_set):
+    """masked (S, n) of one response of a pair; side 0 is chosen, 1 rejected."""
+    name = noise.side_of(noise_args.estimator, side)
+    rng = noise.generator(noise_args.noise_seed, packed.content(index), name, noise_set)
+    n, T = len(packed[index][1 + side]), noise_args.diffusion_steps
+    return noise.state_masks(n, noise_args.estimator, T, noise_args.trajectories, rng, block_length(noise_args))
+
+
+def replay(prompt, response, masked, noise_args, mask_id):
+    """The States of stored masks (S, n)."""
+    weight = noise.state_weights(masked, noise_args.estimator, noise_args.diffusion_steps, noise_args.trajectories)
+    return response_states(prompt, response, masked, weight, mask_id)

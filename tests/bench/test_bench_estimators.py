@@ -1,0 +1,116 @@
+"""Tests of bench/estimators.py: its numbers against what is known of them, on a tiny model.
+
+.venv/bin/python -m pytest -q tests/test_bench_estimators.py
+"""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from small import LENGTHS, ROOT, make_model, make_pairs, pack, refusal
+
+spec = importlib.util.spec_from_file_location("estimators", ROOT / "bench" / "estimators.py")
+estimators = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(estimators)
+
+
+@pytest.fixture(scope="module")
+def home(tiny_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("estimators")
+    model, policy = make_model(folder / "model", tiny_dir), make_model(folder / "policy", tiny_dir, seed=1)
+    return pack(folder / "packed", make_pairs(LENGTHS), model), model, policy
+
+
+def run(home, path, *more, policy=None):
+    data, model, other = home
+    estimators.main(
+        list(
+            map(
+                str,
+                [
+                    "--data",
+                    data,
+                    "--model_name_or_path",
+                    model,
+                    "--policy",
+                    policy or other,
+                    "--lengths",
+                    6,
+                    25,
+                    "--pairs",
+                    3,
+                    "--draws",
+                    3,
+                    "--json",
+                    path,
+                    *more,
+                ],
+            )
+        )
+    )
+    return {estimators.name_of(row): row for row in json.loads(path.read_text())["rows"]}
+
+
+def test_table(home, tmp_path, capsys):
+    rows = run(home, tmp_path / "table.json", "--only", "spread 4x5", "spread 2x3", "spread 4x5 k=4")
+    assert list(rows) == ["elbo 16x1", "spread 4x5", "elbo 8x1", "elbo 4x1", "spread 2x3", "spread 4x5 k=4"]
+    assert [rows[name]["against_elbo"] for name in rows] == [16, 16, 8, 4, 4, 16]
+    for name, row in rows.items():
+        assert (
+            row["score_variance"] > 0
+            and row["margin_variance"] > 0
+            and row["gradient_variance"] > 0
+            and row["cost"] > 0
+        )
+        if name.startswith("elbo"):
+            assert row["gradient_ratio"] == 1 and row["gradient_interval"] == [1, 1]
+    whole, part = rows["spread 4x5"], rows["spread 4x5 k=4"]
+    assert part["score_variance"] == pytest.approx(
+        whole["score_variance"], rel=1e-4
+    )  # the same masks: only the gradient differs
+    assert part["gradient_variance"] > whole["gradient_variance"] and part["cost"] < whole["cost"] == pytest.approx(
+        3 * whole["passes"]
+    )
+    said = capsys.readouterr().out
+    assert "states in the gradient" in said and said.count("spread 4x5 k=4") == 2
+
+
+def test_policy_that_is_the_reference(home, tmp_path):
+    """The same masks for both: no margin, whatever the noise of the score."""
+    rows = run(home, tmp_path / "same.json", "--only", "spread 2x3", policy=home[1])
+    for row in rows.values():
+        assert row["margin_variance"] < 1e-9 < row["score_variance"]
+
+
+def test_tally():
+    """Mean, variance and bias of gradients that are given: numbers worked out by numpy."""
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(50, 3)) + [1, 2, 3]
+    truth, tally = estimators.Tally(), estimators.Tally()
+    for mine, gradients in ((tally, draws), (truth, np.tile([[1.0, 2.0, 2.0]], (2, 1)))):
+        mine.scores = rng.normal(size=(len(gradients), 4)).tolist()
+        mine.sum, mine.squares = torch.from_numpy(gradients.sum(0)), float((gradients**2).sum())
+        mine.finish()
+    values = tally.against(truth)
+    assert values[4] == pytest.approx(draws.var(0, ddof=1).sum())
+    assert values[5] == pytest.approx(((draws.mean(0) - [1, 2, 2]) ** 2).sum() - draws.var(0, ddof=1).sum() / 50)
+    assert abs(values[5] - 1) < 1
+
+
+def test_too_few_pairs(home, capsys):
+    data, model, policy = home
+    assert "0 pairs have responses" in refusal(
+        estimators.main,
+        capsys,
+        "--data",
+        data,
+        "--model_name_or_path",
+        model,
+        "--policy",
+        policy,
+        "--lengths",
+        500,
+        600,
+    )

@@ -1,0 +1,204 @@
+"""Tests of lora.py: adapters through the engine, alone in what they change, merged to the same model."""
+
+import json
+import math
+import re
+import shutil
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small import call, ds_config, flags, log, make_model, make_pairs, pack, refusal, run_jobs
+
+import generate
+import merge
+import train_dpo
+from files import InputError
+from models import checkpoint, folders, lora
+
+LENGTHS = [(5, 7, 20), (4, 12, 9), (6, 2, 3), (3, 11, 5), (2, 9, 4), (4, 4, 8)]
+STAGES = ("zero0", "zero2_offload_4080", "zero3_offload_4080")
+RUN = flags(
+    use_mixed_precision="no",
+    eval_fraction=0.2,
+    learning_rate=1e-2,
+    warmup_ratio=0,
+    max_steps=3,
+    gradient_accumulation_steps=1,
+    states_per_forward=3,
+    lora_r=4,
+    lora_alpha=8,
+)
+
+
+@pytest.fixture(scope="module")
+def home(tiny_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    model = make_model(folder / "model", tiny_dir)
+    return SimpleNamespace(folder=folder, model=model, data=pack(folder / "packed", make_pairs(LENGTHS, 5), model))
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def trained(request, home):
+    """Three steps in every stage, on 1 or 2 ranks, and in each the third once more, from the checkpoint of the second."""
+    world, folder = request.param, home.folder / f"ranks-{request.param}"
+    folder.mkdir()
+    base, first, rest = ["--data", home.data] + RUN, [], []
+    for stage in STAGES:
+        argv = (
+            base
+            + ["--deepspeed", ds_config(folder / f"{stage}.json", stage, eps=1e-3)]
+            + flags(output_dir=folder / stage, save_steps=2)
+        )
+        first.append((stage, "train_dpo", argv))
+        rest.append((f"{stage}-rest", "train_dpo", argv))
+    did = run_jobs(folder / "out", world, [("score", "score", base)] + first)
+    for stage in STAGES:
+        shutil.move(folder / stage / "final", folder / f"{stage}-final")
+    did |= run_jobs(folder / "out", world, rest)
+    assert [(name, rank["error"]) for name, ranks in did.items() for rank in ranks if rank["error"]] == []
+    return SimpleNamespace(folder=folder, did=did)
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training(home, trained, stage):
+    """Margin 0 at first; only adapters are trained and saved, in peft's format; every stage ends alike, and so does a resumed run."""
+    lines = log(trained.folder / stage)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert (
+        abs(lines[0]["rewards/margins"]) < 1e-4
+        and lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        and lines[2]["loss"] < math.log(2)
+    )
+    first, resumed = weights(trained.folder / f"{stage}-final"), weights(trained.folder / stage / "final")
+    assert first.keys() == resumed.keys() and all(torch.equal(first[name], resumed[name]) for name in first)
+    assert len(first) == 2 * 2 * 7 and all(
+        ".lora_A.weight" in name or ".lora_B.weight" in name for name in first
+    )  # 2 blocks of 7 layers
+    assert all(tensor.any() for tensor in first.values())
+    other = weights(trained.folder / f"{STAGES[0]}-final")
+    assert all(torch.allclose(first[name], other[name], atol=1e-5) for name in first)
+    assert (
+        sum(path.stat().st_size for path in (trained.folder / stage / "checkpoints").rglob("*model_states.pt"))
+        < 60000 * 4
+    )
+
+
+def test_base_stays(home, trained):
+    """The weights after each step, gathered from the engine: nothing of the base is among them."""
+    got = torch.load(trained.folder / "out" / "zero3_offload_4080.step-3.pt")
+    assert got and all("lora_" in name for name in got)
+
+
+def test_merged_is_the_adapters_model(home, trained, tmp_path):
+    """Our merge, our loading of the adapter's folder, and peft's own forward of base and adapter give the same logits."""
+    adapter, ids = (
+        trained.folder / "zero3_offload_4080-final",
+        torch.randint(4, 500, (2, 19), generator=torch.Generator().manual_seed(0)),
+    )
+    merge.main([str(adapter), str(tmp_path / "merged"), "--use_mixed_precision", "no"])
+    merged, loaded, base = (
+        checkpoint.load_model(str(name), torch.float32) for name in (tmp_path / "merged", adapter, home.model)
+    )
+    want = logits(peft.PeftModel.from_pretrained(base, str(adapter)), ids)
+    assert (logits(merged, ids) - want).abs().max() < 1e-5 and (logits(loaded, ids) - want).abs().max() < 1e-5
+    assert (logits(checkpoint.load_model(str(home.model), torch.float32), ids) - want).abs().max() > 1e-2
+    assert folders.model_fingerprint(str(adapter)) != folders.model_fingerprint(str(home.model))
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "llada"
+
+
+def test_bf16_keeps_the_adapter(home, trained, tmp_path, capsys):
+    """Beside its base an adapter counts in bf16, too; merged, most of a small one is rounded away, and that is said."""
+    folder, ids = shutil.copytree(trained.folder / "zero0-final", tmp_path / "small"), torch.arange(4, 60)[None]
+    tensors = weights(folder)
+    factor = 1e-3 * 0.02 / max(float(value.abs().max()) for name, value in tensors.items() if "lora_B" in name)
+    save_file(
+        {name: value * factor if "lora_B" in name else value for name, value in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    loaded = checkpoint.load_model(str(folder), torch.bfloat16)
+    layers = dict(loaded.named_modules())
+    [name] = [name for name in layers if name.endswith("blocks.0.q_proj")]
+    assert layers[name].lora_B["default"].weight.any() and loaded(input_ids=ids).logits.dtype == torch.bfloat16
+    merge.main([str(folder), str(tmp_path / "low")])
+    low = "".join(capsys.readouterr())
+    merge.main([str(folder), str(tmp_path / "high"), "--use_mixed_precision", "no"])
+    high = "".join(capsys.readouterr())
+    assert "hardly what was trained" in low and float(re.search(r"([\d.]+)% of what it adds", low).group(1)) < 50
+    assert "warning" not in high and "100.0% of what it adds" in high
+
+
+def test_an_adapter_knows_its_base(home, trained, tmp_path, monkeypatch):
+    """Another's weights under the base's name, or no such folder here, are refused; the hub is not asked."""
+    folder = shutil.copytree(trained.folder / "zero0-final", tmp_path / "adapter")
+    noted = json.loads((folder / "base.json").read_text())
+    assert (
+        noted["is_folder"]
+        and noted["mask_token_id"] == 3
+        and noted["load_in_4bit"] is False
+        and noted["shift_logits"] is False
+    )
+    (folder / "base.json").write_text(json.dumps(noted | {"fingerprint": "0" * 16}))
+    assert "the weights there are others now" in str(
+        pytest.raises(InputError, checkpoint.load_model, str(folder), torch.float32).value
+    )
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "examples/nothing"}))
+    assert "the model folder examples/nothing, which is not here" in str(
+        pytest.raises(InputError, checkpoint.load_model, str(folder), torch.float32).value
+    )
+
+
+def test_sample_from_an_adapter(trained, capsys):
+    call(
+        generate.main,
+        *flags(model=trained.folder / "zero0-final", prompt="7 + 5 =", gen_length=8, use_mixed_precision="no"),
+    )
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_targets(home):
+    """auto takes every linear layer of the blocks; ff_out is the block's, never the head; what matches nothing is refused."""
+    model = checkpoint.load_model(str(home.model), torch.float32)
+    text, names = lora.pattern(model)
+    assert len(names) == 14 and "model.transformer.ff_out" not in names
+    _, names = lora.pattern(model, "ff_out, q_proj")
+    assert names == [f"model.transformer.blocks.{i}.{name}" for i in range(2) for name in ("ff_out", "q_proj")]
+    wrapped, said = lora.add(model, 4, 8, "ff_out", 0, home.model)
+    assert wrapped.base_model.model.model.transformer.ff_out.__class__.__name__ == "Head"
+    assert "2 layers (ff_out)" in said and f"{2 * 4 * (48 + 32):,}" in said
+    for targets in ("query", "q_proj,nothing", ","):
+        with pytest.raises(InputError) as error:
+            lora.pattern(model, targets)
+        assert "--lora_targets" in str(error.value)
+
+
+def test_refusals(home, trained, tmp_path, capsys):
+    folder = shutil.copytree(trained.folder / "zero0-final", tmp_path / "adapter")
+    run = ["--data", home.data] + RUN
+    said = refusal(train_dpo.main, capsys, *run, "--model_name_or_path", folder, *flags(output_dir=tmp_path / "run"))
+    assert "merge.py" in said
+    said = refusal(train_dpo.main, capsys, *run, "--lora_targets", "query", *flags(output_dir=tmp_path / "run"))
+    assert "--lora_targets query" in said and "q_proj" in said
+    tensors, path = weights(folder), folder / "adapter_model.safetensors"
+    name = next(iter(tensors))
+    save_file({key: value for key, value in tensors.items() if key != name}, path)
+    assert name.rpartition(".lora_")[0] in str(
+        pytest.raises(InputError, checkpoint.load_model, str(folder), torch.float32).value
+    )
+    save_file(tensors | {name: torch.zeros(3, 3)}, path)
+    pytest.raises(InputError, checkpoint.load_model, str(folder), torch.float32)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    assert "plain LoRA" in str(pytest.raises(InputError, checkpoint.load_model, str(folder), torch.float32).value)

@@ -1,0 +1,400 @@
+"""Tests of what surrounds generate.py's sampler: arguments, texts, the real command line.
+
+.venv/bin/python -m pytest -q tests/test_generate_cli.py
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jsonlines
+import pytest
+import torch
+from small import settings
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import generate
+from config import SampleArguments
+from files import InputError
+from models import tokenization
+from models.llada import LLaDAConfig
+from reasoning import sampler, tasks
+
+MASK = 3
+SHORT = ["--gen_length", "8", "--steps", "4", "--use_mixed_precision", "no", "--device", "cpu"]
+
+
+def run_script(*args):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "generate.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+# --- arguments --------------------------------------------------------------------------------------------
+
+
+def test_check_fills_in():
+    sample = settings(gen_length=12)
+    assert (sample.steps, sample.block_length, sample.device) == (12, 12, "cpu")
+    assert settings(gen_length=12, threshold=0.9, block_length=4).steps is None
+    sampler.check(sample)  # again: nothing changes
+    assert sample == settings(gen_length=12, steps=12, block_length=12)
+    auto = SampleArguments()
+    sampler.check(auto)
+    assert auto.device == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"steps": 4, "gen_length": 8, "block_length": 3}, "--gen_length 8 .*--block_length 3; try --block_length 1"),
+        ({"steps": 3, "gen_length": 8, "block_length": 4}, "--steps 3 .*try --steps 4"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"block_length": 0}, "--block_length is 0"),
+        ({"gen_length": -1}, "--gen_length is -1"),
+        ({"batch_size": 0}, "--batch_size is 0"),
+        ({"temperature": -1.0}, "--temperature is -1"),
+        ({"temperature": math.nan}, "--temperature is nan"),
+        ({"cfg_scale": -0.5}, "--cfg_scale is -0.5"),
+        ({"cfg_scale": math.inf}, "--cfg_scale is inf"),
+        ({"threshold": 0.0}, "--threshold is 0.0"),
+        ({"threshold": 1.01}, "--threshold is 1.01"),
+        ({"threshold": math.nan}, "--threshold is nan"),
+        ({"threshold": 0.9, "steps": 64}, "--steps 64 contradicts --threshold 0.9"),
+        ({"threshold": 0.9, "remasking": "random"}, "--threshold 0.9 has no meaning with --remasking random"),
+        ({"threshold": 0.9, "gen_length": 8, "block_length": 3}, "--block_length 1"),
+        ({"confidence_eos_eot_inf": True, "remasking": "random"}, "--confidence_eos_eot_inf .*--remasking random"),
+        ({"device": "tpu"}, "--device is 'tpu'"),
+    ],
+    ids=str,
+)
+def test_bad_combinations(options, words):
+    with pytest.raises(InputError, match=words) as error:
+        sampler.check(SampleArguments(**{"device": "cpu"} | options))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype, want", [("bf16", torch.bfloat16), ("no", torch.float32)])
+def test_load(tiny_dir, dtype, want):
+    model, tokenizer = sampler.load(
+        SampleArguments(model_name_or_path=str(tiny_dir), use_mixed_precision=dtype, device="cpu")
+    )
+    assert model.dtype == want and not model.training and tokenizer.eos_token_id == 2
+
+
+# --- texts ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spoken(tiny_dir):
+    """(model, tokenizer) whose predictions are further from ties than a fresh initialisation's."""
+    model, tokenizer = sampler.load(
+        SampleArguments(model_name_or_path=str(tiny_dir), use_mixed_precision="no", device="cpu")
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.dim() > 1 else 1)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 1.0},
+        {"threshold": 0.1},
+        {"threshold": 0.1, "temperature": 1.0},
+        {"cfg_scale": 1.0},
+        {"remasking": "random"},
+    ],
+    ids=str,
+)
+def test_batch_is_one_by_one(spoken, tiny_dir, options):
+    """Prompts of several lengths, out of order: each response is the one that the prompt gets alone."""
+    model, tokenizer = spoken
+    prompts = [tokenization.encode(tokenizer, text) for text in ("7 + 5", "How many?", "a", "9 + 5", "x", "7 + 5")]
+    assert len({len(ids) for ids in prompts}) > 1
+    sample = settings(model_name_or_path=str(tiny_dir), gen_length=12, block_length=6, seed=3, batch_size=2, **options)
+    done = []
+    batched = sampler.respond(model, tokenizer, prompts, sample, finished=done.append)
+    counts = Counter(len(ids) for ids in prompts).values()
+    assert len(done) == sum(-(-count // 2) for count in counts)
+    assert sorted(index for replies in done for index in replies) == list(range(6))
+    assert all(batched[index] == reply for replies in done for index, reply in replies.items())
+    alone = [sampler.respond(model, tokenizer, [ids], sample, keys=[key])[0] for key, ids in enumerate(prompts)]
+    assert batched == alone and len(set(alone)) > 3
+    noisy = "temperature" in options or "remasking" in options
+    assert (batched[0] == batched[5]) != noisy
+    assert sampler.respond(model, tokenizer, prompts[:1], sample, keys=[5])[0] == (batched[5] if noisy else batched[0])
+
+
+def test_text_ends_before_the_first_end(tiny_dir, monkeypatch):
+    """At eos or at the template's end of turn, whichever comes first; special tokens are left out, spaces kept."""
+    tokenizer = tokenization.load_tokenizer(str(tiny_dir))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|eot|>{% endfor %}"
+    eos, eot, bos = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot|>"), tokenizer.bos_token_id
+    words, tail = tokenization.encode(tokenizer, " 7 + 5 = 12\n#### 12"), tokenization.encode(tokenizer, "more")
+    n, text = len(words), " 7 + 5 = 12\n#### 12"
+    sample = settings(gen_length=1)
+
+    class Model:
+        config = LLaDAConfig(mask_token_id=MASK)
+
+    for row, want in (
+        (words + [eos] + tail, (text, n, True)),
+        ([bos] + words + [eot] + tail + [eos], (text, n + 1, True)),
+        (words, (text, n, False)),
+        ([eos] + words, ("", 0, True)),
+    ):
+        given = []
+        monkeypatch.setattr(generate, "generate", lambda *args: given.append(args[3:6]) or torch.tensor([row]))
+        monkeypatch.setattr(generate, "response_tokenizer", lambda name, tokenizer, trust: tokenizer)
+        assert sampler.respond(Model, tokenizer, [[1]], sample) == [want]
+        assert given == [(MASK, eos, eot)]
+
+
+def test_first_word_keeps_its_space(tiny_dir, tmp_path, monkeypatch):
+    """respond() takes the tokenizer with sentencepiece's dummy prefix, which would drop a response's first space."""
+    folder = shutil.copytree(tiny_dir, tmp_path / "prefixed")
+    fields = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**fields, "add_prefix_space": True}))
+    sample = settings(model_name_or_path=str(folder), gen_length=1)
+    model, tokenizer = sampler.load(sample)
+    ids = tokenization.encode(tokenization.load_tokenizer(str(tiny_dir)), " 7 + 5")
+    assert tokenizer.decode(ids) == "7 + 5"
+    monkeypatch.setattr(generate, "generate", lambda *_: torch.tensor([ids]))
+    assert sampler.respond(model, tokenizer, [[1]], sample)[0].text == " 7 + 5"
+
+
+def test_out_of_memory(spoken, tiny_dir, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("a page of figures")
+
+    monkeypatch.setattr(generate, "generate", full)
+    with pytest.raises(InputError, match="cpu ran out of memory; lower --batch_size"):
+        sampler.respond(*spoken, [[1]], settings(model_name_or_path=str(tiny_dir), gen_length=1))
+
+
+# --- command line -----------------------------------------------------------------------------------------
+
+
+def test_script_refuses_in_one_line(tiny_dir):
+    done = run_script("--model_name_or_path", tiny_dir, "--prompt", "x", "--gen_length", 10, "--block_length", 4)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: [^\n]*--gen_length 10[^\n]*--block_length 4[^\n]*\n", done.stderr)
+
+
+def test_script_file_to_file(tiny_dir, tmp_path):
+    rows = [{"id": 1, "prompt": "7 + 5"}, {"prompt": "a longer question?", "answer": "é"}, {"id": 3, "prompt": "7 + 5"}]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "in.jsonl").write_text("\n".join((lines[0], "", *lines[1:])) + "\n")
+    done = run_script(
+        "--model_name_or_path", tiny_dir, "--in", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", *SHORT
+    )
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    assert "3/3" in done.stderr and "tokens/s" in done.stderr
+    with jsonlines.open(tmp_path / "out.jsonl") as reader:
+        written = list(reader)
+    assert [{key: row[key] for key in row if key != "response"} for row in written] == rows
+    assert all(isinstance(row["response"], str) for row in written) and written[0]["response"] == written[2]["response"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_prompt_is_printed(tiny_dir, capsys):
+    base = ["--model_name_or_path", str(tiny_dir), "--prompt", "7 + 5", *SHORT]
+    texts = []
+    for temperature, seed in ("00", "11", "11", "10"):
+        generate.main(base + ["--temperature", temperature, "--seed", seed])
+        texts.append(capsys.readouterr().out)
+    assert texts[1] == texts[2] != texts[3] and all(text.endswith("\n") for text in texts)
+
+
+def test_chat_template(tiny_dir, tmp_path, monkeypatch):
+    """A prompt is a user message, then the assistant's header, nothing added; --template none leaves it raw."""
+    folder = shutil.copytree(tiny_dir, tmp_path / "chat")
+    template = (
+        "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[a]{% endif %}"
+    )
+    fields = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**fields, "chat_template": template}))
+    talk = [{"role": role, "content": role[0]} for role in ("system", "user")]
+    with jsonlines.open(tmp_path / "in.jsonl", "w") as writer:
+        writer.write_all([{"prompt": "7 + 5"}, {"prompt": talk}])
+    seen = []
+    monkeypatch.setattr(
+        generate,
+        "respond",
+        lambda model, tokenizer, prompts, sample, **_: (
+            seen.append([tokenizer.decode(ids) for ids in prompts]) or [sampler.Response("x", 1, True)] * len(prompts)
+        ),
+    )
+    generate.main(
+        [
+            "--model_name_or_path",
+            str(folder),
+            "--in",
+            str(tmp_path / "in.jsonl"),
+            "--out",
+            str(tmp_path / "out.jsonl"),
+            *SHORT,
+        ]
+    )
+    generate.main(["--model_name_or_path", str(folder), "--prompt", "7 + 5", "--template", "none", *SHORT])
+    assert seen == [["<s>[user]7 + 5</s>[a]", "<s>[system]s</s>[user]u</s>[a]"], ["7 + 5"]]
+
+
+def test_task(tiny_dir, tmp_path, capsys, monkeypatch):
+    """The verdicts are those of the rows written; the two solved problems here are planted."""
+    problems = tasks.generate(6, "test", 4, ("arithmetic",))
+    texts = [problem.solution for problem in problems[:2]] + ["#### 100"] * 4
+    monkeypatch.setattr(generate, "respond", lambda *_, **__: [sampler.Response(text, 9, True) for text in texts])
+    generate.main(
+        [
+            "--model_name_or_path",
+            str(tiny_dir),
+            "--task",
+            "arithmetic",
+            "--num",
+            "6",
+            "--seed",
+            "4",
+            "--out",
+            str(tmp_path / "out.jsonl"),
+            *SHORT,
+        ]
+    )
+    first, *more = capsys.readouterr().out.splitlines()
+    assert first == "solved 2 of 6 (33.3%, 95% interval 9.7-70.0)"
+    assert all(re.match(r"  \d-step problems: solved ", line) for line in more)
+    assert sum(int(re.search(r"solved (\d+) of", line)[1]) for line in more) == 2
+    assert sum(int(re.search(r"of (\d+) ", line)[1]) for line in more) == 6
+    with jsonlines.open(tmp_path / "out.jsonl") as reader:
+        rows = list(reader)
+    assert [row["correct"] for row in rows] == [True, True] + [False] * 4
+    assert [(row["prompt"], row["answer"], row["family"]) for row in rows] == [
+        (p.prompt, p.answer, "arithmetic") for p in problems
+    ]
+
+
+def test_families(tiny_dir, capsys, monkeypatch):
+    """Whatever tasks.FAMILIES holds can be named; all of them are reported family by family."""
+    asked, problem = [], tasks.generate(1, "test")[0]
+    monkeypatch.setattr(tasks, "FAMILIES", {"arithmetic": None, "riddles": None})
+    monkeypatch.setattr(
+        tasks,
+        "generate",
+        lambda n, split, seed, families: (
+            asked.append((n, split, seed, families))
+            or [dataclasses.replace(problem, family=families[i % len(families)]) for i in range(n)]
+        ),
+    )
+    monkeypatch.setattr(
+        generate,
+        "respond",
+        lambda model, tokenizer, prompts, *_, **__: [
+            sampler.Response(problem.solution if i else "", 0, False) for i in range(len(prompts))
+        ],
+    )
+    base = ["--model_name_or_path", str(tiny_dir), "--num", "3", *SHORT, "--task"]
+    generate.main([*base, "riddles"])
+    assert "riddles" not in capsys.readouterr().out
+    generate.main([*base, "all"])
+    out = capsys.readouterr().out
+    assert "solved 2 of 3" in out and "  arithmetic: solved 1 of 2" in out and "  riddles: solved 1 of 1" in out
+    assert asked == [(3, "test", 0, ("riddles",)), (3, "test", 0, ("arithmetic", "riddles"))]
+    with pytest.raises(InputError, match="--task is 'logic'; expected arithmetic, riddles or all"):
+        generate.main([*base, "logic"])
+
+
+def test_solved_line():
+    assert tasks.solved_line([True] * 93 + [False] * 107) == "solved 93 of 200 (46.5%, 95% interval 39.7-53.4)"
+    assert tasks.solved_line([False] * 10) == "solved 0 of 10 (0.0%, 95% interval 0.0-27.8)"
+    assert tasks.solved_line([True] * 10) == "solved 10 of 10 (100.0%, 95% interval 72.2-100.0)"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        '{"question": "x"}',
+        '{"prompt": 3}',
+        '{"prompt": []}',
+        '{"prompt": "\\ud800"}',
+        '{"prompt": ["x"]}',
+        '{"prompt": [{"role": "user"}]}',
+        '{"prompt": [{"role": "user", "content": "x"}]}',
+    ],
+)
+def test_malformed_row(tiny_dir, tmp_path, line):
+    """Named by file and line; a conversation is malformed for a tokenizer without a chat template."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "fine"}\n\n' + line + "\n")
+    with pytest.raises(InputError) as error:
+        generate.main(["--model_name_or_path", str(tiny_dir), "--in", str(path), "--out", str(tmp_path / "out.jsonl")])
+    assert f"{path}:3: " in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--in", "nowhere.jsonl", "--out", "out.jsonl"], "nowhere.jsonl"),
+        (["--in", "x.jsonl"], "--out"),
+        (["--prompt", "x", "--device", "tpu"], "tpu"),
+        (["--prompt", "x", "--temperature", "-1"], "--temperature"),
+        (["--prompt", "x", "--temperature", "nan"], "--temperature"),
+        (["--prompt", "x", "--batch_size", "0"], "--batch_size"),
+        (["--task", "arithmetic", "--num", "0"], "--num"),
+        (["--prompt", "x", "--out", "nowhere/out.jsonl"], "nowhere"),
+        (["--prompt", "x", "--out", "."], "a folder; expected a file"),
+        (["--prompt", "x\udcff"], "not UTF-8"),
+        ([], "--prompt"),
+        (["--prompt", "x", "--task", "arithmetic"], "--prompt and --task"),
+        (["--prompt", "x", "--step", "3"], "--step"),
+        (["--prompt", "x", "--remasking", "some"], "--remasking"),
+        (["--prompt", "x", "--threshold", "0.9", "--steps", "8"], "--threshold"),
+        (["--prompt", "x", "--template", "chat"], "template"),
+    ],
+)
+def test_refusals(tiny_dir, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        generate.main(["--model_name_or_path", str(tiny_dir), *flags])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_empty_prompt(tiny_dir, capsys):
+    generate.main(["--model_name_or_path", str(tiny_dir), "--prompt", "", *SHORT])
+    assert capsys.readouterr().out
+
+
+# --- bench ------------------------------------------------------------------------------------------------
+
+
+def test_bench(tiny_dir, capsys, monkeypatch):
+    """Each setting once, on the same problems; the plain sampler is the ratio's 1."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from reasoning import sampler
+
+    sampler.main(["--model", str(tiny_dir), "--num", "2", "--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert len(lines) == len(sampler.SETTINGS) and all(line.split("solved ")[1].startswith("0 of 2 ") for line in lines)
+    plain = [line.split() for line in lines if " plain " in line]
+    assert [(words[0], words[4]) for words in plain] == [("40", "1.00"), ("8", "1.00")]
+    halves = [line.split() for line in lines if " steps 20 " in line]
+    assert [float(words[3]) <= 20 for words in halves] == [True, True]

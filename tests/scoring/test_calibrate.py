@@ -1,0 +1,182 @@
+"""Tests of calibrate.py: what it measures on noise whose numbers are known, what it recommends, and the command itself.
+
+.venv/bin/python -m pytest -q tests/test_calibrate.py
+"""
+
+import json
+
+import numpy as np
+import pytest
+from small import LENGTHS, call, flags, make_model, make_pairs, pack, refusal, run_jobs
+
+import calibrate
+import config
+import score
+import train_dpo
+from preferences import packed
+from scoring import calibration
+
+FEW = [("spread", 2, 2), ("spread", 3, 2), ("stepwise", 4, 1), ("elbo", 4, 1), ("elbo_stratified", 4, 1)]
+SMALL = flags(calibrate_pairs=3, calibrate_draws=3, use_mixed_precision="no")
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(calibrate, "DESIGNS", FEW)
+    monkeypatch.setattr(calibrate, "LEVELS", 6)
+
+
+@pytest.fixture(scope="module")
+def home(tiny_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrate")
+    model = make_model(folder / "model", tiny_dir)
+    pairs = [lengths for lengths in LENGTHS if max(lengths) < 50][:6]
+    return folder, model, pairs
+
+
+def data_of(home, name):
+    folder, model, lengths = home
+    return pack(folder / name, make_pairs(lengths), model)
+
+
+def test_measure():
+    """Gaussian noise: policy scores of sd 3 with a bias of 2 on chosen, the reference's noise shared by half."""
+    rng = np.random.default_rng(0)
+    P, D = 400, 50
+    clean = rng.normal(size=(P, 1, 2)) * 5
+    shared = rng.normal(size=(P, D, 2))
+    policy = clean + 1 + 3 * shared + [2, 0]
+    reference = clean + 1.5 * shared
+    truth_policy = clean + 1 + 0.1 * rng.normal(size=(P, 2, 2))
+    truth_reference = clean + 0.1 * rng.normal(size=(P, 2, 2))
+    got = calibrate.measure(policy, reference, truth_policy, truth_reference)
+    assert got["score_variance"] == pytest.approx(9, rel=0.03) and got["score_bias"] == pytest.approx(1, abs=0.05)
+    assert got["margin_variance"] == pytest.approx(2 * 1.5**2, rel=0.03)  # two sides; the shared half cancels
+    assert got["margin_bias"] == pytest.approx(2, rel=0.02)
+    assert got["between_pairs"] < 0.02  # every pair's true margin is 0
+    unbiased = calibrate.measure(policy - [2, 0], reference, truth_policy, truth_reference)
+    assert unbiased["margin_bias"] < 0.1  # the noise of a mean over draws is not taken for a bias
+
+
+def test_recommend():
+    row = lambda noise, bias: {
+        "noise_x_cost": noise,
+        "margin_bias": bias,
+        "margin_variance": 4.0,
+        "between_pairs": 12.0,
+    }  # noqa: E731
+    rows = [row(5, 0.1), row(3, 0.99), row(1, 1.01)]
+    assert calibration.recommend(rows) is rows[1]  # the third's bias is above sqrt((4 + 12) / 16)
+    assert calibration.recommend([row(1, 3.0), row(2, 1.5)])["margin_bias"] == 1.5
+
+
+def test_command(few, home, capsys):
+    """The table, its files, and auto: the reference job and a run take what it recommends."""
+    data = data_of(home, "packed")
+    assert call(score.main, "--data", data, "--calibrate", *SMALL) == 0
+    said = capsys.readouterr().out
+    assert said.count("<- recommended") == 1 and "recommended: --estimator" in said
+    [path] = data.glob("calibration-*.json")
+    assert (
+        path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+        and not list(data.glob("*.tmp*"))
+        and not list(data.glob("ref-*"))
+    )
+    table = json.loads(path.read_text())
+    assert [(row["estimator"], row["diffusion_steps"], row["trajectories"]) for row in table["rows"]] == FEW
+    assert table["pairs"] == 3 and table["draws"] == 3 and "moved" in table["policy"]
+    for row in table["rows"]:
+        assert row["score_variance"] > 0 and row["margin_variance"] > 0 and row["seconds"] > 0
+        states = 4 if row["estimator"].startswith(("elbo", "stepwise")) else 1 + 2 * (row["diffusion_steps"] - 1)
+        assert 1 <= row["passes"] <= states
+        assert row["noise_x_cost"] == pytest.approx(row["margin_variance"] * row["passes"])
+    best = calibration.recommend(table["rows"])
+    assert call(score.main, "--data", data, "--diffusion_steps", "auto", "--use_mixed_precision", "no") == 0
+    [meta] = data.glob("ref-*/meta.json")
+    depends = json.loads(meta.read_text())["depends_on"]
+    assert [depends[name] for name in ("estimator", "diffusion_steps", "trajectories")] == [
+        best[name] for name in ("estimator", "diffusion_steps", "trajectories")
+    ]
+    arguments = train_dpo.prepare(["--data", str(data), "--diffusion_steps", "auto", "--use_mixed_precision", "no"])[2]
+    assert arguments["diffusion_steps"] == best["diffusion_steps"] and arguments["estimator"] == best["estimator"]
+    table["rows"][4] |= {"noise_x_cost": 1e-9, "margin_bias": 0.0}  # another winner: auto takes its estimator, too
+    path.write_text(json.dumps(table))
+    assert call(score.main, "--data", data, "--diffusion_steps", "auto", "--use_mixed_precision", "no") == 0
+    assert {json.loads(meta.read_text())["depends_on"]["estimator"] for meta in data.glob("ref-*/meta.json")} == {
+        best["estimator"],
+        "elbo_stratified",
+    }
+    assert (
+        train_dpo.prepare(["--data", str(data), "--diffusion_steps", "auto", "--use_mixed_precision", "no"])[2][
+            "estimator"
+        ]
+        == "elbo_stratified"
+    )
+    noise = config.NoiseArguments(estimator="elbo", diffusion_steps="auto")
+    model_args = config.ModelArguments(model_name_or_path=str(home[1]), use_mixed_precision="no")
+    calibration.settle(packed.Packed(data), model_args, noise)
+    assert (noise.estimator, noise.diffusion_steps, noise.trajectories) == (
+        "elbo",
+        4,
+        1,
+    )  # given, the best of its own rows
+
+
+def test_auto_calibrates_first(few, home):
+    """score.py --diffusion_steps auto on data without a calibration makes it, then the reference scores."""
+    data = data_of(home, "bare")
+    assert call(score.main, "--data", data, "--diffusion_steps", "auto", *SMALL) == 0
+    assert len(list(data.glob("calibration-*.json"))) == len(list(data.glob("ref-*/meta.json"))) == 1
+
+
+def test_policy_and_same_numbers(few, home, tiny_dir):
+    """A policy of one's own; the same command makes the same table, but for the seconds."""
+    data = data_of(home, "policy")
+    tables = []
+    for policy in (make_model(home[0] / "other", tiny_dir, seed=1), home[0] / "other"):
+        assert call(score.main, "--data", data, "--calibrate", *SMALL, "--calibrate_policy", policy) == 0
+        [path] = data.glob("calibration-*.json")
+        tables.append(
+            [
+                {key: value for key, value in row.items() if key != "seconds"}
+                for row in json.loads(path.read_text())["rows"]
+            ]
+        )
+    assert tables[0] == tables[1] and all(row["margin_variance"] > 1e-3 for row in tables[0])
+
+
+def test_streamed(home, tmp_path):
+    """ZeRO-3 on two ranks writes the numbers of one rank without an engine."""
+    data = data_of(home, "streamed")
+    argv = [
+        "--data",
+        data,
+        "--calibrate",
+        *flags(calibrate_pairs=2, calibrate_draws=2, use_mixed_precision="no", states_per_forward=8),
+    ]
+    tables = []
+    for world, more in ((None, []), (2, ["--deepspeed", "ds_configs/zero3_offload_4080.json"])):
+        [did] = run_jobs(tmp_path / str(world), world, [("calibrate", "score", argv + more)]).values()
+        assert [rank["error"] for rank in did] == [""] * (world or 1)
+        [path] = data.glob("calibration-*.json")
+        tables.append(json.loads(path.read_text())["rows"])
+        path.unlink()
+    for one, two in zip(*tables):
+        for name in ("score_variance", "score_bias", "margin_variance", "passes"):
+            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-4), (one["estimator"], name)
+
+
+def test_refusals(few, home, capsys):
+    data = data_of(home, "refused")
+    for argv, words in (
+        (["--calibrate", "--calibrate_pairs", 1], "at least 2 pairs"),
+        (["--calibrate", "--calibrate_draws", 1], "at least 2"),
+        (["--diffusion_steps", "auto", "--order", "blocks"], "measured in random order"),
+        (["--estimator", "elbo", "--order", "blocks"], "goes with stepwise"),
+        (["--calibrate", "--calibrate_policy", "nowhere"], "nowhere"),
+        (["--calibrate", "--calibrate_policy", home[1]], "are those of the reference"),
+        (["--diffusion_steps", "some"], "expected a number or auto"),
+    ):
+        assert words in refusal(score.main, capsys, "--data", data, *SMALL[4:], *argv), argv
+    said = refusal(train_dpo.main, capsys, "--data", data, "--diffusion_steps", "auto", "--use_mixed_precision", "no")
+    assert "holds no calibration of this model; run: python score.py --calibrate" in said

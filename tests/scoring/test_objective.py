@@ -1,0 +1,421 @@
+"""Tests of objective.py: the losses, the split, the order of the data, and the gradient against the formula in plain.py.
+
+.venv/bin/python -m pytest -q tests/test_objective.py
+"""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import plain
+import pytest
+import torch
+from small import EOS, LENGTHS, MASK, call, ds_config, flags, log, make_model, make_pairs, pack, run_jobs
+
+import config
+import score
+import train_dpo
+from files import InputError
+from models import checkpoint
+from preferences import packed as disk
+from scoring import losses, noise, objective
+from scoring.states import backward_passes
+
+T, R = 3, 2  # S = 5
+NOISE = flags(diffusion_steps=T, trajectories=R, noise_sets=2)
+BASE = [*NOISE, *flags(use_mixed_precision="no")]
+
+
+@pytest.fixture(scope="module")
+def home(tiny_dir, tmp_path_factory):
+    """A model, pairs and its reference scores for them, two noise sets."""
+    folder = tmp_path_factory.mktemp("objective")
+    model = make_model(folder / "model", tiny_dir)
+    data = pack(folder / "packed", make_pairs(LENGTHS[:6]), model)
+    assert call(score.main, "--data", data, *BASE) == 0
+    return SimpleNamespace(model=model, data=data, pairs=plain.read_packed(data), reveal=plain.read_reference(data)[0])
+
+
+def preference(home, *argv):
+    """The Preference that train_dpo's command line makes."""
+    return train_dpo.prepare(["--data", str(home.data), *BASE, *map(str, argv)])[1]
+
+
+# The loss
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+def test_preference_loss(smoothing):
+    for margin in (-30.0, -1.5, 0.0, 0.7, 30.0):
+        for beta in (0.05, 0.5):
+            got = losses.preference_loss(torch.tensor(margin), beta, "sigmoid", smoothing)
+            assert float(got) == pytest.approx(
+                float(plain.preference_loss(margin, beta, smoothing)), rel=1e-5, abs=1e-7
+            )
+    assert float(losses.preference_loss(torch.tensor(-4000.0), 1.0)) == 4000  # finite where sigmoid is 0
+    assert float(losses.preference_loss(torch.tensor(0.0), 0.1, "sigmoid", smoothing)) == pytest.approx(
+        math.log(2), abs=1e-7
+    )
+
+
+@pytest.mark.parametrize(
+    "loss_type, margin, want",
+    [
+        ("hinge", 0.0, 1.0),
+        ("hinge", 4.0, 0.0),
+        ("hinge", -2.0, 2.0),
+        ("hinge", 1.0, 0.5),
+        ("ipo", 1.0, 0.0),
+        ("ipo", 0.0, 1.0),
+        ("ipo", 3.0, 4.0),
+        ("ipo", -1.0, 4.0),
+    ],
+)
+def test_other_losses(loss_type, margin, want):
+    """By hand at beta 0.5: hinge max(0, 1 - margin / 2), ipo (margin - 1)^2."""
+    assert float(losses.preference_loss(torch.tensor(margin), 0.5, loss_type)) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("loss_type", ["hinge", "ipo"])
+def test_other_losses_of_a_pair(home, loss_type):
+    """hinge takes sums over the response, ipo means over its tokens; chosen and rejected differ in length."""
+    made, item, beta = preference(home, "--beta", 0.05, "--loss_type", loss_type), (4, 1), 0.05
+    _, chosen, rejected = home.pairs[4]
+    n = (len(chosen), len(rejected)) if loss_type == "ipo" else (1, 1)
+    assert len(chosen) != len(rejected)
+    reference = made.ref_scores(item)
+    for moved in (3.0, -2.0):
+        scores = [
+            torch.tensor(float(reference[0]) + moved, requires_grad=True),
+            torch.tensor(float(reference[1]) + 1.0),
+        ]
+        margin = moved / n[0] - 1 / n[1]
+        want = max(0.0, 1 - beta * margin) if loss_type == "hinge" else (margin - 1 / (2 * beta)) ** 2
+        loss = made.loss(item)(scores)
+        assert float(loss) == pytest.approx(want, rel=1e-4)
+        _, *rewards, margins, accuracy, logp, _, _ = made.measure(
+            item, loss, [score.detach()[None] for score in scores]
+        ).tolist()
+        assert rewards == pytest.approx([beta * moved / n[0], beta / n[1]], rel=1e-3) and margins == pytest.approx(
+            beta * margin, rel=1e-3
+        )
+        assert accuracy == (margin > 0) and logp == pytest.approx(float(scores[0]))  # of the margin that the loss takes
+        slope = -beta if loss_type == "hinge" else 2 * (margin - 1 / (2 * beta)) / n[0]
+        assert float(torch.autograd.grad(loss, scores[0])[0]) == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize("smoothing, sft_weight", [(0.0, 0.0), (0.2, 0.0), (0.1, 0.3)])
+@pytest.mark.parametrize("index, epoch", [(0, 0), (1, 1), (2, 3)])  # 1 token beside 200; the second set of noise
+def test_gradient(home, index, epoch, smoothing, sft_weight):
+    """Segmented = one graph = plain autograd of the formula, on a policy that has left the reference."""
+    beta, item = 0.05, (index, epoch)
+    made = preference(home, "--beta", beta, "--label_smoothing", smoothing, "--sft_weight", sft_weight)
+    reference = plain.load(home.model)
+    rng = torch.Generator().manual_seed(1)
+    moved = {name: value.detach() + 0.01 * torch.randn(value.shape, generator=rng) for name, value in reference.items()}
+    moved = {name: value.float().double().requires_grad_() for name, value in moved.items()}
+    want = plain.pair_loss(moved, reference, home.pairs[index], home.reveal[epoch % 2][index], T, beta, smoothing)
+    if sft_weight:
+        prompt, chosen, _ = home.pairs[index]
+        draw = noise.generator(0, [token for ids in home.pairs[index] for token in ids], "sft", epoch)
+        masked, weight = noise.sft_noise(len(chosen), draw)
+        logp = plain.log_probs(moved, plain.hidden(masked, prompt, chosen))
+        for i in range(len(chosen)):
+            want = want - sft_weight * float(weight[i]) * logp[len(prompt) + i, chosen[i]]
+    want.backward()
+    true = torch.cat([value.grad.flatten() for value in moved.values()])
+    assert true.norm() > 1e-3
+    model = checkpoint.load_model(str(home.model), torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(moved[name])
+    for states_per_forward in (1, 2, 3, 5, 16):
+        model.zero_grad()
+        backwards = []
+
+        def backward(loss):
+            backwards.append(loss)
+            loss.backward()
+
+        loss, scores = score.score_and_backward(
+            model, made.responses(item), made.loss(item), states_per_forward, "cpu", backward
+        )
+        planned = 1 if states_per_forward >= 5 else 2 * -(-5 // states_per_forward) + bool(sft_weight)
+        assert len(backwards) == backward_passes(made.counts, made.carrying, states_per_forward) == planned
+        assert float(loss) == pytest.approx(want.item(), rel=1e-5)
+        got = torch.cat([dict(model.named_parameters())[name].grad.flatten().double() for name in moved])
+        assert float((got - true).norm() / true.norm()) < 1e-5, states_per_forward
+        assert [score.shape for score in scores] == [(count,) for count in made.counts]
+        assert not any(score.requires_grad for score in scores)
+
+
+def test_measure(home):
+    """TRL's names: reward = beta * (policy - reference), accuracy = chosen above rejected."""
+    made = preference(home, "--beta", 0.5)
+    (ref_w, ref_l) = made.ref_scores((2, 1))
+    stored = plain.read_reference(home.data)[1][1][2].sum(-1)
+    assert [ref_w, ref_l] == pytest.approx(stored.tolist()) and not np.allclose(made.ref_scores((2, 0)), stored)
+    scores = [torch.tensor([float(ref_w) + 1, 2.0]), torch.tensor([float(ref_l), -1.0])]  # by state
+    got = dict(zip(objective.METRICS, made.measure((2, 1), torch.tensor(0.25), scores)))
+    assert got == pytest.approx(
+        {
+            "loss": 0.25,
+            "rewards/chosen": 1.5,
+            "rewards/rejected": -0.5,
+            "rewards/margins": 2.0,
+            "rewards/accuracies": 1,
+            "logps/chosen": ref_w + 3,
+            "logps/rejected": ref_l - 1,
+        },
+        rel=1e-5,
+    )
+    assert made.measure((2, 1), torch.tensor(0.25), scores)[-1] == 1
+    assert made.measure((2, 1), torch.tensor(0.25), scores[::-1])[4] == float(ref_l - 1 - ref_w > ref_w + 3 - ref_l)
+
+
+@pytest.mark.parametrize("k, sft_weight", [(1, 0.0), (3, 0.3), (4, 0.0)])
+def test_gradient_of_part_of_the_states(home, k, sft_weight):
+    """backprop_steps: the loss is that of all states; the gradient is the sum over the states drawn, as the factors say, and
+    so many states a forward change nothing."""
+    item, index, epoch = (2, 3), 2, 3
+    made = preference(home, "--beta", 0.5, "--backprop_steps", k, "--sft_weight", sft_weight)
+    whole = preference(home, "--beta", 0.5, "--sft_weight", sft_weight)
+    model = checkpoint.load_model(str(home.model), torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():  # off the reference: the two slopes are not one half
+            parameter.mul_(1.1)
+    passes = []
+    loss, scores = score.score_and_backward(model, whole.responses(item), whole.loss(item), 1, "cpu", lambda loss: None)
+    factors = []
+    for masked, states in zip(made.reference.masks(index, epoch % 2), whole.responses(item)):
+        rng = noise.generator(0, [token for ids in home.pairs[index] for token in ids], "pair gradient", epoch)
+        factors.append(noise.gradient_states(masked, states.weight, k, rng))
+        assert np.count_nonzero(factors[-1]) == k
+    parts = [score.state_scores(model, states, 5, "cpu") for states in whole.responses(item)]
+    totals = [part.sum().detach().requires_grad_() for part in parts]
+    slopes = torch.autograd.grad(whole.loss(item)(totals), totals)
+    weighted = sum(
+        slope * (torch.from_numpy(factor) * part).sum() for slope, factor, part in zip(slopes, factors, parts)
+    )
+    weighted = weighted + (slopes[2] * parts[2].sum() if sft_weight else 0)
+    want = torch.autograd.grad(weighted, list(model.parameters()))
+    for states_per_forward in (1, 2, 5):
+        model.zero_grad()
+        passes = []
+
+        def backward(loss):
+            passes.append(loss)
+            loss.backward()
+
+        got, _ = score.score_and_backward(
+            model, made.responses(item), made.loss(item), states_per_forward, "cpu", backward
+        )
+        assert float(got) == pytest.approx(float(loss), rel=1e-5)
+        assert (
+            len(passes)
+            == backward_passes(made.counts, made.carrying, states_per_forward)
+            == 2 * -(-k // states_per_forward) + (sft_weight > 0)
+        )
+        for parameter, true in zip(model.parameters(), want):
+            torch.testing.assert_close(parameter.grad, true, rtol=1e-4, atol=1e-5 * float(true.abs().max()))
+    again, next_epoch = (made.responses((2, epoch))[0].graph.inputs for epoch in (3, 5))
+    assert (made.responses(item)[0].graph.inputs == again).all()
+    assert k == 4 or any(
+        (made.responses((2, 3))[0].graph.inputs != made.responses((2, 3 + 2 * i))[0].graph.inputs).any()
+        for i in range(1, 5)
+    ), next_epoch
+
+
+def test_replayed_states(home):
+    """Epoch e replays noise set e mod K."""
+    made = preference(home)
+    for index, epoch in ((2, 0), (2, 1), (5, 2), (0, 5)):
+        for states, side, reveal in zip(
+            made.responses((index, epoch)), home.pairs[index][1:], home.reveal[epoch % 2][index]
+        ):
+            start = len(home.pairs[index][0])
+            rows = [plain.hidden([step >= 0 for step in reveal[0]], home.pairs[index][0], side)]
+            rows += [
+                plain.hidden([step >= s for step in steps], home.pairs[index][0], side)
+                for steps in reveal
+                for s in (1, 2)
+            ]
+            assert states.inputs.tolist() == rows
+            n = len(side)  # what state 0 reveals, over all
+            assert np.allclose(states.weight[0, start:], sum(step == 0 for steps in reveal for step in steps) / R / n)
+
+
+def test_work():
+    packed = SimpleNamespace(lines=lambda: None)
+    made = objective.Preference(config.TrainArguments(), config.NoiseArguments(estimator="spread"), packed, None, MASK)
+    assert made.work([(3, 0), (1, 0), (2, 1)]) == [((3, 0), 1 / 3), ((1, 0), 1 / 3), ((2, 1), 1 / 3)]
+    assert made.counts == [7, 7]
+
+
+# The split and the order
+
+
+class Rows:
+    """As much of packed.Packed as the split reads."""
+
+    def __init__(self, prompts):
+        self.prompts, self.folder = prompts, "packed"
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def __getitem__(self, index):
+        return (np.array(self.prompts[index], np.uint32),)
+
+
+def test_split():
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(4, 500, 6).tolist() for _ in range(60)]
+    prompts += [prompts[i] for i in range(0, 60, 2)]  # a second pair of every other prompt
+    train, held = objective.split(Rows(prompts), 0.25, 42)
+    assert sorted([*train, *held]) == list(range(90))
+    sides = [{tuple(prompts[i]) for i in side} for side in (train, held)]
+    assert not sides[0] & sides[1] and len(sides[1]) == 15
+    assert list(train) == sorted(train) and list(held) == sorted(held)
+    assert objective.split(Rows(prompts), 0.25, 43)[1].tolist() != held.tolist()
+    none = objective.split(Rows(prompts), 0.0, 42)
+    assert len(none[0]) == 90 and len(none[1]) == 0
+    assert len(objective.split(Rows(prompts), 0.001, 42)[1]) > 0  # a share that was asked for is not rounded away
+    order = rng.permutation(90)  # content decides, not the place in the file
+    again = objective.split(Rows([prompts[i] for i in order]), 0.25, 42)[1]
+    assert {tuple(prompts[order[i]]) for i in again} == sides[1]
+    with pytest.raises(InputError, match="eval_fraction"):
+        objective.split(Rows(prompts[:1]), 0.5, 42)
+
+
+def test_split_is_stable():
+    """Pairs of known prompts change nothing; new prompts push out few: at most as many as came in."""
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(4, 500, 6).tolist() for _ in range(100)]
+    held = lambda rows: {tuple(rows[i]) for i in objective.split(Rows(rows), 0.2, 42)[1]}  # noqa: E731
+    before = held(prompts)
+    assert held(prompts + prompts[:30]) == before
+    after = held(prompts + [rng.integers(4, 500, 6).tolist() for _ in range(5)])
+    assert len(before - after) <= 5 and len(after) == 21
+
+
+@pytest.mark.parametrize("lengths, block", [(None, 1), (True, 1), (True, 3)])
+def test_stream(lengths, block):
+    train = np.array([3, 5, 7, 8, 10, 11, 20, 21, 22, 23])
+    lengths = np.random.default_rng(0).integers(1, 90, 30) if lengths else None
+    make = lambda seed=0: objective.Stream(train, seed, block, lengths)  # noqa: E731
+    stream = make()
+    places = [stream[place] for place in range(40)]
+    epochs = [[pair for pair, epoch in places if epoch == e] for e in range(4)]
+    assert [epoch for _, epoch in places] == [place // 10 for place in range(40)]
+    assert all(sorted(epoch) == train.tolist() for epoch in epochs) and len(set(map(tuple, epochs))) > 2
+    for place in np.random.default_rng(1).permutation(40):  # any access order, an old reader or a new one
+        assert stream[place] == make()[place] == places[place]
+    assert [make(1)[place] for place in range(10)] != places[:10]
+
+
+def test_stream_blocks():
+    """SFT: pairs of like length stand together, in blocks of a micro-batch."""
+    lengths = np.random.default_rng(0).permutation(96)
+    stream = objective.Stream(np.arange(96), 0, 4, lengths)
+    spread = [np.ptp([lengths[stream[place][0]] for place in range(first, first + 4)]) for first in range(0, 96, 4)]
+    assert max(spread) < 10 < np.mean([np.ptp(row) for row in lengths.reshape(-1, 4)])
+
+
+# SFT
+
+
+def test_sft_rows(home):
+    """Rows are filled up with end tokens, which are masked and weighed like any other; the prompt never is."""
+    data = disk.Packed(home.data)
+    rows = [(3, 0), (2, 0), (5, 1)]  # chosen of 2, 12 and 5 tokens after prompts of 6, 4 and 9
+    for pad_to, longest in ((0, 16), (20, 29)):
+        states = objective.sft_rows(rows, data, pad_to, 0, MASK)
+        assert states.inputs.shape == (3, longest)
+        for row, (index, epoch) in enumerate(rows):
+            prompt, chosen, _ = home.pairs[index]
+            start = len(prompt)
+            response = chosen + [EOS] * (longest - start - len(chosen))
+            assert states.targets[row].tolist() == prompt + response
+            assert states.inputs[row, :start].tolist() == prompt and not states.weight[row, :start].any()
+            masked = states.inputs[row, start:] == MASK
+            assert (states.inputs[row, start:][~masked] == np.array(response)[~masked]).all()
+            weights = set(states.weight[row, start:][masked].tolist())  # 1 / (p n), one p a row
+            assert len(weights) <= 1 and all(1 / (longest - start) <= value for value in weights)
+            assert not states.weight[row, start:][~masked].any()
+    padded = [objective.sft_rows([(3, epoch)], data, 60, 0, MASK) for epoch in range(20)]
+    assert any((states.inputs[0, 8:] == MASK).any() for states in padded)  # an end token is masked
+    assert len({states.inputs.tobytes() for states in padded}) == 20  # each epoch draws its own noise
+    assert (
+        objective.sft_rows([(3, 7)], data, 0, 0, MASK).inputs == objective.sft_rows([(3, 7)], data, 0, 0, MASK).inputs
+    ).all()
+
+
+def test_sft_does_not_give_the_length_away(home, tmp_path):
+    """Which rows stand together, and how much room a response has, are the same whatever the responses are."""
+    pairs = make_pairs([(p, n, 1) for p, n in zip(range(3, 43), np.random.default_rng(0).permutation(40) + 1)])
+    swapped = [(prompt, other[1], rejected) for (prompt, _, rejected), other in zip(pairs, pairs[::-1])]
+    rooms = []
+    for name, each in (("pairs", pairs), ("swapped", swapped)):
+        data = disk.Packed(pack(tmp_path / name, each, home.model))
+        made = objective.SFT(config.TrainArguments(sft_pad_to=40), config.NoiseArguments(), data, MASK)
+        assert made.work([(3, 0), (1, 0)]) == [([(3, 0), (1, 0)], 1.0)]
+        stream = objective.Stream(np.arange(40), 0, 4, made.lengths)
+        batches = [[stream[place] for place in range(first, first + 4)] for first in range(0, 40, 4)]
+        rooms.append([(batch, made.responses(batch)[0].inputs.shape) for batch in batches])
+        assert max(np.ptp([len(each[index][0]) for index, _ in batch]) for batch in batches) < 12  # little is padded
+    assert rooms[0] == rooms[1]
+
+
+def test_expected_nll(home):
+    """With predictions that do not look at the input, the mean over draws is the mean of -log p over the response."""
+    data, rng = disk.Packed(home.data), np.random.default_rng(0)
+    prompt, chosen, _ = home.pairs[4]
+    logp = np.log(rng.dirichlet(np.ones(512), 40))  # by position
+
+    def model(input_ids, positions, targets):
+        return torch.tensor(logp[positions.numpy() % input_ids.shape[1], targets], dtype=torch.float32)
+
+    response = chosen + [EOS] * 2
+    want = np.mean([-logp[len(prompt) + i, token] for i, token in enumerate(response)])
+    draws = [
+        -float(score.state_scores(model, objective.sft_rows([(4, epoch)], data, 32, 0, MASK), 1, "cpu").sum())
+        for epoch in range(4000)
+    ]
+    assert np.mean(draws) == pytest.approx(want, abs=4 * np.std(draws) / 4000**0.5)
+    assert np.std(draws) / 4000**0.5 < 0.02 * want
+
+
+def test_sft_lowers_the_loss(home, tmp_path):
+    """--loss_type sft through the command line, on 2 ranks of ZeRO-2; needs no reference scores."""
+    data = pack(
+        tmp_path / "packed", make_pairs([(4, 12, 3), (5, 20, 3), (3, 8, 3), (6, 15, 3), (4, 10, 3)] * 3), home.model
+    )
+    argv = [
+        "--data",
+        data,
+        "--output_dir",
+        tmp_path / "run",
+        "--loss_type",
+        "sft",
+        *flags(
+            use_mixed_precision="no",
+            learning_rate=0.01,
+            max_steps=20,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            eval_fraction=0.3,
+            eval_steps=19,
+            lr_scheduler_type="constant",
+            warmup_ratio=0,
+            deepspeed=ds_config(tmp_path / "zero2.json", "zero2"),
+        ),
+    ]
+    [first, second] = run_jobs(tmp_path / "out", 2, [("sft", "train_dpo", argv)])["sft"]
+    assert first["error"] == second["error"] == ""
+    assert first["backwards"] == second["backwards"] == 40 and first["forwards"] == second["forwards"] == 40
+    assert first["eval_forwards"] == second["eval_forwards"] == 2 * 3  # 5 held out on 2 ranks, twice
+    lines = log(tmp_path / "run")
+    losses = [line["loss"] for line in lines]
+    assert len(losses) == 20 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert "rewards/margins" not in lines[0] and "eval_loss" in lines[-1] and "eval_loss" not in lines[0]

@@ -1,0 +1,50 @@
+"""Stop in good order: after the first SIGTERM or SIGINT what is in hand is finished and kept; the second ends the process at once."""
+
+import ctypes
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+
+from cli import exits
+from files import InputError
+
+
+def when_the_parent_ends(number):
+    """Have the system send this process a signal when the one that started it ends, however it ends."""
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG of linux/prctl.h
+
+
+class Stop:
+    """Listens from now on. asked() is a question to all ranks together: each must ask it equally often."""
+
+    def __init__(self, ranks):
+        self.ranks, self.signal = ranks, None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.hear)
+        if "LAUNCH_COMMAND" in os.environ:  # launch.sh killed: as if it had told us
+            when_the_parent_ends(signal.SIGTERM)
+
+    def hear(self, number, _):
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        if self.ranks.first:  # not print: the signal may have come in the middle of one
+            os.write(2, f"{signal.Signals(number).name}: finishing what is in hand; once more stops at once\n".encode())
+
+    def asked(self):
+        """Whether any rank was told to stop; the same answer on every rank."""
+        if self.ranks.world == 1:
+            return self.signal is not None
+        said = torch.tensor([self.signal is not None], dtype=torch.int32, device=self.ranks.device)
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        return bool(said)
+
+
+def cannot_save(path, error, kept):
+    """The sentence of a save that failed."""
+    return InputError(
+        f"{path}: cannot be written ({' '.join(str(error).split())[:150]}); {kept}; make room, and go on with: {exits.command()}",
+        local=True,
+    )
