@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 from files import InputError, read_json, read_sealed
-from models import tokenization
 from preferences.packed import Packed
 from training import runs
 
@@ -259,7 +258,8 @@ def correlation(x, y):
 
 def load_tokenizer(run):
     """Set run.tokenizer to the one that packed the arrays: of final/, or of the model that the run began with. Nothing is downloaded."""
-    pass  # here alone: with torch and transformers it takes longer than all the rest
+    from models import tokenization  # imported here: torch and transformers take longer than the rest of the report
+
     source = run.packed.meta["model_name_or_path"]
     for name in (run.folder / "final", *runs.places(run.folder, run.record, "model_name_or_path"), source):
         folder = local(str(name))

@@ -32,6 +32,11 @@ def generator(noise_seed, tokens, side, noise_set=0):
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest()[:16], "little")))
 
 
+def automatic_estimator(order):
+    """The estimator that `--estimator auto` stands for, unless a calibration chooses one."""
+    return "stepwise" if order == "blocks" else "spread"
+
+
 def side_of(estimator, side):
     """The name of the noise of side 0, chosen, or 1, rejected. Trajectories are the pair's: what stands at the same places in
     both responses is hidden alike, so that the difference of their scores has less noise."""

@@ -66,7 +66,7 @@ def check(packed, model_args, noise_args):
     """Fill in what is auto; refuse arguments that make no score, and arrays that another tokenizer made. Returns the mask id."""
     model_args.model_name_or_path = model_args.model_name_or_path or packed.meta["model_name_or_path"]
     if noise_args.estimator == "auto" and noise_args.diffusion_steps != "auto":  # else the calibration says it, too
-        noise_args.estimator = "stepwise" if noise_args.order == "blocks" else "spread"
+        noise_args.estimator = noise.automatic_estimator(noise_args.order)
     if noise_args.order == "blocks" and noise_args.diffusion_steps == "auto":
         raise InputError("--diffusion_steps auto is measured in random order; give --order blocks a number")
     if noise_args.order == "blocks" and noise_args.estimator not in ("stepwise", "auto"):
