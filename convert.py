@@ -20,7 +20,7 @@ from cli.parser import described
 from files import InputError, naming
 from models import folders, pickled, smdm
 from models.checkpoint import save_model
-from models.families import load_config
+from models.architecture import load_config
 from models.folders import model_folder, weight_files
 from models.tensors import read_tensors
 
@@ -101,7 +101,7 @@ def main(argv=None):
         raise InputError(f"{args.out}: exists already; remove it or name another")
     if args.allow_pickle:
         pickled.convert(args.source, args.out)
-    elif smdm.is_original(args.source):
+    elif folders.is_smdm_file(args.source):
         from_smdm(args.source, args.out, args.tokenizer, args.n_heads)
     else:
         to_smdm(args.source, args.out)

@@ -30,7 +30,7 @@ import files
 from cli import exits
 from cli.parser import arg
 from files import InputError, shorten
-from models import families, tokenization
+from models import architecture, families, tokenization
 from preferences import demonstrations, packed
 from preferences.rows import Malformed, find_columns, parse_columns, preference
 from preferences.sources import as_text, read_rows, source_sha256
@@ -117,7 +117,7 @@ def make_encoder(args, model_args, tokenizer):
         if model_args.end_token_id is None
         else model_args.end_token_id
     )
-    model_config = families.load_config(name, remote)
+    model_config = architecture.load_config(name, remote)
     mask = tokenization.mask_token_id(model_config, tokenizer, model_args.mask_token_id)
     most = min(args.max_length, families.longest(model_config) or args.max_length)
     strips = False
@@ -406,7 +406,7 @@ def main(argv=None):
         why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         first = next((f"; the first, {row.number}: {row.detail}" for row in left_out if row.detail), "")
         raise InputError(f"{source}: holds no row that can be used ({why or 'it is empty'}){first}")
-    model_config = families.load_config(name, model_args.trust_remote_code)
+    model_config = architecture.load_config(name, model_args.trust_remote_code)
     embeddings = getattr(model_config, "embedding_size", None) or getattr(model_config, "vocab_size", sys.maxsize)
     if (largest := max(encoder.mask, *(int(ids.max()) for row in kept for ids in row.ids if len(ids)))) >= embeddings:
         raise InputError(

@@ -18,7 +18,7 @@ from cli.parser import described
 from files import InputError
 from models import families, folders, lora
 from models.checkpoint import DTYPES, load_model, save_model
-from models.families import load_config
+from models.architecture import load_config
 from models.folders import model_folder
 from models.tokenization import load_tokenizer
 

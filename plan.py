@@ -25,7 +25,7 @@ import config
 from cli import exits
 from cli.parser import arg, names
 from files import InputError
-from models import families, quantized
+from models import architecture, families, quantized
 from scoring import noise, objective, recipe
 from scoring.states import backward_passes, sizes
 from training import deepspeed_config, memory
@@ -275,7 +275,7 @@ def at_start(groups, ds, ranks):
         one_memory=not cuda,
         rounded="pinned_max_cached_size_mb" not in os.environ.get("PYTORCH_ALLOC_CONF", ""),
     )
-    model_config = families.load_config(groups[1].model_name_or_path, groups[1].trust_remote_code)
+    model_config = architecture.load_config(groups[1].model_name_or_path, groups[1].trust_remote_code)
     if groups[1].trust_remote_code and model_config.model_type not in families.KNOWN:
         return "plan: none, for the model brings its own code"
     lines = [f"plan: {plan(model_config, *groups, ds, machine, advise=cuda).verdict}"]
@@ -294,7 +294,7 @@ def read_config(name, trust_remote_code):
                 f"{name}: its config.json is neither in a local folder nor to be had from the hub "
                 f"({type(error).__name__}); put it in a folder and give --model_name_or_path FOLDER"
             ) from None
-    return families.load_config(name, trust_remote_code)
+    return architecture.load_config(name, trust_remote_code)
 
 
 def table(plan):

@@ -26,7 +26,7 @@ import score
 from cli import exits
 from cli.parser import names
 from files import InputError
-from models import checkpoint, families, folders, lora, quantized, tokenization
+from models import architecture, checkpoint, families, folders, lora, quantized, tokenization
 from preferences import packed as disk
 from preferences.packed import longest
 from reasoning import tasks
@@ -186,7 +186,7 @@ def prepare(argv):
     wanted = recipe.depends_on(packed, model_args, noise_args)
     if args.loss_type == "sft":
         refuse_long_rows(
-            packed, args, families.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
+            packed, args, architecture.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
         )
         objective = SFT(args, noise_args, packed, mask_id)
     else:

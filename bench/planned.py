@@ -28,7 +28,7 @@ import files
 
 # noqa: E402
 import plan  # noqa: E402
-from models import families
+from models import architecture
 from training import (
     deepspeed_config,
     engine,  # noqa: E402
@@ -136,7 +136,7 @@ def measure(name, folder, args):
     data_args, model_args, noise_args, train_args = config.parse(argv, "", *config.GROUPS)
     noise_args.estimator = "spread"
     made = plan.plan(
-        families.load_config(str(folder / "model")),
+        architecture.load_config(str(folder / "model")),
         data_args,
         model_args,
         noise_args,

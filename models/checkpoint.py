@@ -18,8 +18,8 @@ from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
 from files import InputError, replacing_folder
-from models import families, folders, lora, quantized
-from models.families import load_config
+from models import architecture, families, folders, lora, quantized
+from models.architecture import load_config
 from models.folders import base_folder, model_fingerprint, model_folder, weight_files
 from models.tensors import open_tensors
 
@@ -55,7 +55,7 @@ def load_model(name, dtype, ds_config=None, trust_remote_code=False, shift_logit
 
         build = deepspeed.zero.Init(config_dict_or_path=ds_config)  # its own dtype argument is ignored on a CPU
     with no_init_weights(), build:
-        model = families.build(config, dtype, shift, trust_remote_code)
+        model = architecture.build(config, dtype, shift, trust_remote_code)
     if load_in_4bit:
         quantized.prepare(model, dtype)
     fill(model, folder)

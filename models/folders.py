@@ -1,54 +1,69 @@
-"""Find a model's folder and its weight files, and fingerprint them. Reads no weights and imports no torch."""
+"""Find a model's folder and weight files, read its configuration, fingerprint it. Imports no torch, so it is fast."""
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
-from files import InputError, fingerprint, read_json
-from models import smdm
+from files import InputError, fingerprint, no_room, read_json
+from models import families
+
+ADAPTER_BASE = "base.json"  # ours, beside an adapter's files: what is to be known of its base (adapter_base)
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+# Fields of config.json that may change while the model stays the same.
+VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "auto_map")
+BLOCKS, BLOCK_BYTES = 64, 64 << 10  # what model_fingerprint() samples of a weight file
+
+
+def is_smdm_file(path):
+    """Whether `path` is a file as SMDM's own code writes it, which convert.py makes a model folder of."""
+    return Path(path).is_file() and str(path).endswith(".safetensors")
 
 
 def model_folder(name):
-    """The local folder of a model or an adapter: `name` itself, or its download from the hub."""
+    """The local folder of a model or an adapter: `name` itself, or its download from the Hub."""
     if not name:
         raise InputError("no model given; add --model_name_or_path FOLDER_OR_HUB_NAME")
     if os.path.isdir(name):
         if not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
-            raise InputError(
-                f"{name}: holds no config.json; expected a Hugging Face model folder"
-                + (" (SMDM's files: python convert.py)" if any(Path(name).glob("mdm-*.safetensors")) else "")
-            )
+            hint = " (SMDM's files: python convert.py)" if any(Path(name).glob("mdm-*.safetensors")) else ""
+            raise InputError(f"{name}: holds no config.json; expected a Hugging Face model folder{hint}")
         return Path(name)
-    if smdm.is_original(name):
+    if is_smdm_file(name):
         raise InputError(
             f"{name}: a file, expected a model folder; run: python convert.py {name} "
-            f"models/{Path(name).stem} --tokenizer TinyLlama/TinyLlama_v1.1"
+            f"weights/{Path(name).stem} --tokenizer TinyLlama/TinyLlama_v1.1"
         )
     if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"{name}: no such model folder (and not a hub name such as GSAI-ML/LLaDA-8B-Instruct)")
+        raise InputError(f"{name}: no such model folder (and not a Hub name such as GSAI-ML/LLaDA-8B-Instruct)")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
-            )
-        )
-    except Exception as error:  # the hub's client raises dozens of kinds; each ends here as one sentence
-        raise InputError(
-            f"{name}: neither a local folder nor to be had from the hub ({type(error).__name__})"
-        ) from None
+        return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
+    except Exception as error:  # the Hub's client raises dozens of kinds; each ends here as one sentence
+        raise not_downloaded(name, error) from None
+
+
+def not_downloaded(name, error):
+    """The exception to raise after a failed download of `name` from the Hub: a full disk's own, or one sentence."""
+    if no_room(error):
+        return error
+    reason = " ".join(str(error).split())[:300]
+    return InputError(
+        f"{name} is not a local folder and could not be downloaded from the Hub ({type(error).__name__}: {reason})"
+    )
 
 
 def base_folder(name):
-    """The folder of a model's whole weights: an adapter's base, as it was when the adapter was trained, else the model's own."""
+    """The folder of a model's own weights: for an adapter that of its base, as it was in training, else the model's."""
     folder = model_folder(name)
-    if not (adapter := read_adapter(folder)):
+    adapter = read_adapter(folder)
+    if not adapter:
         return folder
-    base, noted = adapter.get("base_model_name_or_path"), adapter_base(folder)
-    if noted.get("is_folder") and not os.path.isdir(base or ""):
+    base = adapter.get("base_model_name_or_path")
+    if adapter_base(folder).get("is_folder") and not os.path.isdir(base or ""):
         raise InputError(
-            f"{name}: an adapter to the model folder {base}, which is not here; go where that path is right, or correct "
-            "base_model_name_or_path in its adapter_config.json"
+            f"{name}: an adapter to the model folder {base}, which is not here; run the command where that path "
+            "exists, or correct base_model_name_or_path in its adapter_config.json"
         )
     return model_folder(base)
 
@@ -63,8 +78,9 @@ def weight_files(folder):
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
         raise InputError(
-            f"{folder}: holds no *.safetensors weights (of pytorch_model*.bin, pickles, which may hold code: if you trust "
-            f"them, python convert.py {folder} OUT --allow_pickle; from the hub: hf download NAME --local-dir DIR)"
+            f"{folder}: holds no *.safetensors weights; pytorch_model*.bin are pickles, which may hold code: if you "
+            f"trust them, run: python convert.py {folder} OUT --allow_pickle (for a model of the Hub, first run: "
+            "hf download NAME --local-dir DIR)"
         )
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
@@ -73,28 +89,30 @@ def weight_files(folder):
 
 
 def model_fingerprint(name):
-    """Of config.json and, per weight file, header, size and 64 sampled blocks of 64 KiB: seconds at 8B."""
+    """Hex digest of config.json and, per weight file, header, size and 64 sampled blocks of 64 KiB: seconds at 8B."""
     folder, model = base_folder(name), model_folder(name)
-    volatile = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "auto_map")
     config = read_json(folder / "config.json", "downloading the model again")
-    parts = [{key: value for key, value in config.items() if key not in volatile}]
+    parts = [{key: value for key, value in config.items() if key not in VOLATILE}]
     files = weight_files(folder)
     if model != folder:  # an adapter: its numbers, and those of its base
         adapter = read_adapter(model)
         parts.append([adapter.get(key) for key in ("r", "lora_alpha")])
         files["adapter"] = model / "adapter_model.safetensors"
     for file_name, path in files.items():
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = file.read(min(int.from_bytes(file.read(8), "little"), size))
-            parts += [file_name, size, header]
-            for block in range(64):
-                file.seek(block * max(size - 65536, 0) // 63)
-                parts.append(file.read(65536))
+        parts += [file_name, *sampled(path)]
     return fingerprint(*parts)
 
 
-ADAPTER_BASE = "base.json"  # ours, beside them
+def sampled(path):
+    """[size, header, block, block, ...] of a safetensors file; the blocks are spread evenly over it."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        parts = [size, file.read(min(header_bytes, size))]
+        for block in range(BLOCKS):
+            file.seek(block * max(size - BLOCK_BYTES, 0) // (BLOCKS - 1))
+            parts.append(file.read(BLOCK_BYTES))
+    return parts
 
 
 def read_adapter(folder):
@@ -104,6 +122,26 @@ def read_adapter(folder):
 
 
 def adapter_base(folder):
-    """What save() noted of the base: is_folder, fingerprint, shift_logits, mask_token_id, load_in_4bit; {} in others' adapters."""
+    """What training noted of an adapter's base: is_folder, fingerprint, shift_logits, mask_token_id, load_in_4bit.
+
+    {} for an adapter that other software wrote.
+    """
     path = Path(folder) / ADAPTER_BASE
     return read_json(path, "saving the adapter again") if path.is_file() else {}
+
+
+def noted_fields(name, model_type):
+    """{field: value} of the configuration that an adapter's training noted of its base; {} for a model."""
+    noted = adapter_base(model_folder(name))
+    fields = ("mask_token_id", "shift_logits") if model_type in families.CAUSAL else ("mask_token_id",)
+    return {field: noted[field] for field in fields if field in noted}
+
+
+def plain_config(name):
+    """config.json's fields as attributes, with those noted of an adapter's base: what families.shifted() needs.
+
+    Unlike architecture.load_config() it fills in no defaults and checks nothing.
+    """
+    config = read_json(base_folder(name) / "config.json", "downloading the model again")
+    config.setdefault("model_type", None)
+    return SimpleNamespace(**config | noted_fields(name, config["model_type"]))

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from files import InputError, replacing_folder
-from models import families, quantized
+from models import architecture, quantized
 from models.folders import ADAPTER_BASE, read_adapter
 from models.tensors import open_tensors
 
@@ -28,7 +28,7 @@ PREFIX = "base_model.model."  # of a tensor's name in peft's files
 def pattern(model, targets="auto"):
     """(regular expression, names) of the block's linear layers that `targets` names: auto, all of them; or leaves such as
     q_proj,v_proj, each of which must match."""
-    linears = families.block_linears(model)
+    linears = architecture.block_linears(model)
     parts = {
         name: re.match(r"(.*?)\.\d+\.(.+)", name).groups() for name in linears
     }  # (path of the blocks, path inside)
@@ -115,7 +115,7 @@ def opened(model, folder):
     config, path, linears = (
         read_adapter(folder),
         Path(folder) / "adapter_model.safetensors",
-        families.block_linears(model),
+        architecture.block_linears(model),
     )
     if (
         config.get("peft_type") != "LORA"

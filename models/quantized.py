@@ -11,7 +11,7 @@ import logging
 import torch
 
 from files import InputError
-from models import families
+from models import architecture
 
 BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: its code, a byte for the scale of 64, a float32 for 256 of those
 
@@ -40,7 +40,7 @@ def prepare(model, dtype):
         import bitsandbytes
     except ImportError:
         raise InputError("--load_in_4bit needs bitsandbytes; run: pip install -r requirements-4bit.txt") from None
-    for name in families.block_linears(model):
+    for name in architecture.block_linears(model):
         parent, _, leaf = name.rpartition(".")
         old = model.get_submodule(name)
         new = bitsandbytes.nn.Linear4bit(

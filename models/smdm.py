@@ -9,10 +9,8 @@ The rotation's cosines and sines are rounded to bfloat16, as the original stores
 """
 
 import re
-from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from files import InputError
 from models.llada import LLaDAConfig, LLaDAModelLM, rotary
@@ -51,11 +49,6 @@ class SMDMModelLM(LLaDAModelLM):
             part.bfloat16().float()
             for part in rotary(length, self.config.d_model // self.config.n_heads, self.config.rope_theta, device)
         )
-
-
-AutoConfig.register("smdm", SMDMConfig)
-AutoModel.register(SMDMConfig, SMDMModelLM)
-AutoModelForMaskedLM.register(SMDMConfig, SMDMModelLM)
 
 
 def config_of(shapes, heads=None):
@@ -122,7 +115,3 @@ def to_original(tensors, heads):
             ]
             found[f"transformer.h.{place[1]}.attn.attn.weight"] = torch.stack(packed, 1).reshape(-1, tensor.shape[1])
     return found
-
-
-def is_original(path):
-    return Path(path).is_file() and str(path).endswith(".safetensors")

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from files import InputError, fingerprint, read_json
 from models import families
-from models.families import load_config
+from models.architecture import load_config
 from models.folders import model_folder
 
 

@@ -1,7 +1,7 @@
 """What a score depends on: the arguments and their checks, the fields of ref-<key>, drawing and replaying noise."""
 
 from files import InputError
-from models import families, folders, tokenization
+from models import architecture, families, folders, tokenization
 from scoring import noise
 from scoring.states import response_states
 
@@ -22,7 +22,7 @@ SAME = (
 
 def depends_on(packed, model_args, noise_args):
     """What reference scores depend on: they are replayed only in a run that says the same."""
-    model_config = families.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
+    model_config = architecture.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
     return {
         "data": packed.meta["fingerprint"],
         "model": folders.model_fingerprint(model_args.model_name_or_path),

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from files import InputError
-from models import families, lora, quantized
+from models import architecture, families, lora, quantized
 from models.head import CHUNK_BYTES
 
 CONTEXT = 0.6 * 2**30  # bytes of the CUDA context, cuBLAS and what the allocator cannot reuse: a planning number
@@ -65,14 +65,14 @@ class Shape(NamedTuple):
 def shape(model_config, model_args):
     """Count on the meta device: exact, no memory."""
     with torch.device("meta"), no_init_weights():
-        model = families.build(
+        model = architecture.build(
             model_config,
             torch.bfloat16,
             families.shifted(model_config, model_args.shift_logits),
             model_args.trust_remote_code,
         )
     blocks = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), [])
-    linears, head = families.block_linears(model), model.get_output_embeddings()
+    linears, head = architecture.block_linears(model), model.get_output_embeddings()
     if not linears:
         raise InputError(
             f"config.json: model_type {model_config.model_type} has no blocks with linear layers to plan for"

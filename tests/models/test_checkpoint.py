@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
 
 from files import InputError
-from models import checkpoint, families, folders, tokenization
+from models import architecture, checkpoint, folders, tokenization
 
 BLOCK = "model.transformer.blocks.1."
 # LLaDA's own: bos once, contents trimmed, and the assistant's header always at the end, asked for or not
@@ -121,7 +122,7 @@ def test_no_model(make_llada, tmp_path):
     refused(lambda: checkpoint.load_model(None, torch.float32), "--model_name_or_path")
     for name in (str(tmp_path / "nowhere"), "nowhere", "./a/b", "GSAI-ML/LLaDA/8B", str(folder / "config.json")):
         refused(lambda name=name: checkpoint.load_model(name, torch.float32), name, "no such model folder")
-    refused(lambda: checkpoint.load_model("nobody/nothing", torch.float32), "nobody/nothing", "hub")  # offline here
+    refused(lambda: checkpoint.load_model("nobody/nothing", torch.float32), "nobody/nothing", "the Hub")  # offline here
     (folder / "model.safetensors").unlink()
     refused(lambda: load(folder), "holds no *.safetensors")
     (folder / "config.json").unlink()
@@ -197,36 +198,21 @@ def test_stray_file_beside_an_index(make_llada, tmp_path):
     refused(lambda: load(folder), "../plain/model.safetensors")
 
 
-def test_dropout_is_zero(monkeypatch):
-    """Whatever a config says about dropout; LLaDA's own allows none, so the model is caught before it is filled."""
-    from transformers import BertConfig, BertForMaskedLM
-
-    seen = []
-    monkeypatch.setattr(checkpoint, "model_folder", lambda name: name)
-    monkeypatch.setattr(
-        checkpoint,
-        "load_config",
-        lambda *_: BertConfig(
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=8,
-            vocab_size=9,
-            hidden_dropout_prob=0.3,
-            attention_probs_dropout_prob=0.2,
-        ),
-    )
-    forward = BertForMaskedLM.forward
-    monkeypatch.setattr(
-        BertForMaskedLM, "forward", lambda self, input_ids, positions=None, targets=None: forward(self, input_ids)
-    )
-    monkeypatch.setattr(
-        checkpoint,
-        "fill",
-        lambda model, _: seen.extend(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)),
-    )
-    checkpoint.load_model("x", torch.float32)
-    assert len(seen) > 2 and not any(seen)
+def test_dropout_is_zero(monkeypatch, tmp_path):
+    """Whatever a config says about dropout. BERT's has it; LLaDA's allows none."""
+    transformers.BertConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        vocab_size=9,
+        hidden_dropout_prob=0.3,
+        attention_probs_dropout_prob=0.2,
+    ).save_pretrained(tmp_path)
+    monkeypatch.setattr(checkpoint, "fill", lambda model, folder: None)
+    modules = checkpoint.load_model(str(tmp_path), torch.float32).modules()
+    dropouts = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
+    assert len(dropouts) > 2 and not any(dropouts)
 
 
 # --- fingerprints -----------------------------------------------------------------------------------------
@@ -283,7 +269,7 @@ def test_tokenizer_fingerprint(tiny_dir, chat):
 
 def test_mask_token_id(tiny_dir):
     tokenizer = tokenization.load_tokenizer(str(tiny_dir))
-    config = families.load_config(str(tiny_dir))
+    config = architecture.load_config(str(tiny_dir))
     assert tokenization.mask_token_id(config, tokenizer) == 3
     config.mask_token_id = 0
     assert tokenization.mask_token_id(config, tokenizer) == 0  # config.json wins; 0 is an id

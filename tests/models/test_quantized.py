@@ -17,7 +17,7 @@ from small import call, ds_config, flags, log, make_model, make_pairs, pack, ref
 import generate
 import train_dpo
 from files import InputError
-from models import checkpoint, families, lora, quantized
+from models import architecture, checkpoint, lora, quantized
 
 needs_bitsandbytes = pytest.mark.skipif(
     find_spec("bitsandbytes") is None, reason="no bitsandbytes: pip install -r requirements-4bit.txt"
@@ -82,7 +82,7 @@ def unpacked(model_dir):
     import bitsandbytes.functional as F
 
     model = checkpoint.load_model(str(model_dir), torch.float32)
-    for name in families.block_linears(model):
+    for name in architecture.block_linears(model):
         weight = model.get_submodule(name).weight
         weight.data = F.dequantize_4bit(*F.quantize_4bit(weight.data, quant_type="nf4", compress_statistics=True))
     return model

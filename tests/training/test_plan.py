@@ -11,7 +11,7 @@ from small import ROOT, refusal
 
 import config
 import plan
-from models import families, lora
+from models import architecture, lora
 from models.llada import LLaDAConfig, LLaDAModelLM, rotary
 from training import deepspeed_config, footprint
 
@@ -97,7 +97,7 @@ def planned(folder, name, *argv, machine=plan.Machine(16, 256), **lora):
     for key, value in lora.items():
         setattr(groups[1], key, value)
     return plan.plan(
-        families.load_config(folder), *groups, deepspeed_config.read_ds_config(groups[1].deepspeed), machine
+        architecture.load_config(folder), *groups, deepspeed_config.read_ds_config(groups[1].deepspeed), machine
     )
 
 
@@ -120,7 +120,10 @@ def test_master_weights_alone_in_bf16(folder):
     groups = config.parse(["--model_name_or_path", folder], "", *config.GROUPS)
     ds = deepspeed_config.read_ds_config(ROOT / "ds_configs" / "zero3_offload_bf16_states.json")
     del ds["bf16"]["bf16_optimizer_states"]
-    assert size(plan.plan(families.load_config(folder), *groups, ds, plan.Machine(16, 256)), *STATES) == 16 * PARAMETERS
+    assert (
+        size(plan.plan(architecture.load_config(folder), *groups, ds, plan.Machine(16, 256)), *STATES)
+        == 16 * PARAMETERS
+    )
 
 
 def test_float32(folder):
@@ -232,7 +235,7 @@ def test_presets(tmp_path, capsys, monkeypatch, name):
     assert plan.main([*argv, "--host_gib", "2"]) == 1
     groups = _, model_args, _, train_args = config.parse(["--config_file", path], "", *config.GROUPS)
     made = plan.plan(
-        families.load_config(str(tmp_path)),
+        architecture.load_config(str(tmp_path)),
         *groups,
         deepspeed_config.read_ds_config(model_args.deepspeed),
         plan.Machine(16, 256),
@@ -306,8 +309,8 @@ def test_every_model_preset_is_planned():
 )
 def test_families(tmp_path, fields):
     """Counted exactly; LoRA's share too, against peft's own."""
-    model_config = families.load_config(write(tmp_path, fields))
-    model = families.build(model_config, torch.float32, False)
+    model_config = architecture.load_config(write(tmp_path, fields))
+    model = architecture.build(model_config, torch.float32, False)
     model_args = config.parse([], "", config.ModelArguments)[0]
     whole = sum(parameter.numel() for parameter in model.parameters())
     assert sum(footprint.shape(model_config, model_args).trained) == whole

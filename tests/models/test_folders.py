@@ -1,0 +1,47 @@
+"""Tests of folders.py: a model's folder and files, what its config.json says, its fingerprint.
+
+bash tests/run.sh tests/models/test_folders.py
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from small import ROOT
+
+from models import architecture, families, folders
+
+
+def write_json(path, **fields):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(fields))
+
+
+# --- configuration ----------------------------------------------------------------------------------------
+
+
+def test_finding_a_model_imports_no_torch():
+    """A command that finds nothing to do answers before torch is imported: folders.py and families.py are light."""
+    code = (
+        "import sys; from models import families, folders; print(families.shifted(folders.plain_config(sys.argv[1]))); "
+        "assert not sys.modules.keys() & {'torch', 'transformers', 'safetensors', 'huggingface_hub'}"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "examples/tiny"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+@pytest.mark.parametrize("model_type", ["Dream", "llada", "qwen2", "bert"])
+def test_plain_config(tmp_path, model_type):
+    """config.json's fields, and the notes of an adapter's training, are those that load_config() finds."""
+    sizes = {"d_model": 8, "n_heads": 2} if model_type == "llada" else {}
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_json(base / "config.json", model_type=model_type, mask_token_id=3, **sizes)
+    write_json(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    write_json(adapter / "base.json", mask_token_id=5, shift_logits=True, load_in_4bit=False)
+    for folder, mask_id in ((base, 3), (adapter, 5)):
+        plain, full = folders.plain_config(str(folder)), architecture.load_config(str(folder))
+        assert plain.model_type == full.model_type == model_type
+        assert plain.mask_token_id == full.mask_token_id == mask_id
+        assert getattr(plain, "shift_logits", None) == getattr(full, "shift_logits", None)
+    assert families.shifted(folders.plain_config(str(adapter))) is (model_type in families.CAUSAL)
