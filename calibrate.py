@@ -15,25 +15,12 @@ n response tokens, T denoising steps, R trajectories, S states, D draws.
 import dataclasses
 import sys
 import time
+from dataclasses import dataclass
 from typing import Optional
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
-
 import config
-import files
-import score
 from cli import exits
 from cli.parser import arg, names
-from files import InputError
-from models import checkpoint
-from preferences import packed as disk
-from scoring import noise, recipe
-from scoring.calibration import key, place, recommend
-from scoring.states import response_states
-from training import deepspeed_config, engine, streaming
 
 UNUSED = names(config.DataArguments, config.TrainArguments) - {"data"} | {
     "end_token_id",
@@ -49,14 +36,8 @@ UNUSED = names(config.DataArguments, config.TrainArguments) - {"data"} | {
     "noise_sets",
 }  # by this script, of the arguments that it accepts
 
-DESIGNS = [("spread", T, R) for T, R in ((2, 3), (2, 7), (3, 3), (4, 2), (4, 4), (4, 5), (6, 3), (8, 2))]
-DESIGNS += [(name, N, 1) for name in ("elbo", "elbo_stratified") for N in (4, 8, 16)]
-DESIGNS += [("stepwise", 4, 5), ("stepwise", 20, 1)]
-LEVELS, MASKS, TRUTH_DRAWS = 64, 4, 2  # of the truth
-MOVED = 0.02  # a weight's move without a policy, in standard deviations of its tensor
 
-
-@dataclasses.dataclass
+@dataclass
 class CalibrateArguments:
     policy: Optional[str] = arg(
         None,
@@ -69,6 +50,50 @@ class CalibrateArguments:
     reuse: bool = arg(
         False, "measure only if --diffusion_steps is auto and --data holds no calibration of this model yet"
     )
+
+
+def read_arguments(argv=None):
+    """One instance of each of config.GROUPS and CalibrateArguments, checked as far as nothing needs to be loaded for it."""
+    groups = config.parse(argv, __doc__, *config.GROUPS, CalibrateArguments, hide=UNUSED)
+    config.check_scoring(groups[1], groups[2])
+    return groups
+
+
+def needed(noise_args, train_args, args):
+    """Whether there is something to measure: with --reuse only for --diffusion_steps auto."""
+    return not args.reuse or (noise_args.diffusion_steps == "auto" and train_args.loss_type != "sft")
+
+
+def early():
+    """Read the arguments; end the process where nothing is to be measured."""
+    _, _, noise_args, train_args, args = read_arguments()
+    if not needed(noise_args, train_args, args):
+        exits.leave()
+
+
+if __name__ == "__main__":
+    exits.early(early)  # answers --help and mistakes before the imports below, which take seconds
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import files
+import score
+from files import InputError
+from models import checkpoint
+from preferences import packed as disk
+from scoring import noise, recipe
+from scoring.calibration import key, place, recommend
+from scoring.states import response_states
+from training import deepspeed_config, engine, streaming
+
+DESIGNS = [("spread", T, R) for T, R in ((2, 3), (2, 7), (3, 3), (4, 2), (4, 4), (4, 5), (6, 3), (8, 2))]
+DESIGNS += [(name, N, 1) for name in ("elbo", "elbo_stratified") for N in (4, 8, 16)]
+DESIGNS += [("stepwise", 4, 5), ("stepwise", 20, 1)]
+LEVELS, MASKS, TRUTH_DRAWS = 64, 4, 2  # of the truth
+MOVED = 0.02  # a weight's move without a policy, in standard deviations of its tensor
 
 
 def draws_of(packed, index, side, design, draws, noise_seed):
@@ -251,9 +276,8 @@ def plot(rows, path):
 
 
 def main(argv=None):
-    *groups, args = config.parse(argv, __doc__, *config.GROUPS, CalibrateArguments, hide=UNUSED)
-    data_args, model_args, noise_args, train_args = groups
-    if args.reuse and (noise_args.diffusion_steps != "auto" or train_args.loss_type == "sft"):
+    data_args, model_args, noise_args, train_args, args = read_arguments(argv)
+    if not needed(noise_args, train_args, args):
         return 0
     deepspeed_config.read_ds_config(model_args.deepspeed)
     packed = disk.Packed(data_args.data)

@@ -258,6 +258,19 @@ def parse(argv, doc, *used, hide=()):
     return [group for group in parser.read(from_file + argv) if isinstance(group, used)]
 
 
+def check_scoring(model_args, noise_args):
+    """Refuse numbers of the score that have no meaning."""
+    for group, names in (
+        (noise_args, ("diffusion_steps", "trajectories", "noise_sets", "block_length")),
+        (model_args, ("states_per_forward",)),
+    ):
+        for name in names:
+            if (value := getattr(group, name)) != "auto" and value < 1:
+                raise InputError(f"--{name} is {value}, expected at least 1")
+    if model_args.lora_r < 0:
+        raise InputError(f"--lora_r is {model_args.lora_r}, expected 0 (every weight is trained) or more")
+
+
 def check(args):
     """Refuse training arguments without a meaning; not-a-number has none."""
     for name in ("learning_rate", "beta", "per_device_train_batch_size", "gradient_accumulation_steps"):

@@ -7,17 +7,52 @@
 A pickle may name any code to be run when it is read, so it is read on your word alone, and then by torch's reader of weights.
 """
 
-import argparse
 import os
 from pathlib import Path
+
+from cli import exits
+from cli.parser import Parser
+from files import InputError
+
+
+def read_arguments(argv=None):
+    """Namespace: source, out, tokenizer, n_heads, allow_pickle."""
+    parser = Parser([], __doc__)
+    parser.add_argument(
+        "source",
+        help="SMDM's file, such as mdm-1028M-1600e18.safetensors; a folder that was made of one; with "
+        "--allow_pickle a folder of pytorch_model*.bin",
+    )
+    parser.add_argument("out", help="folder or .safetensors file to write, which must not exist yet")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="folder or hub name of the tokenizer, such as TinyLlama/TinyLlama_v1.1; "
+        "needed to make a folder of SMDM's file",
+    )
+    parser.add_argument(
+        "--n_heads",
+        type=int,
+        metavar="N",
+        help="attention heads; without it those of SMDM's released model of that width",
+    )
+    parser.add_argument(
+        "--allow_pickle", action="store_true", help="a folder of pytorch_model*.bin that you trust, to safetensors"
+    )
+    args = parser.parse_args(argv)
+    if os.path.exists(args.out):
+        raise InputError(f"{args.out}: exists already; remove it or name another")
+    return args
+
+
+if __name__ == "__main__":
+    exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from cli import exits
-from cli.parser import described
-from files import InputError, naming
+from files import naming
 from models import folders, pickled, smdm
 from models.checkpoint import save_model
 from models.architecture import load_config
@@ -74,31 +109,7 @@ def check_shapes(path, got, want):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(**described(__doc__))
-    parser.add_argument(
-        "source",
-        help="SMDM's file, such as mdm-1028M-1600e18.safetensors; a folder that was made of one; with "
-        "--allow_pickle a folder of pytorch_model*.bin",
-    )
-    parser.add_argument("out", help="folder or .safetensors file to write, which must not exist yet")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="MODEL",
-        help="folder or hub name of the tokenizer, such as TinyLlama/TinyLlama_v1.1; "
-        "needed to make a folder of SMDM's file",
-    )
-    parser.add_argument(
-        "--n_heads",
-        type=int,
-        metavar="N",
-        help="attention heads; without it those of SMDM's released model of that width",
-    )
-    parser.add_argument(
-        "--allow_pickle", action="store_true", help="a folder of pytorch_model*.bin that you trust, to safetensors"
-    )
-    args = parser.parse_args(argv)
-    if os.path.exists(args.out):
-        raise InputError(f"{args.out}: exists already; remove it or name another")
+    args = read_arguments(argv)
     if args.allow_pickle:
         pickled.convert(args.source, args.out)
     elif folders.is_smdm_file(args.source):

@@ -23,21 +23,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 import config
-import files
 from cli import exits
 from cli.parser import arg
-from files import InputError, shorten
-from models import architecture, families, tokenization
-from preferences import demonstrations, packed
-from preferences.rows import Malformed, find_columns, parse_columns, preference
-from preferences.sources import as_text, read_rows, source_sha256
-from training import stopping
+from files import InputError
+from preferences import sources
 
-COLUMNS = {"preferences": ("prompt", "chosen", "rejected"), "sft": ("prompt", "response")}  # of a row, by --task
-EXAMPLE = Path(__file__).resolve().parent / "examples" / "tiny"  # the model when none is given
 UNUSED = {
     "shift_logits",
     "use_mixed_precision",
@@ -49,7 +40,6 @@ UNUSED = {
     "states_per_forward",
     "deepspeed",
 }  # of ModelArguments, by this script
-SMALL = 2000  # rows; below this, starting processes costs more than it saves
 
 
 @dataclass
@@ -60,6 +50,41 @@ class PackArguments:
         "and max_length",
         heading="Data",
     )
+
+
+def read_arguments(argv=None):
+    """(DataArguments, ModelArguments, PackArguments), checked as far as nothing needs to be loaded for it."""
+    groups = config.parse(argv, __doc__, config.DataArguments, config.ModelArguments, PackArguments, hide=UNUSED)
+    args, _, own = groups
+    if not args.preference_data_path and not own.reuse:
+        raise InputError(f"no {said_of(args.task)} given; add --in FILE.jsonl")
+    if os.path.exists(args.data) and not os.path.isdir(args.data):
+        raise InputError(f"{args.data}: expected a folder for the packed arrays, found a file")
+    if args.preference_data_path:
+        sources.is_file(args.preference_data_path)
+    return groups
+
+
+def said_of(task):
+    return "SFT rows" if task == "sft" else "preferences"
+
+
+if __name__ == "__main__":
+    exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
+
+import numpy as np
+
+import files
+from files import shorten
+from models import architecture, families, tokenization
+from preferences import demonstrations, packed
+from preferences.rows import Malformed, find_columns, parse_columns, preference
+from preferences.sources import as_text, read_rows, source_sha256
+from training import stopping
+
+COLUMNS = {"preferences": ("prompt", "chosen", "rejected"), "sft": ("prompt", "response")}  # of a row, by --task
+EXAMPLE = Path(__file__).resolve().parent / "examples" / "tiny"  # the model when none is given
+SMALL = 2000  # rows; below this, starting processes costs more than it saves
 
 
 # --- text to ids ---
@@ -353,10 +378,6 @@ def say_up_to_date(there):
     print(f"{there.folder}: {len(there)} {'SFT rows' if there.task == 'sft' else 'pairs'}, up to date")
 
 
-def said_of(task):
-    return "SFT rows" if task == "sft" else "preferences"
-
-
 def summary(args, kept, left_out, tokenizer):
     """Lines to print: counts, lengths, one example, a warning if lengths of preferences differ."""
     names = COLUMNS[args.task]
@@ -385,14 +406,8 @@ def summary(args, kept, left_out, tokenizer):
 
 
 def main(argv=None):
-    args, model_args, own = config.parse(
-        argv, __doc__, config.DataArguments, config.ModelArguments, PackArguments, hide=UNUSED
-    )
+    args, model_args, own = read_arguments(argv)
     source, folder, reuse = args.preference_data_path, Path(args.data), own.reuse
-    if not source and not reuse:
-        raise InputError(f"no {said_of(args.task)} given; add --in FILE.jsonl")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder for the packed arrays, found a file")
     name = model_args.model_name_or_path = model_args.model_name_or_path or default_model(folder, reuse)
     tokenizer = tokenization.load_tokenizer(name, model_args.trust_remote_code)
     if reuse and (there := up_to_date(args, model_args, tokenizer)):

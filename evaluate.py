@@ -21,17 +21,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import List, Optional
 
-import jsonlines
-
 import config
-import score
 from cli import exits
 from cli.parser import arg
-from files import InputError, fingerprint, read_json, replacing, write_json
-from models import folders, tokenization
-from preferences.packed import Packed
-from reasoning import benchmarks, harness, prompts, sampler, samples, tasks
-from training import runs
+from files import InputError
+from reasoning import benchmarks, tasks
 
 OURS = [*benchmarks.BENCHMARKS, *tasks.FAMILIES]
 HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness
@@ -68,6 +62,33 @@ class EvaluateArguments:
     allow_leak: bool = arg(False, "score items that a model trained on, too")
 
 
+def read_arguments(argv=None):
+    """(EvaluateArguments, SampleArguments, LikelihoodArguments), checked as far as nothing needs to be loaded for it."""
+    groups = config.parse(argv, __doc__, EvaluateArguments, config.SampleArguments, config.LikelihoodArguments)
+    args = groups[0]
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit is {args.limit}; expected at least 1")
+    for name in args.tasks.split(","):
+        if not name.strip().startswith(HARNESS) and name.strip() not in OURS:
+            raise InputError(
+                f"--tasks: no task '{name.strip()}'; there are {', '.join(OURS)}, and {HARNESS}NAME for those of "
+                "lm-evaluation-harness"
+            )
+    return groups
+
+
+if __name__ == "__main__" and sys.argv[1:2] != ["lm_eval"]:
+    exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
+
+import jsonlines
+
+import score
+from files import fingerprint, read_json, replacing, write_json
+from models import folders, tokenization
+from preferences.packed import Packed
+from reasoning import harness, prompts, sampler, samples
+from training import runs
+
 # --- items ------------------------------------------------------------------------------------------------
 
 
@@ -77,13 +98,8 @@ def task_names(text):
     for name in (name.strip() for name in text.split(",")):
         if name.startswith(HARNESS):
             found |= {HARNESS + each: task for each, task in harness.load_tasks([name.removeprefix(HARNESS)]).items()}
-        elif name in OURS:
-            found[name] = None
         else:
-            raise InputError(
-                f"--tasks: no task '{name}'; there are {', '.join(OURS)}, and {HARNESS}NAME for those of "
-                "lm-evaluation-harness"
-            )
+            found[name] = None
     return found
 
 
@@ -369,13 +385,9 @@ def main(argv=None):
         del sys.argv[1]
         return harness.main(LanguageModel, harness.__doc__)
     # 1. what is asked of whom
-    args, given, likelihood = config.parse(
-        argv, __doc__, EvaluateArguments, config.SampleArguments, config.LikelihoodArguments
-    )
+    args, given, likelihood = read_arguments(argv)
     sample = replace(given)
     sampler.check(sample)
-    if args.limit is not None and args.limit < 1:
-        raise InputError(f"--limit is {args.limit}; expected at least 1")
     folder = Path(args.output_dir)
     models = [sample.model_name_or_path, *(args.compare or [])]
     fingerprints = {model: folders.model_fingerprint(model) for model in models}  # every model is there, or none is run

@@ -25,26 +25,12 @@ import time
 from dataclasses import dataclass
 from typing import Optional
 
-import jsonlines
-from tqdm import tqdm
-
 import config
 from cli import exits
-from config import SampleArguments, arg
-from files import InputError, check_out, replacing
-from models.tokenization import load_tokenizer
+from cli.parser import arg
+from config import SampleArguments
+from files import InputError, check_out
 from reasoning import tasks
-from reasoning.prompts import prompt_ids, read_rows
-from reasoning.sampler import check, load, respond
-from reasoning.tasks import solved_line
-
-# --- arguments --------------------------------------------------------------------------------------------
-
-
-# --- the sampler ------------------------------------------------------------------------------------------
-
-
-# --- command line -----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -69,9 +55,9 @@ class GenerateArguments:
     num: int = arg(200, "problems of --task, drawn by --seed")
 
 
-def parse_args(argv=None):
+def read_arguments(argv=None):
+    """(GenerateArguments, SampleArguments), checked as far as nothing needs to be loaded for it."""
     args, sample = config.parse(argv, __doc__, GenerateArguments, SampleArguments)
-    check(sample)
     given = [
         flag
         for flag, value in (("--prompt", args.prompt), ("--in", args.source), ("--task", args.task))
@@ -89,11 +75,25 @@ def parse_args(argv=None):
         check_out(args.out)
     if args.prompt is not None and any("\ud800" <= c <= "\udfff" for c in args.prompt):
         raise InputError("--prompt holds bytes that are not UTF-8 text")
-    return sample, args
+    return args, sample
+
+
+if __name__ == "__main__":
+    exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
+
+import jsonlines
+from tqdm import tqdm
+
+from files import replacing
+from models.tokenization import load_tokenizer
+from reasoning.prompts import prompt_ids, read_rows
+from reasoning.sampler import check, load, respond
+from reasoning.tasks import solved_line
 
 
 def main(argv=None):
-    sample, args = parse_args(argv)
+    args, sample = read_arguments(argv)
+    check(sample)
     problems = []
     if args.source is not None:
         rows = read_rows(args.source)

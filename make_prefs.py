@@ -18,14 +18,11 @@ from pathlib import Path
 from statistics import median
 from typing import Literal, Optional
 
-import jsonlines
-
 import config
 from cli import exits
 from cli.parser import arg
-from files import InputError, check_out, replacing
-from models.folders import model_fingerprint
-from reasoning import mistakes, prompts, sampler, samples, tasks
+from files import InputError, check_out
+from reasoning import tasks
 
 
 @dataclass
@@ -58,15 +55,43 @@ class PreferenceArguments:
     min_gap: float = arg(0.0, "label: a pair's scores differ by more than this")
 
 
-# names of a judged line's prompt, response(s) and score(s)
-NAMES = (
-    ("prompt", "question", "instruction"),
-    ("response", "responses", "completion", "completions", "output", "generation", "generations"),
-    ("score", "scores", "rating", "ratings", "reward", "rewards", "overall_score", "label", "correct"),
-)
+def read_arguments(argv=None):
+    """(PreferenceArguments, SampleArguments), checked as far as nothing needs to be loaded for it."""
+    args, sampling = config.parse(argv, __doc__, PreferenceArguments, config.SampleArguments)
+    check(args, sampling)
+    return args, sampling
 
 
-# --- problems and responses -------------------------------------------------------------------------------
+def check(args, sampling):
+    """Refuse what makes no file before any work is done."""
+    for name in ("num", "k", "pairs_per_prompt"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} is {getattr(args, name)}, expected at least 1")
+    if not args.min_gap >= 0:
+        raise InputError(f"--min_gap is {args.min_gap}, expected at least 0")
+    if args.source and os.path.realpath(args.source) == os.path.realpath(args.out):
+        raise InputError(f"--out {args.out} is the file that --in reads, which it would replace; give another")
+    if args.strategy == "label" and (args.task or not args.source):
+        raise InputError("--strategy label pairs the responses of a file: give --in judged.jsonl and no --task")
+    if args.strategy == "corrupt" and bool(args.task) == bool(args.source):
+        raise InputError(
+            f"--strategy corrupt plants errors in correct solutions: give --task ({', '.join(tasks.FAMILIES)}, or "
+            "all), or --in solutions.jsonl with prompt and response"
+        )
+    if args.strategy == "sample" and bool(args.task) == bool(args.source):
+        raise InputError(
+            "--strategy sample needs problems: --task arithmetic, or --in problems.jsonl with prompt and answer"
+        )
+    if args.task:
+        families(args.task)
+    check_out(args.out)
+    if args.strategy == "sample":
+        if not sampling.model_name_or_path:
+            raise InputError("--strategy sample needs the model to sample from: add --model DIR")
+        if args.k < 2:
+            raise InputError(f"--k is {args.k}; a pair needs two responses to a prompt, expected at least 2")
+        if sampling.temperature == 0:
+            raise InputError(f"--temperature 0 gives {args.k} times the same response; add --temperature 1")
 
 
 def families(text):
@@ -76,6 +101,26 @@ def families(text):
         if name not in tasks.FAMILIES:
             raise InputError(f"--task {text}: no family '{name}'; there are {', '.join(tasks.FAMILIES)}, or all")
     return names
+
+
+if __name__ == "__main__":
+    exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
+
+import jsonlines
+
+from files import replacing
+from models.folders import model_fingerprint
+from reasoning import mistakes, prompts, sampler, samples
+
+# names of a judged line's prompt, response(s) and score(s)
+NAMES = (
+    ("prompt", "question", "instruction"),
+    ("response", "responses", "completion", "completions", "output", "generation", "generations"),
+    ("score", "scores", "rating", "ratings", "reward", "rewards", "overall_score", "label", "correct"),
+)
+
+
+# --- problems and responses -------------------------------------------------------------------------------
 
 
 def problems(args, seed):
@@ -293,39 +338,6 @@ def worked(row, place):
 # --- command line -----------------------------------------------------------------------------------------
 
 
-def check(args, sampling):
-    """Refuse what makes no file before any work is done."""
-    for name in ("num", "k", "pairs_per_prompt"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} is {getattr(args, name)}, expected at least 1")
-    if not args.min_gap >= 0:
-        raise InputError(f"--min_gap is {args.min_gap}, expected at least 0")
-    if args.source and os.path.realpath(args.source) == os.path.realpath(args.out):
-        raise InputError(f"--out {args.out} is the file that --in reads, which it would replace; give another")
-    if args.strategy == "label" and (args.task or not args.source):
-        raise InputError("--strategy label pairs the responses of a file: give --in judged.jsonl and no --task")
-    if args.strategy == "corrupt" and bool(args.task) == bool(args.source):
-        raise InputError(
-            f"--strategy corrupt plants errors in correct solutions: give --task ({', '.join(tasks.FAMILIES)}, or "
-            "all), or --in solutions.jsonl with prompt and response"
-        )
-    if args.strategy == "sample" and bool(args.task) == bool(args.source):
-        raise InputError(
-            "--strategy sample needs problems: --task arithmetic, or --in problems.jsonl with prompt and answer"
-        )
-    if args.task:
-        families(args.task)
-    check_out(args.out)
-    if args.strategy == "sample":
-        if not sampling.model_name_or_path:
-            raise InputError("--strategy sample needs the model to sample from: add --model DIR")
-        sampler.check(sampling)
-        if args.k < 2:
-            raise InputError(f"--k is {args.k}; a pair needs two responses to a prompt, expected at least 2")
-        if sampling.temperature == 0:
-            raise InputError(f"--temperature 0 gives {args.k} times the same response; add --temperature 1")
-
-
 def summary(args, rows):
     lengths = [median(len(row[side]) for row in rows) for side in ("chosen", "rejected")]
     longer = sum(len(row["chosen"]) > len(row["rejected"]) for row in rows) / len(rows)
@@ -338,9 +350,9 @@ def summary(args, rows):
 
 
 def main(argv=None):
-    args, sampling = config.parse(argv, __doc__, PreferenceArguments, config.SampleArguments)
-    check(args, sampling)
+    args, sampling = read_arguments(argv)
     if args.strategy == "sample":
+        sampler.check(sampling)
         problem_rows, path = problems(args, sampling.seed), Path(f"{args.out}.samples.jsonl")
         responses = sample(args, sampling, problem_rows, path)
         flat = [reply["correct"] for group in responses for reply in group]

@@ -9,13 +9,31 @@
 bfloat16 rounds small changes away, so how much is left of what the adapter adds is measured and said.
 """
 
-import argparse
 import os
 import sys
 
 from cli import exits
-from cli.parser import described
+from cli.parser import Parser
 from files import InputError
+
+
+def read_arguments(argv=None):
+    """Namespace: adapter, out, use_mixed_precision."""
+    parser = Parser([], __doc__)
+    parser.add_argument("adapter", help="folder of the adapter, such as runs/NAME/final")
+    parser.add_argument("out", help="folder to write, which must not exist yet")
+    parser.add_argument(
+        "--use_mixed_precision", choices=("bf16", "no"), default="bf16", help="bf16: bfloat16 weights; no: float32"
+    )
+    args = parser.parse_args(argv)
+    if os.path.exists(args.out):
+        raise InputError(f"{args.out}: exists already; remove it or name another")
+    return args
+
+
+if __name__ == "__main__":
+    exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
+
 from models import families, folders, lora
 from models.checkpoint import DTYPES, load_model, save_model
 from models.architecture import load_config
@@ -52,18 +70,7 @@ def merge(adapter, out, dtype):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(**described(__doc__))
-    parser.add_argument("adapter", help="folder of the adapter, such as runs/NAME/final")
-    parser.add_argument("out", help="folder to write, which must not exist yet")
-    parser.add_argument(
-        "--use_mixed_precision",
-        choices=DTYPES,
-        default="bf16",
-        help="bf16: bfloat16 weights; no: float32 (default: bf16)",
-    )
-    args = parser.parse_args(argv)
-    if os.path.exists(args.out):
-        raise InputError(f"{args.out}: exists already; remove it or name another")
+    args = read_arguments(argv)
     source, kept = merge(args.adapter, args.out, args.use_mixed_precision)
     print(
         f"{args.out}: {args.adapter} merged into {source}; {100 * kept:.1f}% of what it adds is left after rounding to "

@@ -14,24 +14,15 @@ import copy
 import json
 import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 import config
 from cli import exits
 from cli.parser import arg, names
 from files import InputError
-from models import architecture, families, quantized
-from scoring import noise, objective, recipe
-from scoring.states import backward_passes, sizes
-from training import deepspeed_config, memory
-from training.footprint import Item, Machine, activations, card_items, host_items, logits, offload, shape, states
 
-DS_CONFIGS = Path(__file__).parent / "ds_configs"
 UNUSED = (
     names(config.DataArguments) - {"max_length"}
     | {"mask_token_id", "end_token_id", "lora_alpha", "order", "block_length", "noise_sets", "noise_seed"}
@@ -46,9 +37,6 @@ UNUSED = (
         "gradient_accumulation_steps",
     }
 )  # by this script: they change no memory and no time
-AUTO_STEPS = (
-    config.NoiseArguments.diffusion_steps
-)  # T for --diffusion_steps auto, whose calibration is not known yet; main says so
 
 
 @dataclass
@@ -64,6 +52,36 @@ class PlanArguments:
     )
     pcie_gbs: float = arg(25, "the bus's rate in 1e9 bytes a second; 25 is about what PCIe 4.0 x16 gives of 31.5")
     ranks: int = arg(1, "cards, all in this host")
+
+
+def read_arguments(argv=None):
+    """One instance of each of config.GROUPS and PlanArguments, checked."""
+    groups = config.parse(argv, __doc__, *config.GROUPS, PlanArguments, hide=UNUSED)
+    data_args, model_args, noise_args, train_args, own = groups
+    for name, least in (("gpu_gib", 0), ("host_gib", 0), ("tflops", 1e-9), ("pcie_gbs", 1e-9), ("ranks", 1)):
+        if not least <= getattr(own, name) < math.inf:
+            wanted = "1 or more" if name == "ranks" else "a positive number"
+            raise InputError(f"--{name} is {getattr(own, name)}, expected {wanted}")
+    if data_args.max_length < 1:
+        raise InputError(f"--max_length is {data_args.max_length}, expected at least 1")
+    config.check_scoring(model_args, noise_args)
+    config.check(train_args)
+    return groups
+
+
+if __name__ == "__main__":
+    exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
+
+import torch
+
+from models import architecture, families, quantized
+from scoring import noise, objective
+from scoring.states import backward_passes, sizes
+from training import deepspeed_config, memory
+from training.footprint import Item, Machine, activations, card_items, host_items, logits, offload, shape, states
+
+DS_CONFIGS = Path(__file__).parent / "ds_configs"
+AUTO_STEPS = config.NoiseArguments.diffusion_steps  # T for --diffusion_steps auto, not yet calibrated; main says so
 
 
 class Plan(NamedTuple):
@@ -321,17 +339,7 @@ def memory_total():
 
 
 def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    *groups, own = config.parse(argv, __doc__, *config.GROUPS, PlanArguments, hide=UNUSED)
-    data_args, model_args, noise_args, train_args = groups
-    for name, least in (("gpu_gib", 0), ("host_gib", 0), ("tflops", 1e-9), ("pcie_gbs", 1e-9), ("ranks", 1)):
-        if not least <= getattr(own, name) < math.inf:
-            wanted = "1 or more" if name == "ranks" else "a positive number"
-            raise InputError(f"--{name} is {getattr(own, name)}, expected {wanted}")
-    if data_args.max_length < 1:
-        raise InputError(f"--max_length is {data_args.max_length}, expected at least 1")
-    recipe.check_numbers(model_args, noise_args)
-    config.check(train_args)
+    data_args, model_args, noise_args, train_args, own = read_arguments(argv)
     here = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 16.0
     machine = Machine(
         own.gpu_gib or here,

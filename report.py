@@ -8,21 +8,19 @@ summary.png is the report as one picture. A run may be going on or have been kil
 worth a sentence, charts.py and poster.py draw, page.py writes.
 """
 
-import argparse
 import os
 from pathlib import Path
 
 from cli import exits
-from files import InputError, replacing
-from reporting import charts, diagnosis, history, page, poster
+from cli.parser import Parser
+from files import InputError
+
+MOST = 6  # runs that can be told apart in one chart
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        epilog="example: python report.py runs/tiny runs/other --out runs/compared/report",
-    )
+def read_arguments(argv=None):
+    """Namespace: runs, evaluation, out."""
+    parser = Parser([], __doc__)
     read = parser.add_argument_group("what is read")
     read.add_argument(
         "runs",
@@ -43,11 +41,18 @@ def parse_args(argv=None):
     folders = [os.path.realpath(run) for run in args.runs]
     if len(set(folders)) < len(folders):
         raise InputError("a run is named twice; expected different folders")
-    if len(folders) > len(charts.SERIES):
+    if len(folders) > MOST:
         raise InputError(
-            f"{len(folders)} runs are named; expected at most {len(charts.SERIES)}, which can be told apart in one chart"
+            f"{len(folders)} runs are named; expected at most {MOST}, which can be told apart in one chart"
         )
     return args
+
+
+if __name__ == "__main__":
+    exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
+
+from files import replacing
+from reporting import charts, diagnosis, history, page, poster
 
 
 def make_folder(folder):
@@ -60,7 +65,7 @@ def make_folder(folder):
 
 def main(argv=None):
     # 1. what is on disk
-    args = parse_args(argv)
+    args = read_arguments(argv)
     runs = [history.read(run) for run in args.runs]
     evaluations = list({each.path: each for run in runs for each in history.evaluations(run, args.evaluation)}.values())
     for run in runs:

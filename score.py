@@ -17,15 +17,35 @@ import time
 import zipfile
 import zlib
 
+import config
+from cli import exits
+from cli.parser import names
+
+UNUSED = names(config.DataArguments, config.TrainArguments) - {"data"} | {
+    "end_token_id",
+    "gradient_checkpointing",
+    "lora_r",
+    "lora_alpha",
+    "lora_targets",
+}  # by this script, of the arguments that it accepts
+
+
+def read_arguments(argv=None):
+    """One instance of each of config.GROUPS, checked as far as nothing needs to be loaded for it."""
+    groups = config.parse(argv, __doc__, *config.GROUPS, hide=UNUSED)
+    config.check_scoring(groups[1], groups[2])
+    return groups
+
+
+if __name__ == "__main__":
+    exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import config
 import files
-from cli import exits
-from cli.parser import names
 from files import InputError
 from preferences import packed as disk
 from preferences.packed import longest
@@ -36,13 +56,6 @@ from scoring.states import backward_passes, response_states, sizes
 from training import deepspeed_config, engine, memory, stopping
 from training.streaming import load
 
-UNUSED = names(config.DataArguments, config.TrainArguments) - {"data"} | {
-    "end_token_id",
-    "gradient_checkpointing",
-    "lora_r",
-    "lora_alpha",
-    "lora_targets",
-}  # by this script, of the arguments that it accepts
 CHUNK = 8  # pairs per chunk of the reference job: what a kill can lose, per rank
 
 
@@ -193,7 +206,7 @@ def readable(path):
 
 
 def main(argv=None):
-    data_args, model_args, noise_args, train_args = config.parse(argv, __doc__, *config.GROUPS, hide=UNUSED)
+    data_args, model_args, noise_args, train_args = read_arguments(argv)
     deepspeed_config.read_ds_config(model_args.deepspeed)  # what is wrong in it is said before hours of work
     if train_args.loss_type == "sft":
         print("loss_type sft needs no reference scores", flush=True)

@@ -16,15 +16,32 @@ import shlex
 import time
 from typing import Any, NamedTuple
 
+import config
+from cli import exits
+from cli.parser import names
+
+UNUSED = names(config.DataArguments) - {"data", "max_length"} | {
+    "end_token_id"
+}  # here, of the arguments that are accepted
+
+
+def read_arguments(argv=None):
+    """One instance of each of config.GROUPS, checked as far as nothing needs to be loaded for it."""
+    groups = config.parse(argv, __doc__, *config.GROUPS, hide=UNUSED)
+    config.check_scoring(groups[1], groups[2])
+    config.check(groups[3])
+    return groups
+
+
+if __name__ == "__main__":
+    exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
-import config
 import plan
 import score
-from cli import exits
-from cli.parser import names
 from files import InputError
 from models import architecture, checkpoint, families, folders, lora, quantized, tokenization
 from preferences import packed as disk
@@ -34,10 +51,6 @@ from scoring import calibration, recipe, reference
 from scoring.objective import SFT, Preference, Stream, split
 from scoring.states import backward_passes, sizes
 from training import card, deepspeed_config, engine, guard, memory, resume, runs, stopping, tracking
-
-UNUSED = names(config.DataArguments) - {"data", "max_length"} | {
-    "end_token_id"
-}  # here, of the arguments that are accepted
 
 
 class Job(NamedTuple):
@@ -168,8 +181,7 @@ def fit(job):
 
 def prepare(argv):
     """Read the arguments and everything on disk that the run replays; refuse what cannot be right."""
-    groups = data_args, model_args, noise_args, args = config.parse(argv, __doc__, *config.GROUPS, hide=UNUSED)
-    config.check(args)
+    groups = data_args, model_args, noise_args, args = read_arguments(argv)
     tracking.names(args.report_to)
     packed = disk.Packed(data_args.data)
     if args.loss_type != "sft":

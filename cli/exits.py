@@ -19,6 +19,12 @@ def early(check):
         end_with(error)
 
 
+def leave():
+    """End the process before the heavy imports: there is nothing to do."""
+    sys.stdout.flush()
+    sys.exit(0)
+
+
 def run(main):
     """Call a command's main() and exit with its code."""
     try:

@@ -93,7 +93,8 @@ class Parser(ArgumentParser):
             titles = {group.title: group for group in self._action_groups}
             self.place = titles.get(heading) or self.add_argument_group(heading)
         action = (self.place or super()).add_argument(*flags, **settings)
-        action.option_strings = [flag for flag in flags if "-" not in flag[2:]]
+        if action.option_strings:
+            action.option_strings = [flag for flag in flags if "-" not in flag[2:]]
         if action.help != SUPPRESS and action.default not in (None, SUPPRESS):
             value = action.default
             action.help += f" (default: {str(value).lower() if isinstance(value, bool) else value})"

@@ -1,5 +1,6 @@
 """What a score depends on: the arguments and their checks, the fields of ref-<key>, drawing and replaying noise."""
 
+import config
 from files import InputError
 from models import architecture, families, folders, tokenization
 from scoring import noise
@@ -49,19 +50,6 @@ def block_length(noise_args):
     return noise_args.block_length if noise_args.order == "blocks" else None
 
 
-def check_numbers(model_args, noise_args):
-    """Refuse numbers without a meaning."""
-    for group, names in (
-        (noise_args, ("diffusion_steps", "trajectories", "noise_sets", "block_length")),
-        (model_args, ("states_per_forward",)),
-    ):
-        for name in names:
-            if (value := getattr(group, name)) != "auto" and value < 1:
-                raise InputError(f"--{name} is {value}, expected at least 1")
-    if model_args.lora_r < 0:
-        raise InputError(f"--lora_r is {model_args.lora_r}, expected 0 (every weight is trained) or more")
-
-
 def check(packed, model_args, noise_args):
     """Fill in what is auto; refuse arguments that make no score, and arrays that another tokenizer made. Returns the mask id."""
     model_args.model_name_or_path = model_args.model_name_or_path or packed.meta["model_name_or_path"]
@@ -73,7 +61,7 @@ def check(packed, model_args, noise_args):
         raise InputError(
             f"--estimator {noise_args.estimator} counts on random order; --order blocks goes with stepwise"
         )
-    check_numbers(model_args, noise_args)
+    config.check_scoring(model_args, noise_args)
     tokenizer = tokenization.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
     if tokenization.tokenizer_fingerprint(tokenizer) != packed.meta["tokenizer"]:
         raise InputError(

@@ -317,7 +317,7 @@ def test_our_own_errors_are_not_hidden():
 def test_subprocess(tmp_path):
     """As a script meets it: one line on stderr, nothing on stdout."""
     (tmp_path / "a.yaml").write_text("learning_rat: 1\n")
-    code = "import config; exits.run(lambda: config.parse(None, 'x', *config.GROUPS) and 0)"
+    code = "import config; from cli import exits; exits.run(lambda: config.parse(None, 'x', *config.GROUPS) and 0)"
     done = subprocess.run(
         [sys.executable, "-c", code, "--config_file", tmp_path / "a.yaml"], cwd=ROOT, capture_output=True, text=True
     )

@@ -1,0 +1,73 @@
+"""Tests of what every command does before torch is imported: --help, mistakes, and runs that are done.
+
+bash tests/run.sh tests/test_startup.py
+"""
+
+import subprocess
+import sys
+
+import pytest
+from small import ROOT
+
+COMMANDS = ["data_prep", "score", "train_dpo", "make_prefs", "generate", "evaluate", "report"]
+COMMANDS += ["plan", "calibrate", "merge", "convert"]
+HEAVY = ("torch", "transformers", "deepspeed", "datasets", "peft", "matplotlib")
+
+# A command as __main__ in a fresh process; the last line says which heavy modules it has imported.
+PROBE = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+code = 0
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    code = end.code or 0
+print(code, *(name for name in {heavy} if name in sys.modules))
+"""
+
+
+def probe(command, *words, cwd=ROOT):
+    """(output, exit code, heavy modules) of a command in a fresh process."""
+    source = PROBE.format(heavy=HEAVY)
+    argv = [sys.executable, "-c", source, str(ROOT / f"{command}.py"), *map(str, words)]
+    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *said, last = done.stdout.splitlines()
+    code, *heavy = last.split()
+    return "\n".join(said) + done.stderr, int(code), heavy
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_nothing_heavy(command):
+    said, code, heavy = probe(command, "--help")
+    assert "--help" in said and code == 0 and not heavy
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_wrong_flag_is_answered_at_once(command):
+    said, code, heavy = probe(command, "--no_such_flag")
+    assert said.startswith("error: ") and said.count("\n") == 1 and code == 2 and not heavy
+
+
+@pytest.mark.parametrize(
+    "command, words, sentence",
+    [
+        ("data_prep", ["--in", "nowhere.jsonl"], "nowhere.jsonl"),
+        ("data_prep", [], "--in"),
+        ("train_dpo", ["--beta", "0"], "--beta is 0.0"),
+        ("score", ["--config_file", "nowhere.yaml"], "nowhere.yaml"),
+        ("plan", ["--ranks", "0"], "--ranks is 0"),
+        ("generate", ["--task", "nothing"], "--task is 'nothing'"),
+        ("make_prefs", ["--task", "arithmetic", "--k", "0"], "--k is 0"),
+        ("evaluate", ["--tasks", "nothing"], "no task 'nothing'"),
+        ("merge", ["nowhere", "configs"], "configs: exists already"),
+    ],
+)
+def test_a_mistake_is_answered_at_once(command, words, sentence):
+    said, code, heavy = probe(command, *words)
+    assert said.startswith("error: ") and sentence in said and code == 2 and not heavy
+
+
+def test_calibrate_with_reuse_has_nothing_to_do_without_auto():
+    said, code, heavy = probe("calibrate", "--reuse", "--diffusion_steps", "3")
+    assert (said, code, heavy) == ("", 0, [])
