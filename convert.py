@@ -1,8 +1,8 @@
 """Weights from one format to another: SMDM's file to a model folder and back; pickles (pytorch_model*.bin) to safetensors.
 
-    python convert.py mdm-1028M-1600e18.safetensors models/smdm-1028M --tokenizer TinyLlama/TinyLlama_v1.1
-    python convert.py models/smdm-1028M mdm-1028M.safetensors
-    python convert.py models/pickled models/safe --allow_pickle
+    python convert.py mdm-1028M-1600e18.safetensors weights/smdm-1028M --tokenizer TinyLlama/TinyLlama_v1.1
+    python convert.py weights/smdm-1028M mdm-1028M.safetensors
+    python convert.py weights/pickled weights/safe --allow_pickle
 
 A pickle may name any code to be run when it is read, so it is read on your word alone, and then by torch's reader of weights.
 """

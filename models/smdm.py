@@ -1,6 +1,6 @@
 """SMDM's models (ML-GSAI/SMDM, arXiv 2410.18514): LLaDA's blocks with another head, and their original files, both ways.
 
-    python convert.py mdm-1028M-1600e18.safetensors models/smdm-1028M --tokenizer TinyLlama/TinyLlama_v1.1
+    python convert.py mdm-1028M-1600e18.safetensors weights/smdm-1028M --tokenizer TinyLlama/TinyLlama_v1.1
     python convert.py runs/smdm/final mdm-1028M-dpo.safetensors
 
 The original is one .safetensors file without a config: its shapes tell all but the number of heads. Query, key and value are
