@@ -50,10 +50,17 @@ def naming(path):
     try:
         yield
     except Exception as error:
-        if not no_room(error):
+        if not (full := room_error(error)):
             raise
-        number, name = (getattr(error, field, None) for field in ("errno", "filename"))
-        raise OSError(number or errno.ENOSPC, why(error), name or str(path)) from None
+        number, name = (getattr(full, field, None) for field in ("errno", "filename"))
+        raise OSError(number or errno.ENOSPC, why(full), name or str(path)) from None
+
+
+def room_error(error):
+    """The failed write for want of room that `error` is, or that a library wrapped into it; None if there is none."""
+    while error and not isinstance(error, InputError) and not no_room(error):
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return error if error and no_room(error) else None
 
 
 def why(error):
@@ -70,6 +77,7 @@ def no_room(error):
             words in str(error)
             for words in (
                 "No space left",
+                "Not enough disk space",
                 "quota exceeded",
                 "File too large",
                 " requested and ",
