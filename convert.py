@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cli import exits
 from cli.parser import Parser
-from files import InputError
+from files import InputError, check_new
 
 
 def read_arguments(argv=None):
@@ -40,8 +40,7 @@ def read_arguments(argv=None):
         "--allow_pickle", action="store_true", help="a folder of pytorch_model*.bin that you trust, to safetensors"
     )
     args = parser.parse_args(argv)
-    if os.path.exists(args.out):
-        raise InputError(f"{args.out}: exists already; remove it or name another")
+    check_new(args.out)
     return args
 
 

@@ -137,11 +137,40 @@ def wait_for(path, what):
     return file
 
 
+def check_new(path):
+    """Refuse an output file or folder that exists already, or that could not be written when the work is done."""
+    if os.path.lexists(path):
+        raise InputError(f"{path}: exists already; remove it or name another")
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent  # folders between will be made
+    try:
+        with naming(path):
+            try_writing(folder)
+    except OSError as error:
+        if no_room(error):
+            raise
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}: {folder}); name a path in another folder"
+        ) from None
+
+
+def try_writing(folder):
+    """Write a file of one byte in `folder`, and remove it: an OSError now instead of after hours of work."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"x")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def check_out(path):
     """Refuse a file --out that could not be written when the work is done."""
     try:
-        tempfile.TemporaryFile(dir=Path(path).parent).close()
+        with naming(path):
+            try_writing(Path(path).parent)
     except OSError as error:
+        if no_room(error):
+            raise
         raise InputError(
             f"--out is {path}; expected a file in an existing folder that can be written to ({error.strerror})"
         ) from None

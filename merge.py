@@ -9,12 +9,11 @@
 bfloat16 rounds small changes away, so how much is left of what the adapter adds is measured and said.
 """
 
-import os
 import sys
 
 from cli import exits
 from cli.parser import Parser
-from files import InputError
+from files import InputError, check_new
 
 
 def read_arguments(argv=None):
@@ -26,8 +25,7 @@ def read_arguments(argv=None):
         "--use_mixed_precision", choices=("bf16", "no"), default="bf16", help="bf16: bfloat16 weights; no: float32"
     )
     args = parser.parse_args(argv)
-    if os.path.exists(args.out):
-        raise InputError(f"{args.out}: exists already; remove it or name another")
+    check_new(args.out)
     return args
 
 

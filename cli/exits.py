@@ -15,7 +15,7 @@ def early(check):
     """Call check(), which reads a command's arguments, before torch is imported. A user's error ends the process."""
     try:
         check()
-    except InputError as error:
+    except Exception as error:
         end_with(error)
 
 
@@ -33,10 +33,6 @@ def run(main):
         print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)
     except Exception as error:
-        if no_room(error):
-            error = without_room(error)
-        elif not isinstance(error, InputError):
-            raise
         end_with(error)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Skip destructors: torch's threads sometimes abort there, which looks like a failure of a finished job.
@@ -47,7 +43,14 @@ def run(main):
 
 
 def end_with(error):
-    """Print an InputError once for all ranks, or for this rank alone if no other has met it; exit code 2."""
+    """Print a user's error once for all ranks, or for this rank alone if no other has met it; exit code 2.
+
+    Any other error is raised again.
+    """
+    if no_room(error):
+        error = without_room(error)
+    elif not isinstance(error, InputError):
+        raise error
     rank = os.environ.get("RANK", "0")
     if rank == "0" or error.local:
         speaker = "error" if rank == "0" else f"error (rank {rank})"

@@ -1,10 +1,11 @@
 """Find a model's folder and weight files, read its configuration, fingerprint it. Imports no torch, so it is fast."""
 
+import contextlib
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
-from files import InputError, fingerprint, no_room, read_json
+from files import InputError, fingerprint, naming, no_room, read_json
 from models import families
 
 ADAPTER_BASE = "base.json"  # ours, beside an adapter's files: what is to be known of its base (adapter_base)
@@ -35,22 +36,28 @@ def model_folder(name):
         )
     if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"{name}: no such model folder (and not a Hub name such as GSAI-ML/LLaDA-8B-Instruct)")
-    from huggingface_hub import snapshot_download
+    with downloading(f"{name} is not a local folder and could not be downloaded from the Hub"):
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
+
+
+@contextlib.contextmanager
+def downloading(sentence):
+    """A download inside that fails raises InputError: `sentence`, then the client's reason. A full disk stays an OSError.
+
+    That OSError names the cache of the Hub's client if the client names no file.
+    """
+    from huggingface_hub import constants
 
     try:
-        return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
+        with naming(constants.HF_HOME):
+            yield
     except Exception as error:  # the Hub's client raises dozens of kinds; each ends here as one sentence
-        raise not_downloaded(name, error) from None
-
-
-def not_downloaded(name, error):
-    """The exception to raise after a failed download of `name` from the Hub: a full disk's own, or one sentence."""
-    if no_room(error):
-        return error
-    reason = " ".join(str(error).split())[:300]
-    return InputError(
-        f"{name} is not a local folder and could not be downloaded from the Hub ({type(error).__name__}: {reason})"
-    )
+        if no_room(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{sentence} ({type(error).__name__}: {reason})") from None
 
 
 def base_folder(name):

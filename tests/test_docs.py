@@ -20,7 +20,8 @@ ELSEWHERE = "## Symptoms"  # from here on the page is about what others print, o
 HOLE = "\0"  # in a message, what is filled in when it is said
 
 # who is handed a user's sentence, and as which argument
-SAYERS = {"InputError": 0, "Malformed": 0, "Tie": 0, "ValueError": 0, "no_telling": 0, "refuse_or_leave_out": 3}
+SAYERS = {"InputError": 0, "Malformed": 0, "Tie": 0, "ValueError": 0, "no_telling": 0, "downloading": 0}
+SAYERS["refuse_or_leave_out"] = 3
 INTERNAL = ("diffusion.py", "tasks.py")  # their ValueErrors are ours to hear, not a user's
 # functions that make the words of a print(f"warning: {words}"), by the file that prints them; None: a sayer of SAYERS makes them
 WORDS_OF = {"tracking.py": ("guard.py", "falling"), "plan.py": ("plan.py", "stuck"), "evaluate.py": None}

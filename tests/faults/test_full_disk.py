@@ -6,22 +6,29 @@ bash tests/run.sh tests/faults/test_full_disk.py
 import errno
 import gc
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from small import LENGTHS, ROOT, call, flags, log, make_model, make_pairs, pack, run
 
 sys.path.insert(0, str(ROOT / "bench"))
 import faults  # noqa: E402
 
+import convert
 import data_prep
 import files
+import merge
 import score
 from cli import exits
+from models import checkpoint, lora, smdm, tokenization
 
 NOISE = flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=2)
+SMALL_SMDM = dict(d_model=32, n_layers=2, n_heads=4, mlp_hidden_size=48, vocab_size=512, head_size=511)
 
 
 @pytest.fixture
@@ -195,3 +202,57 @@ def test_what_is_said_of_other_errors(tmp_path, capsys):
         with pytest.raises(type(error), match=error.args[-1]):
             exits.run(lambda: fails(error))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def outputs(home, tiny_dir):
+    """{kind of output: (main, arguments, where it is made with room)} of merge.py and convert.py."""
+    folder = home.folder / "outputs"
+    weights = load_file(home.model / "model.safetensors")
+    pickles = shutil.copytree(home.model, folder / "pickles", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(weights, pickles / "pytorch_model.bin")
+    smdm_config = smdm.SMDMConfig(**SMALL_SMDM)
+    model = smdm.SMDMModelLM(smdm_config)
+    smdm_file = folder / "mdm.safetensors"
+    save_file(smdm.to_original(model.state_dict(), smdm_config.n_heads), smdm_file)
+    policy, _ = lora.add(checkpoint.load_model(str(home.model), torch.float32), 4, 8, "auto", 0, home.model)
+    adapter = {name: value for name, value in policy.named_parameters() if value.requires_grad}
+    tokenizer = tokenization.load_tokenizer(str(home.model))
+    lora.save(folder / "adapter", policy, adapter, tokenizer, "", {"is_folder": True})
+    made = {
+        "merged": (merge.main, [folder / "adapter"]),
+        "pickled": (convert.main, [pickles, "--allow_pickle"]),
+        "smdm": (convert.main, [smdm_file, "--tokenizer", tiny_dir, "--n_heads", "4"]),
+        "mdm.safetensors": (convert.main, [folder / "whole" / "smdm"]),
+    }
+    (folder / "whole").mkdir()
+    for name, (main, argv) in made.items():
+        call(main, argv[0], folder / "whole" / name, *argv[1:])
+    return {name: (main, argv, folder / "whole" / name) for name, (main, argv) in made.items()}
+
+
+@pytest.mark.parametrize("name", ["merged", "pickled", "smdm", "mdm.safetensors"])
+def test_a_model_is_written_whole_or_not_at_all(disk, outputs, name, capsys):
+    """merge.py and convert.py: a disk that is full is refused before the work, one that fills leaves nothing behind."""
+    main, argv, whole = outputs[name]
+    attempt = in_process(main, capsys, argv[0], disk / name, *argv[1:])
+
+    def attempt_that_leaves_nothing():
+        words = attempt()
+        assert words is None or [path.name for path in disk.iterdir()] == ["filler"]
+        return words
+
+    said = until_there_is_room(disk, range(0, 1 << 20, 64 << 10), attempt_that_leaves_nothing)
+    assert len(said) > 1 and all(name in words for words in said)
+    for path in [whole] if whole.is_file() else whole.iterdir():
+        copy = disk / name if whole.is_file() else disk / name / path.name
+        assert copy.read_bytes() == path.read_bytes()
+
+
+def test_a_full_disk_is_found_before_the_work(disk, outputs, monkeypatch, capsys):
+    leave(disk, 0)
+    for module, work in ((merge, "merge"), (convert.pickled, "convert"), (convert, "from_smdm"), (convert, "to_smdm")):
+        monkeypatch.setattr(module, work, None)  # not callable: no work may begin
+    for name, (main, argv, _) in outputs.items():
+        words = in_process(main, capsys, argv[0], disk / name, *argv[1:])()
+        assert f"{disk / name}: cannot be written (No space left on device)" in words

@@ -3,14 +3,18 @@
 bash tests/run.sh tests/models/test_folders.py
 """
 
+import errno
 import json
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
-from small import ROOT
+from small import ROOT, refusal
 
 from models import architecture, families, folders
+
+DOWNLOAD = "org/name is not a local folder and could not be downloaded from the Hub"
 
 
 def write_json(path, **fields):
@@ -45,3 +49,26 @@ def test_plain_config(tmp_path, model_type):
         assert plain.mask_token_id == full.mask_token_id == mask_id
         assert getattr(plain, "shift_logits", None) == getattr(full, "shift_logits", None)
     assert families.shifted(folders.plain_config(str(adapter))) is (model_type in families.CAUSAL)
+
+
+# --- download ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/cache/blob"), "/cache/blob: cannot be written"),
+        (RuntimeError("IO Error: No space left on device (os error 28)"), "{home}: cannot be written"),
+        (OSError("Not enough disk space. Needed: 15 GiB"), "{home}: cannot be written (Not enough disk space."),
+        (ConnectionError("no route\n to host"), DOWNLOAD + " (ConnectionError: no route to host)"),
+    ],
+)
+def test_a_failed_download(monkeypatch, capsys, error, words):
+    """A full disk is named as such, and the place that is full; everything else by what the Hub's client says."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    said = refusal(lambda _: folders.model_folder("org/name"), capsys)
+    assert said.startswith("error: " + words.format(home=huggingface_hub.constants.HF_HOME)), said
