@@ -21,6 +21,9 @@ from typing import Optional
 import config
 from cli import exits
 from cli.parser import arg, names
+from preferences import packed as disk
+from scoring import recipe
+from scoring.calibration import key, place, recommend
 
 UNUSED = names(config.DataArguments, config.TrainArguments) - {"data"} | {
     "end_token_id",
@@ -59,16 +62,22 @@ def read_arguments(argv=None):
     return groups
 
 
-def needed(noise_args, train_args, args):
-    """Whether there is something to measure: with --reuse only for --diffusion_steps auto."""
-    return not args.reuse or (noise_args.diffusion_steps == "auto" and train_args.loss_type != "sft")
+def nothing_to_measure(groups):
+    """Why --reuse leaves nothing to measure ("": nothing was asked for); None if there is something."""
+    data_args, model_args, noise_args, train_args, args = groups
+    if not args.reuse:
+        return None
+    if noise_args.diffusion_steps != "auto" or train_args.loss_type == "sft":
+        return ""
+    packed = disk.Packed(data_args.data)
+    recipe.check(packed, model_args, noise_args)
+    path = place(packed, model_args)
+    return f"{path}: up to date" if path.exists() else None
 
 
 def early():
     """Read the arguments; end the process where nothing is to be measured."""
-    _, _, noise_args, train_args, args = read_arguments()
-    if not needed(noise_args, train_args, args):
-        exits.leave()
+    exits.end_if(nothing_to_measure(read_arguments()))
 
 
 if __name__ == "__main__":
@@ -83,9 +92,7 @@ import files
 import score
 from files import InputError
 from models import checkpoint
-from preferences import packed as disk
-from scoring import noise, recipe
-from scoring.calibration import key, place, recommend
+from scoring import noise
 from scoring.states import response_states
 from training import deepspeed_config, engine, streaming
 
@@ -276,16 +283,13 @@ def plot(rows, path):
 
 
 def main(argv=None):
-    data_args, model_args, noise_args, train_args, args = read_arguments(argv)
-    if not needed(noise_args, train_args, args):
+    groups = data_args, model_args, noise_args, _, args = read_arguments(argv)
+    if nothing_to_measure(groups) is not None:
         return 0
     deepspeed_config.read_ds_config(model_args.deepspeed)
     packed = disk.Packed(data_args.data)
     packed.need_pairs()
     mask_id = recipe.check(packed, model_args, noise_args)
-    if args.reuse and place(packed, model_args).exists():
-        print(f"{place(packed, model_args)}: up to date", flush=True)
-        return 0
     run(packed, model_args, noise_args, args, mask_id, engine.start())
     return engine.leave()
 

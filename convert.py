@@ -53,8 +53,8 @@ from transformers import AutoTokenizer
 
 from files import naming
 from models import folders, pickled, smdm
-from models.checkpoint import save_model
 from models.architecture import load_config
+from models.checkpoint import save_model
 from models.folders import model_folder, weight_files
 from models.tensors import read_tensors
 

@@ -16,7 +16,6 @@ import functools
 import json
 import os
 import re
-import shlex
 import signal
 import sys
 from collections import Counter
@@ -28,6 +27,7 @@ from cli import exits
 from cli.parser import arg
 from files import InputError
 from preferences import sources
+from preferences.reuse import COLUMNS, default_model, said_of, up_to_date
 
 UNUSED = {
     "shift_logits",
@@ -65,25 +65,33 @@ def read_arguments(argv=None):
     return groups
 
 
-def said_of(task):
-    return "SFT rows" if task == "sft" else "preferences"
+def nothing_to_pack(args, model_args, own):
+    """Why --reuse leaves nothing to do; None if there is something. Fills in the model."""
+    model_args.model_name_or_path = model_args.model_name_or_path or default_model(args.data, own.reuse)
+    packed = up_to_date(args, model_args) if own.reuse else None
+    if packed is None:
+        return None
+    return f"{packed.folder}: {len(packed)} {'SFT rows' if packed.task == 'sft' else 'pairs'}, up to date"
+
+
+def early():
+    """Read the arguments; end the process if the packed arrays are there already."""
+    exits.end_if(nothing_to_pack(*read_arguments()))
 
 
 if __name__ == "__main__":
-    exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
+    exits.early(early)  # answers --help, mistakes and "up to date" before the imports below, which take seconds
 
 import numpy as np
 
 import files
 from files import shorten
-from models import architecture, families, tokenization
+from models import architecture, families, folders, tokenization
 from preferences import demonstrations, packed
 from preferences.rows import Malformed, find_columns, parse_columns, preference
 from preferences.sources import as_text, read_rows, source_sha256
 from training import stopping
 
-COLUMNS = {"preferences": ("prompt", "chosen", "rejected"), "sft": ("prompt", "response")}  # of a row, by --task
-EXAMPLE = Path(__file__).resolve().parent / "examples" / "tiny"  # the model when none is given
 SMALL = 2000  # rows; below this, starting processes costs more than it saves
 
 
@@ -289,65 +297,6 @@ def write(folder, kept, left_out, meta):
     packed.write_packed(folder, (row.ids for row in kept), {**meta, "lines": files.fingerprint(lines)})
 
 
-def mend(task, folder, model):
-    """The command that packs `folder`."""
-    source = "--task sft --in sft.jsonl" if task == "sft" else "--in prefs.jsonl"
-    return (
-        f"python data_prep.py {source} --out {shlex.quote(str(folder))} --model_name_or_path {shlex.quote(str(model))}"
-    )
-
-
-def default_model(folder, reuse):
-    """When none is given: the one that packed the folder, if that is to be used again, else the embedded example."""
-    if reuse and (folder / "meta.json").exists():
-        return files.read_json(folder / "meta.json", mend("preferences", folder, "M")).get("model_name_or_path")
-    return os.path.relpath(EXAMPLE) if EXAMPLE.is_dir() else None
-
-
-def up_to_date(args, model_args, tokenizer):
-    """args.data's packed.Packed if it is complete and is what these arguments would make (with no source given, just complete); else
-    None."""
-    source, model = args.preference_data_path, model_args.model_name_or_path
-    remake = mend(args.task, args.data, model)
-    if not (Path(args.data) / "meta.json").exists():
-        if source:
-            return None
-        raise InputError(
-            f"{args.data}: no packed {said_of(args.task)} there, and no preference_data_path given; run: {remake}"
-        )
-    try:
-        folder = packed.Packed(args.data)
-        folder.lines()
-    except InputError:
-        if source:
-            return None
-        raise
-    meta, tokens = folder.meta | {"task": folder.task}, tokenization.tokenizer_fingerprint(tokenizer)
-    if not source:
-        if meta.get("tokenizer") != tokens:
-            raise InputError(
-                f"{args.data}: made with another tokenizer, that of {meta.get('model_name_or_path')}; "
-                f"run: {mend(folder.task, args.data, model)}"
-            )
-        if args.task == "sft" != folder.task:
-            raise InputError(
-                f"{args.data}: holds preferences, and --task sft was given; leave it out, or run: {remake}"
-            )
-        return folder
-    wanted = {
-        "task": args.task,
-        "tokenizer": tokens,
-        "max_length": args.max_length,
-        "columns": parse_columns(args.columns, COLUMNS[args.task]),
-        "template": "chat" if tokenization.uses_chat(tokenizer, args.template) else "none",
-    }
-    wanted |= {
-        name: value for name in ("mask_token_id", "end_token_id") if (value := getattr(model_args, name)) is not None
-    }
-    wanted["source_sha256"] = source_sha256(source, args.split)
-    return folder if all(meta.get(key) == value for key, value in wanted.items()) else None
-
-
 # --- what is printed ---
 
 
@@ -372,10 +321,6 @@ def token(tokenizer, number):
     """A token's text and id; the mask of some models is no word of the tokenizer."""
     text = tokenizer.convert_ids_to_tokens(number) if number < len(tokenizer) else None
     return f"{number}" if text is None else f"{text} ({number})"
-
-
-def say_up_to_date(there):
-    print(f"{there.folder}: {len(there)} {'SFT rows' if there.task == 'sft' else 'pairs'}, up to date")
 
 
 def summary(args, kept, left_out, tokenizer):
@@ -407,11 +352,11 @@ def summary(args, kept, left_out, tokenizer):
 
 def main(argv=None):
     args, model_args, own = read_arguments(argv)
-    source, folder, reuse = args.preference_data_path, Path(args.data), own.reuse
-    name = model_args.model_name_or_path = model_args.model_name_or_path or default_model(folder, reuse)
+    if reason := nothing_to_pack(args, model_args, own):
+        print(reason)
+        return
+    source, folder, name = args.preference_data_path, Path(args.data), model_args.model_name_or_path
     tokenizer = tokenization.load_tokenizer(name, model_args.trust_remote_code)
-    if reuse and (there := up_to_date(args, model_args, tokenizer)):
-        return say_up_to_date(there)
     encoder = make_encoder(args, model_args, tokenizer)
     rows, form = prepare(source, args, encoder)
     kept, left_out = [row for row in rows if not row.reason], [row for row in rows if row.reason]
@@ -430,8 +375,9 @@ def main(argv=None):
         )
     folder.mkdir(parents=True, exist_ok=True)
     lock = files.wait_for(folder / ".lock", f"{folder}")  # noqa: F841  ours until this process ends
-    if reuse and (there := up_to_date(args, model_args, tokenizer)):  # whom we waited for has made the same
-        return say_up_to_date(there)
+    if reason := nothing_to_pack(args, model_args, own):  # the process that we waited for has made the same
+        print(reason)
+        return
     write(
         folder,
         kept,
@@ -440,6 +386,8 @@ def main(argv=None):
             "task": args.task,
             "source": source,
             "tokenizer": tokenization.tokenizer_fingerprint(tokenizer),
+            "tokenizer_files": folders.tokenizer_files(name),
+            "has_chat_template": bool(tokenizer.chat_template),
             "model_name_or_path": name,
             "source_sha256": source_sha256(source, args.split),
             "form": form,

@@ -33,8 +33,8 @@ if __name__ == "__main__":
     exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
 
 from models import families, folders, lora
-from models.checkpoint import DTYPES, load_model, save_model
 from models.architecture import load_config
+from models.checkpoint import DTYPES, load_model, save_model
 from models.folders import model_folder
 from models.tokenization import load_tokenizer
 

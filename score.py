@@ -20,6 +20,7 @@ import zlib
 import config
 from cli import exits
 from cli.parser import names
+from scoring import reference
 
 UNUSED = names(config.DataArguments, config.TrainArguments) - {"data"} | {
     "end_token_id",
@@ -37,8 +38,25 @@ def read_arguments(argv=None):
     return groups
 
 
+def nothing_to_score(groups):
+    """Why there is nothing to score; None if there is something."""
+    data_args, model_args, noise_args, train_args = groups
+    if train_args.loss_type == "sft":
+        return "loss_type sft needs no reference scores"
+    prepared = reference.prepare(data_args, model_args, noise_args)
+    noise_sets = reference.sets_of(prepared.folder)
+    if noise_sets < noise_args.noise_sets:
+        return None
+    return f"{prepared.folder}: {len(prepared.packed)} pairs, {noise_sets} noise set(s), up to date"
+
+
+def early():
+    """Read the arguments; end the process if the scores are there already."""
+    exits.end_if(nothing_to_score(read_arguments()))
+
+
 if __name__ == "__main__":
-    exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
+    exits.early(early)  # answers --help, mistakes and "up to date" before the imports below, which take seconds
 
 import numpy as np
 import torch
@@ -47,10 +65,8 @@ from tqdm import tqdm
 
 import files
 from files import InputError
-from preferences import packed as disk
 from preferences.packed import longest
-from scoring import calibration, reference
-from scoring.recipe import SAME, check, depends_on, draw, replay, state_count
+from scoring.recipe import SAME, draw, replay, state_count
 from scoring.reference import sets_of
 from scoring.states import backward_passes, response_states, sizes
 from training import deepspeed_config, engine, memory, stopping
@@ -206,23 +222,13 @@ def readable(path):
 
 
 def main(argv=None):
-    data_args, model_args, noise_args, train_args = read_arguments(argv)
+    groups = data_args, model_args, noise_args, _ = read_arguments(argv)
     deepspeed_config.read_ds_config(model_args.deepspeed)  # what is wrong in it is said before hours of work
-    if train_args.loss_type == "sft":
-        print("loss_type sft needs no reference scores", flush=True)
+    if reason := nothing_to_score(groups):
+        print(reason, flush=True)
         return 0
-    packed = disk.Packed(data_args.data)
-    packed.need_pairs()
-    mask_id = check(packed, model_args, noise_args)
-    if noise_args.diffusion_steps == "auto":
-        calibration.settle(packed, model_args, noise_args)
-    wanted = depends_on(packed, model_args, noise_args)
-    folder = packed.folder / f"ref-{files.fingerprint(wanted)}"
-    have = sets_of(folder)
-    if have >= noise_args.noise_sets:
-        print(f"{folder}: {len(packed)} pairs, {have} noise set(s), up to date", flush=True)
-        return engine.leave()
-    ranks = engine.start()
+    packed, mask_id, wanted, folder = reference.prepare(data_args, model_args, noise_args)
+    ranks, have = engine.start(), 0
     if ranks.first:
         folder.mkdir(exist_ok=True)
         lock = files.wait_for(folder / ".lock", f"the same reference scores, {folder}")  # noqa: F841  ours until this process ends

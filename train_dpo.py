@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import config
 from cli import exits
 from cli.parser import names
+from scoring import reference
+from training import runs
 
 UNUSED = names(config.DataArguments) - {"data", "max_length"} | {
     "end_token_id"
@@ -33,8 +35,30 @@ def read_arguments(argv=None):
     return groups
 
 
+def run_arguments(groups):
+    """What run.json has of the arguments."""
+    arguments = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+    return arguments | {"ranks": int(os.environ.get("WORLD_SIZE", 1))}
+
+
+def finished(groups):
+    """The sentence of a run that has ended, if this is one; None if there is something to do."""
+    data_args, model_args, noise_args, args = groups
+    run = runs.Run(args.output_dir)
+    if not run.finished:
+        return None
+    prepared = reference.prepare(data_args, model_args, noise_args, sft=args.loss_type == "sft")
+    run.check_same(run_arguments(groups), prepared.wanted)
+    return f"{run.final}: this run is finished; another needs another --output_dir"
+
+
+def early():
+    """Read the arguments; end the process if the run is finished."""
+    exits.end_if(finished(read_arguments()))
+
+
 if __name__ == "__main__":
-    exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
+    exits.early(early)  # answers --help, mistakes and a finished run before the imports below, which take seconds
 
 import numpy as np
 import torch
@@ -44,13 +68,12 @@ import plan
 import score
 from files import InputError
 from models import architecture, checkpoint, families, folders, lora, quantized, tokenization
-from preferences import packed as disk
 from preferences.packed import longest
 from reasoning import tasks
-from scoring import calibration, recipe, reference
+from scoring import recipe
 from scoring.objective import SFT, Preference, Stream, split
 from scoring.states import backward_passes, sizes
-from training import card, deepspeed_config, engine, guard, memory, resume, runs, stopping, tracking
+from training import card, deepspeed_config, engine, guard, memory, resume, stopping, tracking
 
 
 class Job(NamedTuple):
@@ -179,23 +202,17 @@ def fit(job):
     return job._replace(states_per_forward=size)
 
 
-def prepare(argv):
+def prepare(groups):
     """Read the arguments and everything on disk that the run replays; refuse what cannot be right."""
-    groups = data_args, model_args, noise_args, args = read_arguments(argv)
+    data_args, model_args, noise_args, args = groups
     tracking.names(args.report_to)
-    packed = disk.Packed(data_args.data)
-    if args.loss_type != "sft":
-        packed.need_pairs()
-    mask_id = recipe.check(packed, model_args, noise_args)
-    if noise_args.diffusion_steps == "auto" and args.loss_type != "sft":  # which takes no steps
-        calibration.settle(packed, model_args, noise_args)
+    packed, mask_id, wanted, _ = reference.prepare(data_args, model_args, noise_args, sft=args.loss_type == "sft")
     if folders.read_adapter(folders.model_folder(model_args.model_name_or_path)):
         raise InputError(
             f"{model_args.model_name_or_path}: an adapter, expected whole weights to start from; run: python merge.py "
             f"{model_args.model_name_or_path} OUT, and score and train with --model_name_or_path OUT"
         )
     quantized.check(model_args, deepspeed_config.read_ds_config(model_args.deepspeed))
-    wanted = recipe.depends_on(packed, model_args, noise_args)
     if args.loss_type == "sft":
         refuse_long_rows(
             packed, args, architecture.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
@@ -206,9 +223,7 @@ def prepare(argv):
         objective = Preference(
             args, noise_args, packed, reference.Reference(packed, wanted, noise_args.noise_sets, mend), mask_id
         )
-    arguments = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
-    arguments["ranks"] = int(os.environ.get("WORLD_SIZE", 1))
-    return groups, objective, arguments, wanted
+    return objective, wanted
 
 
 def train(job, run, held, state, steps, backwards):
@@ -387,13 +402,15 @@ def make_record(job, run, held, start, steps):
 
 def main(argv=None):
     # 1. what is on disk, and whether this run is finished, unfinished or new
-    groups, objective, arguments, wanted = prepare(argv)
+    groups = read_arguments(argv)
+    if sentence := finished(groups):
+        print(sentence, flush=True)
+        return 0
+    objective, wanted = prepare(groups)
+    arguments = run_arguments(groups)
     _, model_args, _, args = groups
     run = runs.Run(args.output_dir)
     run.check_same(arguments, wanted)
-    if run.finished:
-        print(f"{run.final}: this run is finished; another needs another --output_dir", flush=True)
-        return 0
     train_pairs, held = split(objective.packed, args.eval_fraction, args.seed)
     ds_config = deepspeed_config.read_ds_config(model_args.deepspeed)
     ranks = engine.start()

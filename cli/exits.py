@@ -19,10 +19,18 @@ def early(check):
         end_with(error)
 
 
-def leave():
-    """End the process before the heavy imports: there is nothing to do."""
-    sys.stdout.flush()
+def end_if(reason):
+    """End the process with exit code 0 if there is a `reason` why nothing is to be done. Say it, once for all ranks."""
+    if reason is None:
+        return
+    if reason and first_rank():
+        print(reason, flush=True)
     sys.exit(0)
+
+
+def first_rank():
+    """Whether this process is alone, or the first of several that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def run(main):
@@ -51,9 +59,8 @@ def end_with(error):
         error = without_room(error)
     elif not isinstance(error, InputError):
         raise error
-    rank = os.environ.get("RANK", "0")
-    if rank == "0" or error.local:
-        speaker = "error" if rank == "0" else f"error (rank {rank})"
+    if first_rank() or error.local:
+        speaker = "error" if first_rank() else f"error (rank {os.environ['RANK']})"
         print(f"{speaker}: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 

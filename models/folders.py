@@ -2,10 +2,11 @@
 
 import contextlib
 import os
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-from files import InputError, fingerprint, naming, no_room, read_json
+from files import InputError, file_sha256, fingerprint, naming, no_room, read_json
 from models import families
 
 ADAPTER_BASE = "base.json"  # ours, beside an adapter's files: what is to be known of its base (adapter_base)
@@ -120,6 +121,14 @@ def sampled(path):
             file.seek(block * max(size - BLOCK_BYTES, 0) // (BLOCKS - 1))
             parts.append(file.read(BLOCK_BYTES))
     return parts
+
+
+def tokenizer_files(name):
+    """Hex digest of a tokenizer's files and of transformers' version: while it is the same, the tokenizer is the same."""
+    folder = model_folder(name)
+    texts = [path for path in folder.iterdir() if path.suffix in (".json", ".model", ".txt", ".jinja")]
+    digests = {path.name: file_sha256(path) for path in sorted(texts) if path.is_file()}
+    return fingerprint(version("transformers"), digests)
 
 
 def read_adapter(folder):

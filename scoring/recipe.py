@@ -2,7 +2,8 @@
 
 import config
 from files import InputError
-from models import architecture, families, folders, tokenization
+from models import families, folders
+from preferences.reuse import known_tokenizer
 from scoring import noise
 from scoring.states import response_states
 
@@ -23,7 +24,7 @@ SAME = (
 
 def depends_on(packed, model_args, noise_args):
     """What reference scores depend on: they are replayed only in a run that says the same."""
-    model_config = architecture.load_config(model_args.model_name_or_path, model_args.trust_remote_code)
+    model_config = folders.plain_config(model_args.model_name_or_path)
     return {
         "data": packed.meta["fingerprint"],
         "model": folders.model_fingerprint(model_args.model_name_or_path),
@@ -62,8 +63,8 @@ def check(packed, model_args, noise_args):
             f"--estimator {noise_args.estimator} counts on random order; --order blocks goes with stepwise"
         )
     config.check_scoring(model_args, noise_args)
-    tokenizer = tokenization.load_tokenizer(model_args.model_name_or_path, model_args.trust_remote_code)
-    if tokenization.tokenizer_fingerprint(tokenizer) != packed.meta["tokenizer"]:
+    tokenizer = known_tokenizer(packed.meta, model_args.model_name_or_path, model_args.trust_remote_code)
+    if tokenizer.fingerprint != packed.meta["tokenizer"]:
         raise InputError(
             f"{packed.folder}: packed with another tokenizer than {model_args.model_name_or_path}'s; run: "
             f"{packed.remake} --model_name_or_path {model_args.model_name_or_path}"

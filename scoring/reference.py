@@ -1,20 +1,43 @@
 """Stored noise and reference scores of one run, memory-mapped: packed/ref-<key>/."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-import files
 from files import InputError, file_sha256, fingerprint, open_array, read_json, read_sealed
+from preferences.packed import Packed
+from scoring import calibration, recipe
+
+
+class Prepared(NamedTuple):
+    """The pairs, the mask's id, what stored scores of this run must depend on, and the folder of those scores."""
+
+    packed: Packed
+    mask_id: int
+    wanted: dict[str, Any]
+    folder: Path
+
+
+def prepare(data_args, model_args, noise_args, sft=False):
+    """Read the packed arrays, fill in the arguments that are auto, and refuse what makes no score. Imports no torch.
+
+    sft: no preferences are needed, and no calibration.
+    """
+    packed = Packed(data_args.data)
+    if not sft:
+        packed.need_pairs()
+    mask_id = recipe.check(packed, model_args, noise_args)
+    if noise_args.diffusion_steps == "auto" and not sft:
+        calibration.settle(packed, model_args, noise_args)
+    wanted = recipe.depends_on(packed, model_args, noise_args)
+    return Prepared(packed, mask_id, wanted, packed.folder / f"ref-{fingerprint(wanted)}")
 
 
 def sets_of(folder):
-    """Noise sets that are scored whole."""
-    return (
-        files.read_sealed(folder / "meta.json", "this command, that folder removed")["noise_sets"]
-        if (folder / "meta.json").exists()
-        else 0
-    )
+    """Noise sets that are scored completely."""
+    path = folder / "meta.json"
+    return read_sealed(path, "this command, that folder removed")["noise_sets"] if path.exists() else 0
 
 
 def pack_masks(masked):

@@ -221,7 +221,7 @@ def test_two_reference_jobs_share(home, tmp_path):
 
 def read_all(argv):
     """What training reads; the lines, it reads in need alone."""
-    train_dpo.prepare(argv)[1].packed.lines()
+    train_dpo.prepare(train_dpo.read_arguments(argv))[0].packed.lines()
 
 
 def harmed(content, rng, flips):

@@ -20,7 +20,7 @@ from small import EOS, MASK, ROOT
 import data_prep
 import files
 from files import InputError
-from preferences import packed
+from preferences import packed, reuse
 from reasoning import tasks
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -195,10 +195,10 @@ def test_the_model_when_none_is_given(prep, tiny_dir, llada_chat_dir, tmp_path, 
     words = "--out", str(tmp_path / "packed")
     data_prep.main(["--reuse", *words])  # the one that packed the folder
     assert capsys.readouterr().out.endswith("1 pairs, up to date\n")
-    monkeypatch.setattr(data_prep, "EXAMPLE", tiny_dir)
+    monkeypatch.setattr(reuse, "EXAMPLE", tiny_dir)
     data_prep.main(["--in", str(tmp_path / "prefs.jsonl"), *words])
     assert Path(packed.Packed(tmp_path / "packed").meta["model_name_or_path"]).resolve() == tiny_dir.resolve()
-    monkeypatch.setattr(data_prep, "EXAMPLE", tmp_path / "none")
+    monkeypatch.setattr(reuse, "EXAMPLE", tmp_path / "none")
     with pytest.raises(InputError, match="no model given"):
         data_prep.main(["--in", str(tmp_path / "prefs.jsonl"), *words])
 

@@ -372,7 +372,7 @@ def test_what_needs_preferences_refuses_sft_data(model, tmp_path, capsys):
         "--diffusion_steps",
         "auto",
     ]  # SFT takes no steps: nothing to calibrate
-    assert isinstance(train_dpo.prepare(argv)[1], objective.SFT)
+    assert isinstance(train_dpo.prepare(train_dpo.read_arguments(argv))[0], objective.SFT)
 
 
 def test_real_gsm8k(shared, tiny_dir, tmp_path):

@@ -38,7 +38,8 @@ def home(tiny_dir, tmp_path_factory):
 
 def preference(home, *argv):
     """The Preference that train_dpo's command line makes."""
-    return train_dpo.prepare(["--data", str(home.data), *BASE, *map(str, argv)])[1]
+    groups = train_dpo.read_arguments(["--data", str(home.data), *BASE, *map(str, argv)])
+    return train_dpo.prepare(groups)[0]
 
 
 # The loss

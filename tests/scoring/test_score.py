@@ -315,7 +315,7 @@ def test_blocks(model_dir, tmp_path):
     with pytest.raises(
         InputError, match="order is random there and blocks in this run.*--order blocks --block_length 5"
     ):
-        train_dpo.prepare(list(map(str, ["--data", packed, *NOISE, *FP32, *blocks])))
+        train_dpo.prepare(train_dpo.read_arguments(list(map(str, ["--data", packed, *NOISE, *FP32, *blocks]))))
     call(score.main, "--data", packed, *NOISE, *FP32, *blocks)
     sets, scores = plain.read_reference(packed, order="blocks")
     assert np.isfinite(scores[0]).all()
@@ -323,7 +323,7 @@ def test_blocks(model_dir, tmp_path):
         for steps in response:  # of one trajectory
             cut = [steps[first : first + 5] for first in range(0, len(steps), 5)]
             assert all(max(left) <= min(right) for left, right in zip(cut, cut[1:]))
-    train_dpo.prepare(list(map(str, ["--data", packed, *NOISE, *FP32, *blocks])))
+    train_dpo.prepare(train_dpo.read_arguments(list(map(str, ["--data", packed, *NOISE, *FP32, *blocks]))))
 
 
 def files(packed):
@@ -349,7 +349,7 @@ def test_killed_job(model_dir, tmp_path, monkeypatch):
     os.truncate(chunks[1], chunks[1].stat().st_size // 2)
     kept = {path: path.stat().st_mtime_ns for path in chunks[2:]}
     with pytest.raises(InputError, match="holds no reference"):  # chunks are none
-        train_dpo.prepare(["--data", str(killed), *NOISE, *FP32])
+        train_dpo.prepare(train_dpo.read_arguments(["--data", str(killed), *NOISE, *FP32]))
 
     def remove(path):
         assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a whole chunk was made again"

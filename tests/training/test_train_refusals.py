@@ -46,7 +46,7 @@ def mended(sentence, *argv):
     words = shlex.split(sentence.split("run: ")[1])
     assert words[:2] == ["python", "score.py"]
     assert call(score.main, *words[2:]) == 0
-    train_dpo.prepare(list(map(str, argv)))
+    train_dpo.prepare(train_dpo.read_arguments(list(map(str, argv))))
 
 
 def test_wrong_reference(home, scored, tmp_path, capsys):

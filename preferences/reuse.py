@@ -1,0 +1,115 @@
+"""Whether a packed folder is what the same arguments would make again. Imports no torch, so the answer takes no time.
+
+A tokenizer is loaded only if its files are not those that packed the folder.
+"""
+
+import os
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+from files import InputError, read_json
+from models import folders
+from preferences.packed import Packed
+from preferences.rows import parse_columns
+from preferences.sources import source_sha256
+
+COLUMNS = {"preferences": ("prompt", "chosen", "rejected"), "sft": ("prompt", "response")}  # of a row, by --task
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny"  # the model when none is given
+
+
+class Tokenizer(NamedTuple):
+    """What is known of a tokenizer without its vocabulary."""
+
+    fingerprint: str
+    has_chat_template: bool
+
+
+def known_tokenizer(meta, model, trust_remote_code=False):
+    """The Tokenizer of `model`, from the meta.json of a packed folder if the same files packed it, else loaded."""
+    if meta.get("tokenizer_files") == folders.tokenizer_files(model):
+        return Tokenizer(meta["tokenizer"], meta["has_chat_template"])
+    from models import tokenization  # imports transformers, which takes seconds
+
+    tokenizer = tokenization.load_tokenizer(model, trust_remote_code)
+    return Tokenizer(tokenization.tokenizer_fingerprint(tokenizer), bool(tokenizer.chat_template))
+
+
+def said_of(task):
+    """What rows of --task are called."""
+    return "SFT rows" if task == "sft" else "preferences"
+
+
+def command(task, folder, model):
+    """The command that packs `folder`."""
+    source = "--task sft --in sft.jsonl" if task == "sft" else "--in prefs.jsonl"
+    place, name = shlex.quote(str(folder)), shlex.quote(str(model))
+    return f"python data_prep.py {source} --out {place} --model_name_or_path {name}"
+
+
+def default_model(folder, reuse):
+    """The model when none is given: the one that packed the folder, if it is to be used again, else the embedded one."""
+    meta = Path(folder) / "meta.json"
+    if reuse and meta.exists():
+        return read_json(meta, command("preferences", folder, "M")).get("model_name_or_path")
+    return os.path.relpath(EXAMPLE) if EXAMPLE.is_dir() else None
+
+
+def up_to_date(args, model_args):
+    """The Packed of args.data if these arguments would make the same, or, with no source given, if it is complete.
+
+    None if it has to be made. Raises InputError if there is no source to make it of.
+    """
+    source, model = args.preference_data_path, model_args.model_name_or_path
+    remake = command(args.task, args.data, model)
+    if not (Path(args.data) / "meta.json").exists():
+        if source:
+            return None
+        raise InputError(
+            f"{args.data}: no packed {said_of(args.task)} there, and no preference_data_path given; run: {remake}"
+        )
+    try:
+        packed = Packed(args.data)
+        packed.lines()
+    except InputError:
+        if source:
+            return None
+        raise
+    tokenizer = known_tokenizer(packed.meta, model, model_args.trust_remote_code)
+    if not source:
+        check_without_source(packed, args, tokenizer, model)
+        return packed
+    return packed if made_of_the_same(packed, args, model_args, tokenizer) else None
+
+
+def check_without_source(packed, args, tokenizer, model):
+    """Refuse packed arrays that another tokenizer or another task made."""
+    if packed.meta["tokenizer"] != tokenizer.fingerprint:
+        raise InputError(
+            f"{args.data}: made with another tokenizer, that of {packed.meta.get('model_name_or_path')}; "
+            f"run: {command(packed.task, args.data, model)}"
+        )
+    if args.task == "sft" != packed.task:
+        raise InputError(
+            f"{args.data}: holds preferences, and --task sft was given; leave it out, "
+            f"or run: {command(args.task, args.data, model)}"
+        )
+
+
+def made_of_the_same(packed, args, model_args, tokenizer):
+    """Whether meta.json agrees with the arguments, and with the source as it is now."""
+    chat = args.template != "none" and tokenizer.has_chat_template
+    wanted = {
+        "task": args.task,
+        "tokenizer": tokenizer.fingerprint,
+        "max_length": args.max_length,
+        "columns": parse_columns(args.columns, COLUMNS[args.task]),
+        "template": "chat" if chat else "none",
+    }
+    for name in ("mask_token_id", "end_token_id"):
+        if getattr(model_args, name) is not None:
+            wanted[name] = getattr(model_args, name)
+    have = packed.meta | {"task": packed.task}
+    if any(have.get(name) != value for name, value in wanted.items()):
+        return False
+    return have.get("source_sha256") == source_sha256(args.preference_data_path, args.split)
