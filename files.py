@@ -1,4 +1,7 @@
-"""What every file on disk relies on: one error class, atomic writes, locks, fingerprints, sealed JSON."""
+"""Reading and writing files safely: one error class, atomic writes, locks, JSON with a digest, fingerprints.
+
+Everything on disk is written to a temporary name, then renamed: a file is complete or absent, never half-written.
+"""
 
 import contextlib
 import errno
@@ -15,11 +18,18 @@ from pathlib import Path
 
 import numpy as np
 
+# What writers say of a full disk, a quota or a limit on the size of files, where they raise no OSError with a number:
+# the system, the Hub's client, numpy, torch, safetensors.
+FULL = (
+    *("No space left", "Not enough disk space", "quota exceeded", "File too large"),
+    *(" requested and ", "PytorchStreamWriter", "unexpected pos", "iostream error"),
+)
+
 
 class InputError(Exception):
-    """A user's error in one sentence: what, where, what was expected, what to run. Scripts print it and exit 2.
+    """A user's error in one sentence: what, where, what was expected, what to run. Commands print it and exit with 2.
 
-    local: only this rank has met it, so this rank must say it; else every rank has, and rank 0 speaks.
+    local: only this rank has the error, so this rank prints it. Otherwise all ranks have it, and rank 0 prints it.
     """
 
     def __init__(self, sentence, local=False):
@@ -27,13 +37,17 @@ class InputError(Exception):
         self.local = local
 
 
+# --- writing ---
+
+
 @contextlib.contextmanager
 def replacing(path, mode="w"):
-    """Open a temporary neighbour of `path`; renamed over it when the block ends without an exception."""
+    """Open a temporary file beside `path`. It is renamed to `path` if the block ends without an exception."""
     path = Path(path)
+    encoding = None if "b" in mode else "utf-8"
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with naming(path), os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+        with naming(path), os.fdopen(handle, mode, encoding=encoding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -46,52 +60,50 @@ def replacing(path, mode="w"):
 
 @contextlib.contextmanager
 def naming(path):
-    """A write inside that finds no room is an OSError with a number and the name of a file, whoever's writer it was."""
+    """Inside, a write that finds the disk full raises an OSError that names a file, whatever library writes."""
     try:
         yield
     except Exception as error:
-        if not (full := room_error(error)):
+        full = room_error(error)
+        if not full:
             raise
-        number, name = (getattr(full, field, None) for field in ("errno", "filename"))
-        raise OSError(number or errno.ENOSPC, why(full), name or str(path)) from None
+        number, name = getattr(full, "errno", None), getattr(full, "filename", None)
+        raise OSError(number or errno.ENOSPC, quoted(full), name or str(path)) from None
 
 
 def room_error(error):
-    """The failed write for want of room that `error` is, or that a library wrapped into it; None if there is none."""
+    """The failed write for want of disk space that `error` is, or that a library wrapped into it; None if none is."""
     while error and not isinstance(error, InputError) and not no_room(error):
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return error if error and no_room(error) else None
 
 
-def why(error):
-    """What the system says of a failed write, or else its writer, on one line."""
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:150]
-
-
 def no_room(error):
-    """Whether a write failed for want of room, of quota, or at the limit of a file's size: as the system says it, or numpy's,
-    safetensors' or torch's writer in its own words. Not what we say ourselves, which may quote anything."""
-    return not isinstance(error, InputError) and (
-        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        or any(
-            words in str(error)
-            for words in (
-                "No space left",
-                "Not enough disk space",
-                "quota exceeded",
-                "File too large",
-                " requested and ",
-                "PytorchStreamWriter",
-                "unexpected pos",
-                "iostream error",
-            )
-        )
-    )
+    """Whether a write failed because the disk is full, by its number or the writer's words.
+
+    Never true of an InputError, whose words are ours and may quote anything.
+    """
+    if isinstance(error, InputError):
+        return False
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(words in str(error) for words in FULL)
+
+
+def quoted(error):
+    """What the system or the writer says of a failed write, on one line. Of a long text, the part that matters."""
+    system = getattr(error, "strerror", None)
+    if system:
+        return system
+    text = " ".join(str(error).split())
+    place = max(0, next((text.find(words) for words in FULL if words in text), 0))
+    start = max(0, place - 200)  # the place that is full stands before or after these words
+    return text[start : place + 150]
 
 
 @contextlib.contextmanager
 def replacing_folder(folder):
-    """A temporary neighbour of `folder`, not yet made; renamed over it when the block ends without an exception."""
+    """The name of a temporary folder beside `folder`, not yet made. Renamed to `folder` if the block ends normally."""
     folder = Path(folder)
     work = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
@@ -106,8 +118,11 @@ def replacing_folder(folder):
     os.replace(work, folder)
 
 
+# --- locks ---
+
+
 def hold(path):
-    """The lock file at `path`, open and ours until it is closed or this process ends, however it ends; None if another's."""
+    """Lock the file at `path`. Returns the open file, or None if another process has it. Closing or exiting unlocks."""
     file = open(path, "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,19 +137,22 @@ def hold(path):
 
 
 def owner(path):
-    """Who holds a lock."""
+    """Which process holds the lock at `path`."""
     return Path(path).read_text(encoding="utf-8") or "a process that just started"
 
 
 def wait_for(path, what):
-    """hold(), waited for: the other makes the same."""
-    said = False
-    while not (file := hold(path)):
-        if not said:
-            print(f"waiting: {owner(path)} is at work on {what}", flush=True)
-        said = True
+    """Like hold(), but wait until it succeeds. what: what the other process makes, for the message."""
+    file = hold(path)
+    if not file:
+        print(f"waiting: {owner(path)} is working on {what}", flush=True)
+    while not file:
         time.sleep(0.2)
+        file = hold(path)
     return file
+
+
+# --- outputs are checked before the work begins ---
 
 
 def check_new(path):
@@ -178,37 +196,42 @@ def check_out(path):
         raise InputError(f"--out is {path}, a folder; expected a file")
 
 
+# --- JSON, arrays, fingerprints ---
+
+
 def write_json(path, value):
+    """Write a JSON value in replacing()."""
     with replacing(path) as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
 
 
 def sealed(value):
-    """A JSON object with a digest of the rest of it, so that a flipped bit is noticed."""
+    """A JSON object with a digest of its other fields added, so that unharmed() notices a flipped bit."""
     value = {name: each for name, each in value.items() if name != "digest"}
     return value | {"digest": fingerprint(json.loads(json.dumps(value)))}
 
 
 def read_sealed(path, mend):
-    """read_json() of an object that was written sealed()."""
+    """read_json() of an object that was sealed() when it was written."""
     return unharmed(read_json(path, mend), path, mend)
 
 
 def unharmed(value, path, mend):
-    """`value`, read at `path`, if it is as it was sealed()."""
+    """`value`, which was read at `path`, if its digest is right; InputError naming `mend` if not."""
     if value != sealed(value):
         raise InputError(f"{path}: is not as it was written; make it again with: {mend}")
     return value
 
 
 def write_array(path, array):
+    """np.save() in replacing()."""
     with replacing(path, "wb") as file:
         np.save(file, array)
 
 
 def read_json(path, mend):
-    """The JSON object at `path`; InputError naming `mend`, the command that makes the file, if it is not one."""
+    """The JSON object at `path`. If it is none: InputError naming `mend`, the command that makes the file."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -219,7 +242,7 @@ def read_json(path, mend):
 
 
 def fingerprint(*parts):
-    """Hex digest of 16 characters over strings, bytes, arrays and JSON values, in order."""
+    """Hex digest (16 characters) of strings, bytes, arrays and JSON values, in order."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -232,6 +255,7 @@ def fingerprint(*parts):
 
 
 def file_sha256(path):
+    """Hex digest of a whole file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -240,9 +264,10 @@ def file_sha256(path):
 
 
 def open_array(path, mend):
+    """The .npy file at `path`, memory-mapped. If it is damaged: InputError naming `mend`, the command that makes it."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # what a flipped bit in a header makes numpy raise is of many kinds
+    except Exception as error:  # numpy raises many kinds for a damaged header
         raise InputError(f"{path}: cannot be read as an array ({error}); make it again with: {mend}") from None
 
 
@@ -252,9 +277,9 @@ def shorten(text, most):
 
 
 def each_once(pairs):
-    """An object of distinct keys: of two responses under one name Python would take the last, without a word."""
+    """json's object_pairs_hook that refuses a key that occurs twice: Python would silently take the last value."""
     value = dict(pairs)
     if len(value) < len(pairs):
         [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {json.dumps(shorten(twice, 40))} stands twice in one object")
+        raise ValueError(f"the key {json.dumps(shorten(twice, 40))} occurs twice in one object")
     return value

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The whole job: preferences -> packed arrays -> reference scores -> an aligned model. What is on disk and valid is reused.
+# The whole job: preferences -> packed arrays -> reference scores -> an aligned model. Steps that are up to date are skipped.
 #
 #   bash launch.sh DS_CONFIG [--num_gpus N] [flags of data_prep.py, score.py and train_dpo.py]
 #   bash launch.sh ds_configs/zero3_offload_4080.json
 #   bash launch.sh ds_configs/zero3_offload_4080.json --config_file configs/tiny.yaml --beta 0.2
-#   bash launch.sh --setup          # the environment only
+#   bash launch.sh --setup          # create the environment, and nothing else
 #
-# Without flags: the packed/ of this folder if there is one, else configs/tiny.yaml, the embedded model and preferences.
-# --num_gpus: ranks on this machine; without it all GPUs, or one rank on a CPU.
-# Ctrl-C or SIGTERM: the pair in hand is finished, all is saved, and the same command goes on; a second one stops at once.
-# Several hosts with one shared folder: the same command on each, with NNODES, NODE_RANK (from 0), MASTER_ADDR and MASTER_PORT
-# set as for torchrun; or here, with HOSTFILE=hosts (DeepSpeed's: "name slots=N" a line), which starts them by ssh.
+# Without flags: the packed/ of the current folder if there is one, otherwise configs/tiny.yaml (a tiny model and its preferences).
+# --num_gpus: number of ranks on this machine. Default: all GPUs, or one rank on a CPU.
+# Ctrl-C or SIGTERM: the current pair is finished, everything is saved, and the same command resumes. Twice: stops at once.
+# Several hosts with one shared folder: run the same command on each, with NNODES, NODE_RANK (from 0), MASTER_ADDR and
+# MASTER_PORT set as for torchrun. Or run it here with HOSTFILE=hosts (DeepSpeed's format, "name slots=N" a line), over ssh.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -20,7 +20,7 @@ ds_config=${1:-}
 [ "$ds_config" != --setup ] || { echo "setup: ready ($python)"; exit 0; }
 case $ds_config in "" | -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; [ -n "$ds_config" ]; exit ;; esac
 [ -f "$ds_config" ] || die "$ds_config: no such ds_config; expected one of $(cd "$here" && ls ds_configs/*.json | paste -sd' ')"
-[ -z "${HOSTFILE:-}" ] || . "$here/hosts.sh" # does not come back
+[ -z "${HOSTFILE:-}" ] || . "$here/hosts.sh" # does not return
 shift
 
 ranks= flags=()
@@ -37,30 +37,33 @@ if [ ${#flags[@]} = 0 ] && [ ! -f packed/meta.json ]; then
     flags=(--config_file configs/tiny.yaml)
 fi
 
-read -r gpus exact < <("$python" -c 'import torch; print(torch.cuda.device_count(), int(torch.__version__ >= "2.13"))')
+gpus=0 exact=0
+if compgen -G "/dev/nvidia[0-9]*" >/dev/null || [ -e /dev/dxg ] || [ -e /dev/kfd ]; then # importing torch takes seconds
+    read -r gpus exact < <("$python" -c 'import torch; print(torch.cuda.device_count(), int(torch.__version__ >= "2.13"))')
+fi
 ranks=${ranks:-$((gpus > 0 ? gpus : 1))}
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || die "--num_gpus is '$ranks', expected a number from 1"
 [ "$gpus" = 0 ] || [ "$ranks" -le "$gpus" ] || die "--num_gpus $ranks: this machine has $gpus"
 [ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((($(nproc) + ranks - 1) / ranks)))}
-# Page-locked memory as large as asked, and given back: else torch rounds it up to powers of two, tens of GiB at 8B.
+# Allocate page-locked memory exactly and free it: by default torch rounds up to powers of two, tens of GiB at 8B.
 [ "$gpus" = 0 ] || [ "$exact" = 0 ] || [ -n "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ] ||
     export PYTORCH_ALLOC_CONF=pinned_max_cached_size_mb:1
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
 hosts=${NNODES:-1} host=${NODE_RANK:-0}
 [[ $hosts =~ ^[1-9][0-9]*$ && $host =~ ^[0-9]+$ ]] && [ "$host" -lt "$hosts" ] ||
-    die "NNODES is '$hosts' and NODE_RANK '$host', expected a number of hosts, and this one's place among them from 0"
+    die "NNODES is '$hosts' and NODE_RANK is '$host', expected the number of hosts, and this host's number from 0"
 [ "$hosts" = 1 ] || [ -n "${MASTER_ADDR:-}" ] || die "NNODES is $hosts and MASTER_ADDR is not set, expected the address of host 0"
 export MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} WORLD_SIZE=$((hosts * ranks)) LOCAL_WORLD_SIZE=$ranks PYTHONUNBUFFERED=1
 
 stopped=0 pids=()
-stop() { # once: what is in hand is finished and saved; twice: stopped at once. Ranks have sessions of their own: only we are asked
+stop() { # pass a signal on to the ranks, which have sessions of their own: the first one saves, the second one ends
     stopped=1
     [ ${#pids[@]} = 0 ] || kill -TERM "${pids[@]}" 2>/dev/null || true
 }
 trap stop INT TERM HUP
 
-finish() { # wait for all of pids; when one fails the others, which would wait for it, are ended
+finish() { # wait for all of pids; when one fails, end the others, which would wait for it forever
     local code=0 status pid left
     while [ ${#pids[@]} -gt 0 ]; do
         wait -n "${pids[@]}" 2>/dev/null || true # or a signal
@@ -74,13 +77,13 @@ finish() { # wait for all of pids; when one fails the others, which would wait f
         [ "$code" = 0 ] || [ ${#pids[@]} = 0 ] || { kill -KILL "${pids[@]}" 2>/dev/null || true; }
     done
     if [ "$stopped" = 1 ]; then
-        [ "$code" = 0 ] || echo "stopped at once; what was saved before is whole; go on with: $LAUNCH_COMMAND"
+        [ "$code" = 0 ] || echo "stopped at once; what was saved before is safe; to resume, run: $LAUNCH_COMMAND"
         exit 0
     fi
     [ "$code" = 0 ] || exit "$code"
 }
 
-ranks_of() { # SCRIPT PORT [FLAG...]: a script of ours on this host's ranks; PORT: which of those that meet, for they need one each
+ranks_of() { # SCRIPT NUMBER [FLAG...]: run a script on this host's ranks; NUMBER is added to the port, one for each script
     local port rank
     if [ "$hosts" = 1 ]; then
         port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')

@@ -1,26 +1,48 @@
 """How a command ends: exit code 0, 2 with one sentence for a user's error, 130 for Ctrl-C.
 
-A command calls run(main) last. Before its heavy imports it calls early(arguments), so that --help and every mistake
-in the arguments are answered in a fraction of a second.
+A command calls run(main) last. Above its heavy imports it calls early(check), which reads the arguments, so that
+--help, mistakes and "up to date" are answered in a fraction of a second.
 """
 
+import contextlib
 import os
 import shlex
 import sys
+import traceback
 
-from files import InputError, no_room, why
+from files import InputError, quoted, room_error
 
 
 def early(check):
-    """Call check(), which reads a command's arguments, before torch is imported. A user's error ends the process."""
+    """Call check() before torch is imported. A user's error ends the process; otherwise it goes on."""
+    flushed(check)
+
+
+def run(main):
+    """Call a command's main() and exit with its code."""
+    code = flushed(main)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(code or 0)  # skip destructors: torch's threads sometimes abort there, which looks like a failure
+    sys.exit(code)
+
+
+def flushed(function):
+    """function()'s result, after all output is written. A user's error or Ctrl-C ends the process."""
     try:
-        check()
+        try:
+            return function()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        sys.exit(130)
     except Exception as error:
         end_with(error)
 
 
 def end_if(reason):
-    """End the process with exit code 0 if there is a `reason` why nothing is to be done. Say it, once for all ranks."""
+    """End the process with exit code 0 if there is a `reason` to do nothing. Print it, unless it is empty."""
     if reason is None:
         return
     if reason and first_rank():
@@ -33,46 +55,47 @@ def first_rank():
     return os.environ.get("RANK", "0") == "0"
 
 
-def run(main):
-    """Call a command's main() and exit with its code."""
-    try:
-        code = main()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        sys.exit(130)
-    except Exception as error:
-        end_with(error)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Skip destructors: torch's threads sometimes abort there, which looks like a failure of a finished job.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code or 0)
-    sys.exit(code)
-
-
 def end_with(error):
-    """Print a user's error once for all ranks, or for this rank alone if no other has met it; exit code 2.
+    """Print a user's error once for all ranks, or for this rank alone if no other has it; exit code 2.
 
     Any other error is raised again.
     """
-    if no_room(error):
-        error = without_room(error)
+    full = room_error(error)
+    if full:
+        if not isinstance(full, OSError):  # a library's: its traceback shows what it was doing
+            traceback.print_exception(error)
+        error = without_room(full)
     elif not isinstance(error, InputError):
         raise error
     if first_rank() or error.local:
         speaker = "error" if first_rank() else f"error (rank {os.environ['RANK']})"
-        print(f"{speaker}: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # stderr may be on the full disk, too
+            print(f"{speaker}: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def without_room(error):
-    """The sentence of a write that failed for want of room."""
-    name = getattr(error, "filename", None) or "a file"  # of a writer that is not within naming()
-    return InputError(
-        f"{name}: cannot be written ({why(error)}); what was finished before is whole; make room, and go on with: "
-        f"{command()}",
-        local=True,
-    )
+    """The InputError for a write that failed because the disk is full."""
+    name = getattr(error, "filename", None)
+    if not name:  # not written inside files.naming()
+        name = "standard output" if stdout_is_full() else "a file"
+    return cannot_write(name, error, "Finished work is safe")
+
+
+def stdout_is_full():
+    """Whether standard output cannot be written. If so it is closed, so that Python does not try again at exit."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def cannot_write(path, error, kept):
+    """The InputError for a failed write to `path`. kept: what is safe, a sentence without its full stop."""
+    said = f"{path}: cannot be written ({quoted(error)}). {kept}. Free some disk space, then run: {command()}"
+    return InputError(said, local=True)
 
 
 def command():

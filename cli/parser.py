@@ -116,6 +116,10 @@ class Parser(ArgumentParser):
             raise InputError(f"unknown argument {unknown[0]}{nearest(unknown[0], known)}")
         return [group(**{item.name: getattr(found, item.name) for item in fields(group)}) for group in self.groups]
 
+    def _print_message(self, message, file=None):
+        """argparse's, which would ignore that standard output is full."""
+        print(message, end="", file=file)
+
     def error(self, message):
         raise InputError(f"{message}; --help lists the arguments")
 

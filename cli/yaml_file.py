@@ -1,4 +1,4 @@
-"""A YAML file of arguments, as flags: argparse knows their types, and says what is wrong with them."""
+"""A YAML file of arguments, turned into flags, so that argparse checks their types as on the command line."""
 
 from collections import Counter
 
@@ -9,24 +9,24 @@ from files import InputError
 
 
 class Loader(yaml.BaseLoader):
-    """Every value a string (YAML would read 5e-6 as one, and no as false), and no name twice: YAML would take the last."""
+    """Reads every value as a string, since YAML reads no as false, and refuses a name that occurs twice."""
 
     def construct_mapping(self, node, deep=False):
         names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         for name, times in names.most_common(1):
             if times > 1:
-                problem = f"{shown(name)} stands twice"
+                problem = f"{shown(name)} occurs twice"
                 raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def shown(name):
-    """A name out of a file, on one line."""
+    """A name read from a file, safe to print on one line."""
     return name[:80] if name.isprintable() else repr(name[:80])
 
 
 def yaml_as_flags(path, known):
-    """The entries of the YAML file at `path` as flags ["--beta=0.2", ...], word for word; known: the names it may have."""
+    """The entries of the YAML file at `path` as flags: ["--beta=0.2", ...]. known: the names that it may have."""
     try:
         with open(path, encoding="utf-8") as file:
             entries = yaml.load(file, Loader)

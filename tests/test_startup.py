@@ -9,6 +9,8 @@ import sys
 import pytest
 from small import ROOT
 
+from files import quoted
+
 COMMANDS = ["data_prep", "score", "train_dpo", "make_prefs", "generate", "evaluate", "report"]
 COMMANDS += ["plan", "calibrate", "merge", "convert"]
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "peft", "matplotlib")
@@ -71,3 +73,27 @@ def test_a_mistake_is_answered_at_once(command, words, sentence):
 def test_calibrate_with_reuse_has_nothing_to_do_without_auto():
     said, code, heavy = probe("calibrate", "--reuse", "--diffusion_steps", "3")
     assert (said, code, heavy) == ("", 0, [])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--no_such_flag"]])
+def test_standard_output_on_a_full_disk(words):
+    """One sentence and exit code 2, whether --help or an error finds no room."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, ROOT / "data_prep.py", *words]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    if words == ["--help"]:
+        assert "standard output: cannot be written (No space left on device)" in done.stderr
+
+
+def test_standard_error_on_a_full_disk():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, ROOT / "data_prep.py", "--no_such_flag"], cwd=ROOT, stderr=full)
+    assert done.returncode == 2
+
+
+def test_a_long_error_keeps_the_place_that_is_full():
+    before, after = "begin " * 200, " end" * 200
+    error = RuntimeError(f"{before}/dev/shm/nccl-7: No space left on device{after}")
+    said = quoted(error)
+    assert "/dev/shm/nccl-7: No space left on device" in said and len(said) < 400

@@ -43,8 +43,5 @@ class Stop:
 
 
 def cannot_save(path, error, kept):
-    """The sentence of a save that failed."""
-    return InputError(
-        f"{path}: cannot be written ({' '.join(str(error).split())[:150]}); {kept}; make room, and go on with: {exits.command()}",
-        local=True,
-    )
+    """The InputError for a checkpoint that could not be saved."""
+    return exits.cannot_write(path, error, kept)

@@ -271,7 +271,7 @@ def test_every_depth(name, attempt, tmp_path):
         (b'{"a": [{}], "b": [{}]}', "found an object"),
         (b"[]", "it is empty"),
         (b"[[], 7]", "row 1: expected a JSON object, found a list"),
-        (b'[{"a": 1, "a": 2}]', 'the key "a" stands twice'),
+        (b'[{"a": 1, "a": 2}]', 'the key "a" occurs twice'),
         (b'[{"a\\nb": 1, "\\ud800": 2}]', 'the columns are "a\\nb", "\\ud800"'),
         (b'{"prompt": 1}\n{"prompt": 2}', "call a file of one object a line .jsonl"),
     ],
