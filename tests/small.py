@@ -1,14 +1,17 @@
-"""What the tests of score, objective and train_dpo run on: a model of 60,000 parameters, pairs of random ids, scripts."""
+"""What tests run on: a model of 60,000 parameters, pairs of random ids; and how they run our scripts."""
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +89,10 @@ def make_model(folder, tokenizer_dir, seed=0):
 def make_pairs(lengths, seed=0):
     """Random ids, the responses ending in eos."""
     rng = np.random.default_rng(seed)
-    ids = lambda n: rng.integers(4, VOCAB, n).tolist()  # noqa: E731
+
+    def ids(n):
+        return rng.integers(4, VOCAB, n).tolist()
+
     return [(ids(p), ids(w - 1) + [EOS], ids(l - 1) + [EOS]) for p, w, l in lengths]
 
 
@@ -172,20 +178,45 @@ def refusal(main, capsys, *argv):
     return said[said.index("error: ") :].splitlines()[0]
 
 
-def start(command, world=None, **options):
-    """Start a script of ours (bare, or by torchrun on `world` ranks) in a session of its own."""
+def environment(**more):
+    """The variables of a script under test: one rank, one thread, no GPU, no network."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHER} | ENV | more
+
+
+@functools.cache
+def server():
+    """This process's server of forked scripts (preloaded.py); None outside pytest, and with PRELOAD=0."""
+    if "pytest" not in sys.modules or os.environ.get("PRELOAD") == "0":
+        return None
+    return preloaded.Server(tempfile.mkdtemp(prefix="preloaded-"), environment())
+
+
+def start(command, world=None, env=None, **options):
+    """Start a script of ours (bare, or by torchrun on `world` ranks) in a session of its own.
+
+    env: its environment, by default environment(). options: those of subprocess.Popen; without them stdout and stderr
+    share a pipe.
+    """
+    words, env = [str(word) for word in command], env or environment()
+    options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
+    if server() and server().serves(env):
+        return preloaded.Process(server(), words, env, world, **options)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world else []
-    env = {name: value for name, value in os.environ.items() if name not in LAUNCHER} | ENV
-    return subprocess.Popen(
-        [sys.executable, *launcher, *map(str, command)],
-        env=env,
-        cwd=ROOT,
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        **options,
-    )
+    return subprocess.Popen([sys.executable, *launcher, *words], env=env, start_new_session=True, **options)
+
+
+def execute(command, timeout=600, **options):
+    """Run a script of ours to its end, as subprocess.run does: the result has returncode, stdout and stderr.
+
+    options: those of start().
+    """
+    process = start(command, stderr=subprocess.PIPE, **options)
+    try:
+        said, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"{command} hangs:\n{process.communicate(timeout=60)}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, said, errors)
 
 
 def run(command, world=None, code=0, timeout=600):
@@ -198,6 +229,23 @@ def run(command, world=None, code=0, timeout=600):
         raise AssertionError(f"{command} hangs:\n{process.communicate(timeout=60)[0][-3000:]}") from None
     assert process.returncode == code, said[-5000:]
     return said
+
+
+def shell_environment(fresh=False, **more):
+    """The variables of a shell in which this Python's environment is active; its `python` and `python3` ask server().
+
+    fresh: they are this Python itself, as they are where a GPU would be used.
+    """
+    place = f"{sys.prefix}/bin:{os.environ['PATH']}"
+    if fresh or torch.cuda.is_available() or not server():
+        return os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": place} | more
+    return environment(VIRTUAL_ENV=sys.prefix, PATH=f"{server().folder}/bin:{place}", **more)
+
+
+def shell(command, folder, fresh=False, **environment):
+    """Run a line as its reader would, with this Python's environment active; returns as subprocess.run does."""
+    env = shell_environment(fresh, **environment)
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True)
 
 
 def run_jobs(folder, world, jobs, timeout=600):

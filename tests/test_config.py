@@ -6,12 +6,12 @@
 import importlib
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from small import execute
 
 import config
 from cli import exits
@@ -318,9 +318,7 @@ def test_subprocess(tmp_path):
     """As a script meets it: one line on stderr, nothing on stdout."""
     (tmp_path / "a.yaml").write_text("learning_rat: 1\n")
     code = "import config; from cli import exits; exits.run(lambda: config.parse(None, 'x', *config.GROUPS) and 0)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--config_file", tmp_path / "a.yaml"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = execute(["-c", code, "--config_file", tmp_path / "a.yaml"])
     assert done.returncode == 2 and done.stdout == ""
     line, end = done.stderr.split("\n")
     assert line.startswith(f"error: {tmp_path}/a.yaml: ") and "learning_rate" in line and end == ""

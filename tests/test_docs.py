@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from small import shell
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -344,8 +345,6 @@ def test_yaml_blocks(tmp_path):
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_commands(page, tmp_path):
     """The commands of a page run, in order, in a copy of the repository as a newcomer has it."""
-    from test_launch import shell
-
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -4,16 +4,13 @@ bash tests/run.sh tests/test_launch.py
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from small import ROOT, shell
 
-ROOT = Path(__file__).resolve().parent.parent
 DS = "ds_configs/zero3_offload_4080.json"
 ELSEWHERE = ("bash tests/run.sh", "bash examples/make_tiny.sh")  # this suite itself, and half an hour of training
 
@@ -30,14 +27,6 @@ def clone(tmp_path_factory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     return folder
-
-
-def shell(command, folder, **environment):
-    """Run a line as its reader would, with this environment active."""
-    active = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", **environment}
-    return subprocess.run(
-        ["bash", "-c", command], cwd=folder, env={**os.environ, **active}, capture_output=True, text=True
-    )
 
 
 def readme_commands():
@@ -75,7 +64,7 @@ def test_readme(clone):
 
 
 def test_two_ranks_and_stale_data(clone, tmp_path):
-    """--num_gpus 2 on a CPU; then other preferences under the same names are packed and scored again."""
+    """--num_gpus 2 on a CPU, in fresh processes; then other preferences under the same names are packed and scored again."""
     rows = (clone / "examples/prefs.jsonl").read_text().splitlines(keepends=True)
     source, out = tmp_path / "prefs.jsonl", tmp_path / "packed"
     run = (
@@ -83,7 +72,7 @@ def test_two_ranks_and_stale_data(clone, tmp_path):
         f"--diffusion_steps 2 --trajectories 1 --eval_fraction 0.2 --max_steps 2 --gradient_accumulation_steps 2 "
     )
     source.write_text("".join(rows[:16]))
-    first = shell(f"{run} --output_dir {tmp_path}/one", clone)
+    first = shell(f"{run} --output_dir {tmp_path}/one", clone, fresh=True)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "2 CPU rank(s)" in first.stdout and "2 steps of 4 pairs" in first.stdout
     source.write_text("".join(rows[:20]))

@@ -5,13 +5,11 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
-from small import AVX512, ENV, ROOT
+from small import AVX512, ROOT, execute
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,12 +24,7 @@ import score
 def bench(name, tmp_path, *argv, code=0):
     """What bench/NAME.py wrote with --json, and what it printed."""
     path = tmp_path / f"{name}.json"
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench" / f"{name}.py", *argv, "--json", path],
-        capture_output=True,
-        text=True,
-        env=os.environ | ENV,
-    )
+    done = execute([ROOT / "bench" / f"{name}.py", *argv, "--json", path])
     assert done.returncode == code, done.stderr[-3000:]
     return json.loads(path.read_text()) if code == 0 else None, done.stdout + done.stderr
 

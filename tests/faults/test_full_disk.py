@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import LENGTHS, ROOT, call, flags, log, make_model, make_pairs, pack, run
+from small import LENGTHS, ROOT, call, execute, flags, log, make_model, make_pairs, pack, run
 
 sys.path.insert(0, str(ROOT / "bench"))
 import faults  # noqa: E402
@@ -161,12 +161,7 @@ def test_training(disk, trained, save_steps, rooms, places):
     """TensorBoard's events, the log, a checkpoint, the model that comes out: whatever finds no room, nothing that was finished is lost."""
 
     def attempt():
-        done = subprocess.run(
-            [sys.executable, *map(str, trained.command), disk / "run", "--save_steps", str(save_steps)],
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-        )
+        done = execute([*trained.command, disk / "run", "--save_steps", save_steps])
         assert done.returncode in (0, 2) and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
         return done.stderr if done.returncode else None
 

@@ -17,7 +17,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small import LENGTHS, ROOT, call, flags, log, make_model, make_pairs, pack, refusal, run, start
+from small import (
+    LENGTHS,
+    ROOT,
+    call,
+    flags,
+    log,
+    make_model,
+    make_pairs,
+    pack,
+    refusal,
+    run,
+    shell,
+    shell_environment,
+    start,
+)
 
 sys.path.insert(0, str(ROOT / "bench"))
 import faults  # noqa: E402
@@ -127,12 +141,11 @@ def test_launch_stops_and_goes_on(home, tmp_path, number):
         "--gradient_accumulation_steps",
         1,
     ]
-    environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
     process = subprocess.Popen(
         ["bash", ROOT / "launch.sh", DS, "--num_gpus", "2", *map(str, argv)],
         cwd=ROOT,
         text=True,
-        env=environment,
+        env=shell_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -143,14 +156,7 @@ def test_launch_stops_and_goes_on(home, tmp_path, number):
         process.returncode == (0 if number == signal.SIGTERM else -number)
         and "stopped and saved; go on with: bash " in said
     ), said
-    again = subprocess.run(
-        said.rpartition("go on with: ")[2].strip(),
-        shell=True,
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env=environment,
-    )
+    again = shell(said.rpartition("go on with: ")[2].strip(), ROOT)
     assert again.returncode == 0 and "going on after step" in again.stdout, again.stdout + again.stderr
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     for mine, whole in zip(log(tmp_path / "run"), log(home.folder / "whole")):  # two ranks of one pair are one of two

@@ -3,15 +3,13 @@
 .venv/bin/python -m pytest -q tests/faults/test_world.py
 """
 
-import os
 import shutil
 import socket
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
-from small import LENGTHS, ROOT, flags, log, make_model, make_pairs, pack, run_jobs
+from small import LENGTHS, ROOT, flags, log, make_model, make_pairs, pack, run_jobs, shell_environment
 
 CLOSE = 2e-5  # of a loss, between two worlds in float32: their sums are added up in another order
 NOISE = flags(use_mixed_precision="no", diffusion_steps=2, trajectories=2, states_per_forward=3)
@@ -96,8 +94,8 @@ def command(home, out, *more):
     return ["bash", str(ROOT / "launch.sh"), str(ROOT / "ds_configs" / "zero3_offload_4080.json"), *map(str, argv)]
 
 
-def environment(**more):
-    return os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"} | more
+def launch(command, **variables):
+    return subprocess.run(command, env=shell_environment(**variables), capture_output=True, text=True)
 
 
 def test_two_launchers_and_a_host_file(home, tmp_path):
@@ -105,12 +103,7 @@ def test_two_launchers_and_a_host_file(home, tmp_path):
     what one launcher with one rank makes."""
     for name in ("one", "two", "file"):
         (tmp_path / name).mkdir()
-    one = subprocess.run(
-        command(home, tmp_path / "one", "--gradient_accumulation_steps", 2),
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    one = launch(command(home, tmp_path / "one", "--gradient_accumulation_steps", 2))
     assert one.returncode == 0, one.stdout + one.stderr
     argv, port = command(home, tmp_path / "two", "--gradient_accumulation_steps", 1, "--num_gpus", 1), str(free_port())
     both = [
@@ -119,7 +112,7 @@ def test_two_launchers_and_a_host_file(home, tmp_path):
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=environment(NNODES="2", NODE_RANK=str(rank), MASTER_ADDR="127.0.0.2", MASTER_PORT=port),
+            env=shell_environment(NNODES="2", NODE_RANK=str(rank), MASTER_ADDR="127.0.0.2", MASTER_PORT=port),
         )
         for rank in (0, 1)
     ]
@@ -130,7 +123,7 @@ def test_two_launchers_and_a_host_file(home, tmp_path):
     (tmp_path / "bin" / "ssh").write_text('#!/bin/bash\n[ "$1" = -tt ] && exec bash -c "$3"\n')
     (tmp_path / "bin" / "ssh").chmod(0o755)
     (tmp_path / "hosts").write_text("# two hosts\n127.0.0.3 slots=1\n127.0.0.4  slots=1 # the other\n\n")
-    there = environment(HOSTFILE=str(tmp_path / "hosts"), MASTER_PORT=str(free_port()))
+    there = shell_environment(HOSTFILE=str(tmp_path / "hosts"), MASTER_PORT=str(free_port()))
     there["PATH"] = f"{tmp_path}/bin:{there['PATH']}"
     done = subprocess.run(
         command(home, tmp_path / "file", "--gradient_accumulation_steps", 1), env=there, capture_output=True, text=True
@@ -155,9 +148,7 @@ def test_two_launchers_and_a_host_file(home, tmp_path):
 )
 def test_host_file_refusals(home, tmp_path, text, words):
     (tmp_path / "hosts").write_text(text)
-    done = subprocess.run(
-        command(home, tmp_path), env=environment(HOSTFILE=str(tmp_path / "hosts")), capture_output=True, text=True
-    )
+    done = launch(command(home, tmp_path), HOSTFILE=str(tmp_path / "hosts"))
     assert done.returncode == 2 and words in done.stderr and done.stderr.startswith("error: ")
 
 
@@ -170,5 +161,5 @@ def test_host_file_refusals(home, tmp_path, text, words):
     ],
 )
 def test_host_refusals(home, tmp_path, values, words):
-    done = subprocess.run(command(home, tmp_path), env=environment(**values), capture_output=True, text=True)
+    done = launch(command(home, tmp_path), **values)
     assert done.returncode == 2 and words in done.stderr

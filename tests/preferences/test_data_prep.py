@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from prepared import GOOD, write_rows
-from small import EOS, MASK, ROOT
+from small import EOS, MASK, ROOT, execute, start
 
 import data_prep
 import files
@@ -27,8 +27,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 def cli(*words):
-    command = [sys.executable, ROOT / "data_prep.py", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return execute([ROOT / "data_prep.py", *words], timeout=120)
 
 
 # --- the command line -------------------------------------------------------------------------------------
@@ -116,21 +115,18 @@ def test_cli_two_processes_make_the_same(tiny_dir, tmp_path):
 def test_workers_end_with_a_killed_job(tiny_dir, tmp_path):
     """Nothing of it stays behind, which would hold its memory and its output open."""
     source = write_rows(tmp_path / "prefs.jsonl", list(tasks.preference_rows(6000, "train", 1)))
-    process = subprocess.Popen(
+    process = start(
         [
-            sys.executable,
-            str(ROOT / "data_prep.py"),
+            ROOT / "data_prep.py",
             "--in",
             source,
             "--out",
-            str(tmp_path / "out"),
+            tmp_path / "out",
             "--num_proc",
-            "2",
+            2,
             "--model_name_or_path",
-            str(tiny_dir),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+            tiny_dir,
+        ]
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not (found := children.read_text().split()):

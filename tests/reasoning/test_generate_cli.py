@@ -6,10 +6,8 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,7 +15,7 @@ from pathlib import Path
 import jsonlines
 import pytest
 import torch
-from small import settings
+from small import execute, settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -34,12 +32,7 @@ SHORT = ["--gen_length", "8", "--steps", "4", "--use_mixed_precision", "no", "--
 
 
 def run_script(*args):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "generate.py"), *map(str, args)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return execute([ROOT / "generate.py", *args])
 
 
 # --- arguments --------------------------------------------------------------------------------------------

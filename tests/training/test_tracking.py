@@ -12,12 +12,11 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small import ENV, LAUNCHER, ROOT, call, flags, log, make_model, make_pairs, pack, refusal, run
+from small import ENV, LAUNCHER, ROOT, call, flags, log, make_model, make_pairs, pack, refusal, run, start
 
 import score
 import train_dpo
@@ -148,14 +147,8 @@ def test_what_is_due_after_each_step(start):
 def on_a_terminal(command, env):
     """What the command writes to a terminal of 100 columns, and its exit code."""
     master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        env={**env, "COLUMNS": "100"},
-        cwd=ROOT,
-        stdout=slave,
-        stderr=subprocess.DEVNULL,
-        stdin=subprocess.DEVNULL,
-    )
+    null = subprocess.DEVNULL
+    process = start(command, env={**env, "COLUMNS": "100"}, stdout=slave, stderr=null, stdin=null)
     os.close(slave)
     said = b""
     while True:
