@@ -1,11 +1,12 @@
 """Planned memory against measured: a run of train_dpo.py under DeepSpeed's CPU Adam, two steps, on the CPU.
 
-    python bench/planned.py [--ds zero3_offload_4080 zero3_offload_bf16_states zero2_offload_4080] [--length 128] [--json FILE]
-    python bench/planned.py --ds zero3_offload_4080 zero2_offload_4080 --lora_r 16      # train_dpo.py's flags are passed on
+    python bench/planned.py [--ds zero3_offload_4080 zero2_offload_4080] [--length 128] [--json FILE]
+    python bench/planned.py --ds zero3_offload_4080 --lora_r 16      # train_dpo.py's flags are passed on
 
-A random LLaDA of 336M parameters (its vocabulary small), so 6.7 GB at 20 bytes each; peak resident memory above what the process
-held with everything imported, at the last step and at the end, when the weights are gathered and saved. On a CPU card and host
-are one memory: plan.py's items are added up. The name is not plan.py, which would stand in the way of the module.
+The model is a random LLaDA of 336M parameters (its vocabulary small), 6.7 GB at 20 bytes each. Measured is the peak of
+resident memory above what the process held with everything imported: at the last step, and at the end, when the weights
+are gathered and saved. On a CPU card and host are one memory: plan.py's items are added up. This file is not called
+plan.py, which would hide that module.
 """
 
 import argparse
@@ -19,22 +20,18 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import small  # noqa: E402
+import small
 
-import config  # noqa: E402
+import config
 import files
-
-# noqa: E402
-import plan  # noqa: E402
+import plan
 from models import architecture
-from training import (
-    deepspeed_config,
-    engine,  # noqa: E402
-    footprint,  # noqa: E402
-    memory,  # noqa: E402
-)
+from models.llada import LLaDAConfig, LLaDAModelLM
+from training import deepspeed_config, footprint, memory
 
 # What is freed goes back at once: else the resident set shows the allocator's habits.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -42,25 +39,20 @@ MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TR
 
 def make(folder, args):
     """The model and four pairs of the full length."""
-    import torch
-
-    from models.llada import LLaDAConfig, LLaDAModelLM
-
     torch.manual_seed(0)
-    LLaDAModelLM(
-        LLaDAConfig(
-            d_model=args.width,
-            n_layers=args.layers,
-            n_heads=8,
-            mlp_hidden_size=4 * args.width,
-            vocab_size=small.VOCAB,
-            max_sequence_length=4096,
-            mask_token_id=small.MASK,
-            bos_token_id=1,
-            eos_token_id=small.EOS,
-            pad_token_id=small.EOS,
-        )
-    ).to(torch.bfloat16).save_pretrained(folder / "model")
+    model_config = LLaDAConfig(
+        d_model=args.width,
+        n_layers=args.layers,
+        n_heads=8,
+        mlp_hidden_size=4 * args.width,
+        vocab_size=small.VOCAB,
+        max_sequence_length=4096,
+        mask_token_id=small.MASK,
+        bos_token_id=1,
+        eos_token_id=small.EOS,
+        pad_token_id=small.EOS,
+    )
+    LLaDAModelLM(model_config).to(torch.bfloat16).save_pretrained(folder / "model")
     for path in (ROOT / "examples" / "tiny").glob("token*"):
         (folder / "model" / path.name).write_bytes(path.read_bytes())
     prompt = args.length // 4
@@ -75,7 +67,7 @@ def worker(argv):
     for flag, name in (("--lora_r", "peft"), ("--load_in_4bit", "bitsandbytes")):  # these come in late
         if flag in argv:
             importlib.import_module(name)
-    held, private, peak = memory.memory_now(engine.torch.device("cpu"))[0], anonymous(), [0]
+    held, private, peak = memory.memory_now(torch.device("cpu"))[0], anonymous(), [0]
 
     def watch():
         while True:
@@ -94,15 +86,13 @@ def worker(argv):
 
 def anonymous():
     """Bytes resident but for pages of files, which the kernel may take back: those of a model that is being read."""
-    [size] = [
-        int(line.split()[1])
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("RssAnon")
-    ]
-    return size * 2**10
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 2**10
+    return 0
 
 
-def run(script, argv, folder):
+def run(script, argv):
     """What a script of ours, or this one's worker, prints."""
     env = os.environ | small.ENV | MALLOC
     done = subprocess.run([sys.executable, script, *argv], env=env, cwd=ROOT, capture_output=True, text=True)
@@ -111,55 +101,67 @@ def run(script, argv, folder):
     return done.stdout
 
 
+def run_flags(name, folder, args):
+    """The flags of score.py and train_dpo.py."""
+    flags = small.flags(
+        data=folder / "packed",
+        model_name_or_path=folder / "model",
+        diffusion_steps=2,
+        trajectories=1,
+        states_per_forward=1,
+        max_length=args.length,
+        output_dir=folder / name,
+        max_steps=2,
+        eval_fraction=0.25,
+        gradient_accumulation_steps=1,
+        deepspeed=f"ds_configs/{name}.json",
+    )
+    return flags + args.more
+
+
+def planned(argv, folder):
+    """The Plan of these flags; card and host are one memory."""
+    groups = config.parse(argv, "", *config.GROUPS)
+    _, model_args, noise_args, _ = groups
+    noise_args.estimator = "spread"
+    model_config = architecture.load_config(str(folder / "model"))
+    ds = deepspeed_config.read_ds_config(model_args.deepspeed)
+    return plan.plan(model_config, *groups, ds, footprint.Machine(1e3, 1e3, one_memory=True))
+
+
 def measure(name, folder, args):
     """One row: GiB planned and measured, while training and at the end."""
-    argv = (
-        small.flags(
-            data=folder / "packed",
-            model_name_or_path=folder / "model",
-            diffusion_steps=2,
-            trajectories=1,
-            states_per_forward=1,
-            max_length=args.length,
-            output_dir=folder / name,
-            max_steps=2,
-            eval_fraction=0.25,
-            gradient_accumulation_steps=1,
-            deepspeed=f"ds_configs/{name}.json",
-        )
-        + args.more
-    )
-    run(ROOT / "score.py", argv, folder)
-    said = run(__file__, ["--worker", *argv], folder).split()
+    argv = run_flags(name, folder, args)
+    run(ROOT / "score.py", argv)
+    said = run(__file__, ["--worker", *argv]).split()
     held, peak, private = (float(word) for word in said[said.index("measured") + 1 :][:3])
     training = max(row["host_peak_gib"] for row in small.log(folder / name))
-    data_args, model_args, noise_args, train_args = config.parse(argv, "", *config.GROUPS)
-    noise_args.estimator = "spread"
-    made = plan.plan(
-        architecture.load_config(str(folder / "model")),
-        data_args,
-        model_args,
-        noise_args,
-        train_args,
-        deepspeed_config.read_ds_config(model_args.deepspeed),
-        plan.Machine(1e3, 1e3, one_memory=True),
-    )
-    planned = sum(item.size for item in made.items) / 2**30
+    made = planned(argv, folder)
+    print(plan.table(made))
+    total = sum(item.size for item in made.items) / 2**30
     saving = sum(item.size for item in made.items if "saved" in item.name) / 2**30
     passing = sum(item.size for item in made.items if item.name.startswith(footprint.PASSING)) / 2**30
-    print(plan.table(made))
     return {
         "ds_config": name,
         "parameters": made.parameters,
-        "planned": planned - saving,
+        "planned": total - saving,
         "measured": training - held,
-        "ratio": (planned - saving) / (training - held),
-        "planned_end": planned - passing,
+        "ratio": (total - saving) / (training - held),
+        "planned_end": total - passing,
         "measured_end": peak - held,
-        "ratio_end": (planned - passing) / (peak - held),
+        "ratio_end": (total - passing) / (peak - held),
         "anonymous": private,
-        "ratio_anonymous": planned / private,
+        "ratio_anonymous": total / private,
     }
+
+
+def summary(row):
+    """A row of the table in one line."""
+    return (
+        "{ds_config}: training {planned:.2f} GiB planned, {measured:.2f} measured, ratio {ratio:.3f}; "
+        "with the end {planned_end:.2f}, {measured_end:.2f}, {ratio_end:.3f}; "
+        "without pages of files {anonymous:.2f}, {ratio_anonymous:.3f}"
+    ).format(**row)
 
 
 def main(argv=None):
@@ -180,13 +182,7 @@ def main(argv=None):
         make(Path(folder), args)
         for name in args.ds:
             rows.append(measure(name, Path(folder), args))
-            print(
-                "{ds_config}: training {planned:.2f} GiB planned, {measured:.2f} measured, ratio {ratio:.3f}; with the end "
-                "{planned_end:.2f}, {measured_end:.2f}, {ratio_end:.3f}; without pages of files {anonymous:.2f}, {ratio_anonymous:.3f}".format(
-                    **rows[-1]
-                ),
-                flush=True,
-            )
+            print(summary(rows[-1]), flush=True)
     if args.json:
         files.write_json(args.json, {"table": rows, "length": args.length})
     return 0

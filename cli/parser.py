@@ -153,6 +153,7 @@ def folded(command, width):
 
 
 def nearest(word, known, otherwise="--help lists them, docs/migrating.md has TRL's names", cutoff=0.72):
-    """The end of a sentence about an unknown name: the known one that is nearest, or what to do otherwise."""
-    found = difflib.get_close_matches(word, known, 1, cutoff)
+    """The end of a sentence about an unknown name: the known one that it alone abbreviates, or the nearest."""
+    longer = [each for each in known if each.startswith(word)]
+    found = longer if len(longer) == 1 else difflib.get_close_matches(word, known, 1, cutoff)
     return f"; did you mean {found[0]}?" if found else f"; {otherwise}"

@@ -238,6 +238,7 @@ def test_wrong_yaml(parse, text, words):
         (["--learning_rat", "1"], "--learning_rat; did you mean --learning_rate?"),
         (["--zzz"], "--zzz"),
         (["--diffusion", "4"], "--diffusion; did you mean --diffusion_steps?"),
+        (["--eval_f", "0.1"], "--eval_f; did you mean --eval_fraction?"),
         (["stray"], "stray"),
     ],
 )

@@ -1,12 +1,12 @@
-"""What a run's tensors weigh, item by item, on card and host. No weights are read: the model is counted on the meta device.
+"""Bytes of a run's tensors, item by item, on card and host. No weights are read: a model is counted on the meta device.
 
-    config.json + ds_config + arguments -> shape(...), activations(...), logits(...), host_items(...), card_items(...)
+    config.json + ds_config + arguments -> model_shape(), activation_bytes(), logit_bytes(), host_items(), card_items()
 
-The sizes are those of the tensors that DeepSpeed 0.19.8 makes (runtime/zero/stage3.py, stage_1_and_2.py), torch's autograd
-keeps (llada.py's block) and head.py makes; bench/planned.py measures them. Bytes are of one rank's card, and of
-all `ranks` on one host.
+The tensors are those that DeepSpeed 0.19.8 makes (runtime/zero/stage3.py, stage_1_and_2.py), that autograd keeps
+(models/llada.py's block) and that models/head.py makes. Bytes are of one rank's card, and of all ranks on one host.
+tests/training/test_plan.py compares the formulas with autograd, bench/planned.py compares their sum with a run.
 
-D width, V vocabulary; rows: sequences in one graph; e: bytes of a weight, 2 in bf16.
+D width, L length, V vocabulary.
 """
 
 import math
@@ -22,21 +22,25 @@ from models.head import CHUNK_BYTES
 
 CONTEXT = 0.6 * 2**30  # bytes of the CUDA context, cuBLAS and what the allocator cannot reuse: a planning number
 PROCESS = 1.5 * 2**30  # bytes of a process with torch, transformers and deepspeed on the host: a planning number
-NORM = 250_000_000  # elements that DeepSpeed's gradient norm turns into float64 at a time (stage3._constant_buffered_norm2)
-PASSING = ("activations", "logits", "largest gradient, its")  # of the backward pass: gone when weights are saved
+NORM = 250_000_000  # elements that DeepSpeed casts to float64 at a time for the norm (stage3._constant_buffered_norm2)
+MOMENTS_AND_TEMPORARY = (
+    8 + 4
+)  # bytes per trained element of torch's AdamW in float32: two moments, and a temporary in its step
+PASSING = ("activations", "logits", "largest gradient, its")  # items of the backward pass: gone when weights are saved
 
 
 class Machine(NamedTuple):
-    """GiB, GiB, 1e12 operations/s, 1e9 bytes/s. one_memory: the card is the host (a CPU run), and nothing is copied across.
-    rounded: page-locked memory comes in powers of two, and is never given back (torch before 2.13, or without launch.sh)."""
+    """What a plan is made for. The numbers are per card, but for the host's memory."""
 
     gpu_gib: float
     host_gib: float
-    tflops: float = 49
-    pcie_gbs: float = 25
+    tflops: float = 49  # 1e12 operations a second
+    pcie_gbs: float = 25  # 1e9 bytes a second
     ranks: int = 1
-    one_memory: bool = False
-    rounded: bool = False
+    one_memory: bool = False  # the card is the host (a run on a CPU): nothing is copied between them
+    rounded: bool = (
+        False  # page-locked memory comes in powers of two and is never freed (torch before 2.13, or no launch.sh)
+    )
 
 
 class Item(NamedTuple):
@@ -45,104 +49,232 @@ class Item(NamedTuple):
     size: float  # bytes
 
 
-class Shape(NamedTuple):
-    """Elements of a model's tensors. trained: of each tensor with a gradient, in order; frozen: of the others."""
+# --- the model --------------------------------------------------------------------------------------------
 
-    trained: list
-    frozen: list
-    packed: int  # of frozen, those in 4 bits
-    linear: int  # of the blocks' matrices: 2 operations each for a token
-    block: int  # of the largest block
+
+class Shape(NamedTuple):
+    """Elements of a model's tensors."""
+
+    trained: list  # elements of each tensor with a gradient, in order
+    frozen: list  # elements of each other tensor
+    packed: int  # of the frozen elements, those in 4 bits
+    block_weights: int  # elements of all blocks' matrices: 2 operations each for a token
+    largest_block: int
     head: int  # V * D
-    words: int
+    vocabulary: int
     width: int
     layers: int
-    inner: int  # width of the MLP
-    queries: int  # heads * head width
-    keys: int  # key-value heads * head width
+    mlp_width: int
+    query_width: int  # heads * head width
+    key_width: int  # key-value heads * head width
+
+    @property
+    def parameters(self):
+        """Elements of the model alone, without adapters."""
+        return sum(self.frozen or self.trained)
+
+    @property
+    def elements(self):
+        """Elements of the model and of its adapters."""
+        return sum(self.trained) + sum(self.frozen)
 
 
-def shape(model_config, model_args):
-    """Count on the meta device: exact, no memory."""
+def model_shape(model_config, model_args):
+    """Count a model's tensors on the meta device: exact, no memory. Raises InputError for a model without blocks."""
+    shifted = families.shifted(model_config, model_args.shift_logits)
     with torch.device("meta"), no_init_weights():
-        model = architecture.build(
-            model_config,
-            torch.bfloat16,
-            families.shifted(model_config, model_args.shift_logits),
-            model_args.trust_remote_code,
-        )
+        model = architecture.build(model_config, torch.bfloat16, shifted, model_args.trust_remote_code)
     blocks = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), [])
-    linears, head = architecture.block_linears(model), model.get_output_embeddings()
+    linears = architecture.block_linears(model)
     if not linears:
         raise InputError(
             f"config.json: model_type {model_config.model_type} has no blocks with linear layers to plan for"
         )
-    whole = [parameter.numel() for parameter in model.parameters()]  # tied ones once
-    layers, heads = model_config.num_hidden_layers, model_config.num_attention_heads
-    wide = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
+    weights = [parameter.numel() for parameter in model.parameters()]  # tied ones once
     adapters = []
     if model_args.lora_r:
-        adapters = [
-            model_args.lora_r * size
-            for name in lora.pattern(model, model_args.lora_targets)[1]
-            for size in linears[name]
-        ]
+        for name in lora.pattern(model, model_args.lora_targets)[1]:
+            adapters += [model_args.lora_r * features for features in linears[name]]
+    in_linears = sum(inputs * outputs for inputs, outputs in linears.values())
+    layers, heads = model_config.num_hidden_layers, model_config.num_attention_heads
+    key_heads = getattr(model_config, "num_key_value_heads", None) or heads
+    head_width = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
+    head = model.get_output_embeddings()
     return Shape(
-        trained=adapters or whole,
-        frozen=whole if adapters else [],
-        packed=sum(a * b for a, b in linears.values()) if model_args.load_in_4bit else 0,
-        linear=sum(a * b for a, b in linears.values()) * layers // len(blocks),  # ALBERT runs one block many times
-        block=max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks),
+        trained=adapters or weights,
+        frozen=weights if adapters else [],
+        packed=in_linears if model_args.load_in_4bit else 0,
+        block_weights=in_linears * layers // len(blocks),  # ALBERT runs one block many times
+        largest_block=max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks),
         head=head.weight.numel(),
-        words=head.out_features,
+        vocabulary=head.out_features,
         width=model_config.hidden_size,
         layers=layers,
-        inner=max(out for _, out in linears.values()),
-        queries=heads * wide,
-        keys=(getattr(model_config, "num_key_value_heads", None) or heads) * wide,
+        mlp_width=max(outputs for _, outputs in linears.values()),
+        query_width=heads * head_width,
+        key_width=key_heads * head_width,
     )
 
 
-def activations(shape, rows, length, e, checkpointing):
-    """Bytes of `rows` sequences' graph at the turn from forward to backward: each layer's input and one layer's saved tensors,
-    or all layers' saved tensors. Per token of a block (llada.py): two norms (float32 copy of the input, normalised, output),
-    queries, keys, values, attention's output, four of the MLP's width."""
-    norm = (4 if e == 2 else 0) + 2 * e
-    block = 2 * norm * shape.width + e * shape.width + 2 * e * (shape.queries + shape.keys) + 4 * e * shape.inner
-    flight = 3 * e * shape.inner  # gradients that the MLP's backward holds beside them
-    ends = (norm + 2 * e) * shape.width  # final norm, scored positions, the gradient that comes back
-    tokens = rows * length
+# --- one graph --------------------------------------------------------------------------------------------
+
+
+def activation_bytes(shape, sequences, length, weight_bytes, checkpointing):
+    """Bytes that the graph of `sequences` sequences of `length` tokens holds when its backward pass starts.
+
+    The terms are bytes per token and layer, of the tensors that autograd saves in a block of models/llada.py.
+    weight_bytes: 2 in bfloat16, 4 in float32. checkpointing: each layer keeps its input alone, and one layer at a time
+    is recomputed; else every layer keeps all of its tensors.
+    """
+    low = weight_bytes == 2
+    hidden = weight_bytes * shape.width  # one tensor (L, D)
+    float32_copy = 4 * shape.width if low else 0  # a norm computes in float32
+    norm = float32_copy + 2 * hidden  # and keeps the normalised tensor and its output
+    attention = 2 * weight_bytes * (shape.query_width + shape.key_width)  # queries, keys, values, output
+    mlp = 4 * weight_bytes * shape.mlp_width  # gate, its activation, up, their product
+    layer_input = hidden
+    after_attention = hidden  # the sum that the second norm reads
+    layer = 2 * norm + after_attention + attention + mlp
+
+    backward = 3 * weight_bytes * shape.mlp_width  # gradients that the MLP's backward pass holds beside them
+    outside = norm + 2 * hidden  # the final norm, the scored positions, the gradient that comes back
     if checkpointing:
-        return tokens * (shape.layers * e * shape.width + block + flight + ends)
-    return tokens * (shape.layers * (block + (0 if e == 2 else e * shape.width)) + flight + ends)
+        layers = shape.layers * layer_input + layer
+    else:
+        input_saved = 0 if low else layer_input  # in bfloat16 the norm's copy is kept in its place
+        layers = shape.layers * (layer + input_saved)
+    return sequences * length * (layers + backward + outside)
 
 
-def logits(shape, rows, length, e):
-    """Bytes of head.py's chunk in float32, and of its copy in bf16."""
-    chunk = min(max(CHUNK_BYTES, 4 * shape.words), rows * length * 4 * shape.words)
-    return chunk * (1.5 if e == 2 else 1)
+def logit_bytes(shape, sequences, length, weight_bytes):
+    """Bytes of models/head.py's chunk of logits in float32 and, in bfloat16, of its copy."""
+    one_token = 4 * shape.vocabulary
+    chunk = min(max(CHUNK_BYTES, one_token), sequences * length * one_token)
+    return chunk * (1.5 if weight_bytes == 2 else 1)
 
 
-class States(NamedTuple):
-    """Bytes per element of what an optimizer keeps, by the ds_config: weight, master, gradient, both moments."""
+# --- where a ds_config puts things ------------------------------------------------------------------------
+
+
+class BytesPerElement(NamedTuple):
+    """What a trained element costs: the weight, and what the optimizer keeps beside it."""
 
     weight: int
     master: int
     gradient: int
-    moments: int
+    moments: int  # both
 
 
-def states(ds, model_args):
-    bf16 = model_args.use_mixed_precision == "bf16"
-    low = bf16 and ds.get("bf16", {}).get("bf16_master_weights_and_grads", False)
-    wide = 2 if low else 4
-    return States(2 if bf16 else 4, wide, wide, 4 if low and ds["bf16"].get("bf16_optimizer_states") else 8)
+def bytes_per_element(ds, model_args):
+    """BytesPerElement of a run under the ds_config `ds`."""
+    low = model_args.use_mixed_precision == "bf16"
+    low_masters = low and ds.get("bf16", {}).get("bf16_master_weights_and_grads", False)
+    low_moments = low_masters and ds["bf16"].get("bf16_optimizer_states")
+    return BytesPerElement(
+        weight=2 if low else 4,
+        master=2 if low_masters else 4,
+        gradient=2 if low_masters else 4,
+        moments=4 if low_moments else 8,
+    )
 
 
-def offload(ds, which):
-    """Whether ds_config's offload_optimizer or offload_param names a device, and whether its memory is page-locked."""
-    entry = ds["zero_optimization"].get(which) or {}
-    return entry.get("device", "none") != "none", bool(entry.get("pin_memory", False))
+class Placement(NamedTuple):
+    """What a ds_config keeps on the host, and whether in page-locked memory."""
+
+    stage: int
+    parameters_on_host: bool
+    parameters_locked: bool
+    optimizer_on_host: bool
+    optimizer_locked: bool
+
+
+def placement(ds):
+    """Placement of the ds_config `ds`."""
+    zero = ds["zero_optimization"]
+    parameters, optimizer = (zero.get(name) or {} for name in ("offload_param", "offload_optimizer"))
+    return Placement(
+        stage=zero["stage"],
+        parameters_on_host=zero["stage"] == 3 and parameters.get("device", "none") != "none",
+        parameters_locked=bool(parameters.get("pin_memory", False)),
+        optimizer_on_host=zero["stage"] > 0 and optimizer.get("device", "none") != "none",
+        optimizer_locked=bool(optimizer.get("pin_memory", False)),
+    )
+
+
+# --- the host ---------------------------------------------------------------------------------------------
+
+
+def host_items(shape, ds, model_args, machine):
+    """[Item] of what is on the host, for all ranks."""
+    e, trained = bytes_per_element(ds, model_args), sum(shape.trained)
+    placed = placement(ds)
+    found = []
+    if placed.parameters_on_host:
+        found += [("parameters", e.weight * shape.elements)]
+    if placed.optimizer_on_host:
+        found += [
+            ("master weights", e.master * trained),
+            ("moments", e.moments * trained),
+            ("gradients", e.gradient * trained),
+        ]
+    if placed.optimizer_on_host and placed.stage == 3:
+        found += [("gradient accumulation buffer", e.weight * trained)]
+    elif placed.optimizer_on_host:
+        found += [
+            ("weights on their way back to the card", e.weight * trained),
+            ("gradient accumulation buffers", summed_bytes(e) * trained),
+            ("largest gradient", machine.ranks * e.weight * max(shape.trained)),
+        ]
+    found += [("whole weights, gathered to be saved at the end", e.weight * trained)]
+    if not machine.one_memory:
+        if placed.stage < 3:  # each rank loads the whole model before any of it leaves for the card
+            loaded = machine.ranks * e.weight * (shape.elements - shape.packed)
+            afterwards = sum(size for _, size in found)
+            found += [("weights, while they are loaded, beyond the above", max(0, loaded - afterwards))]
+        found += [("the processes", machine.ranks * PROCESS)]
+        if machine.rounded:
+            found += locked_items(shape, ds, e, placed, machine.ranks)
+    return [Item("host", name, size) for name, size in found if size]
+
+
+def summed_bytes(e):
+    """Bytes per element of stage 2's accumulation buffers: with bf16 gradients the sums are kept in the gradients."""
+    return e.weight if e.gradient == 4 else 0
+
+
+def locked_items(shape, ds, e, placed, ranks):
+    """What torch's page-locked memory takes above its tensors: by the sources of torch and DeepSpeed, not measured.
+
+    The allocator rounds each tensor up to a power of two (ATen/core/CachingHostAllocator.h), and keeps what is freed.
+    """
+    share = sum(shape.trained) / ranks
+    rounding = left_of_loading = 0
+    if placed.parameters_on_host:
+        rounding += ranks * lost_to_rounding([e.weight * share])
+    if placed.parameters_on_host and placed.parameters_locked:
+        rounding += ranks * lost_to_rounding(e.weight * numel / ranks for numel in shape.frozen)
+        left_of_loading = ranks * sum(power_of_two(max(1, e.weight * numel / ranks)) for numel in shape.trained)
+    if placed.optimizer_on_host and placed.optimizer_locked and placed.stage == 3:
+        most = ds["zero_optimization"].get("sub_group_size", 1e9)
+        groups = sub_groups([numel / ranks for numel in shape.trained], most)
+        rounding += ranks * lost_to_rounding([*(e.gradient * numel for numel in groups), e.weight * share])
+    elif placed.optimizer_on_host and placed.optimizer_locked:
+        rounding += ranks * lost_to_rounding([e.master * share, e.gradient * share, e.weight * share])
+        rounding += lost_to_rounding(summed_bytes(e) * numel for numel in shape.trained)
+    return [
+        ("page-locked memory, rounded up to powers of two", rounding),
+        ("page-locked memory of the loading, kept by torch", left_of_loading),
+    ]
+
+
+def power_of_two(size):
+    """The power of two at `size` or above."""
+    return 2 ** math.ceil(math.log2(size))
+
+
+def lost_to_rounding(sizes):
+    """Bytes that are added to tensors of `sizes` bytes."""
+    return sum(power_of_two(size) - size for size in sizes if size >= 1)
 
 
 def sub_groups(numels, most):
@@ -155,102 +287,71 @@ def sub_groups(numels, most):
     return sums
 
 
-def locked(sizes):
-    """Bytes that torch's page-locked allocator adds: it rounds each up to a power of two (ATen/core/CachingHostAllocator.h)."""
-    return sum(2 ** math.ceil(math.log2(size)) - size for size in sizes if size >= 1)
-
-
-def host_items(shape, ds, model_args, machine):
-    """What lives on the host, of all ranks. Page-locked memory's rounding and left-overs: by the sources, not measured."""
-    zero, s, n = ds["zero_optimization"], states(ds, model_args), machine.ranks
-    trained, frozen, stage = sum(shape.trained), sum(shape.frozen), zero["stage"]
-    (optimizer, pin), (params, pin_params) = offload(ds, "offload_optimizer"), offload(ds, "offload_param")
-    params, e, found, pins = params and stage == 3, s.weight, [], []
-    if params:
-        found += [("parameters", e * (trained + frozen))]
-        pins += [n * locked([e * trained / n])] + ([n * locked(e * x / n for x in shape.frozen)] if pin_params else [])
-    if optimizer and stage:
-        found += [
-            ("master weights", s.master * trained),
-            ("moments", s.moments * trained),
-            ("gradients", s.gradient * trained),
-        ]
-        if stage == 3:
-            found += [("gradient accumulation buffer", e * trained)]
-            grads = sub_groups([x / n for x in shape.trained], zero.get("sub_group_size", 1e9))
-            pins += [n * locked([s.gradient * x for x in grads] + [e * trained / n])] if pin else []
-        else:
-            summed = e if s.gradient == 4 else 0  # in bf16 the sums stand in the gradients themselves
-            found += [
-                ("weights on their way back to the card", e * trained),
-                ("gradient accumulation buffers", summed * trained),
-                ("largest gradient", n * e * max(shape.trained)),
-            ]
-            pins += (
-                [
-                    n * locked([s.master * trained / n, s.gradient * trained / n, e * trained / n])
-                    + locked(summed * x for x in shape.trained)
-                ]
-                if pin
-                else []
-            )
-    found += [("whole weights, gathered to be saved at the end", e * trained)]
-    if not machine.one_memory:
-        later = sum(size for _, size in found)  # what is there when the loaded weights have gone to the card
-        if stage < 3 and (more := n * e * (trained + frozen - shape.packed) - later) > 0:
-            found += [("weights, while they are loaded, beyond the above", more)]
-        found += [("the processes", n * PROCESS)]
-        if machine.rounded:
-            left = (
-                n * sum(2 ** math.ceil(math.log2(max(1, e * x / n))) for x in shape.trained)
-                if params and pin_params
-                else 0
-            )
-            found += [
-                ("page-locked memory, rounded up to powers of two", sum(pins)),
-                ("page-locked memory of the loading, kept by torch", left),
-            ]
-    return [Item("host", name, size) for name, size in found if size]
+# --- the card ---------------------------------------------------------------------------------------------
 
 
 def card_items(shape, ds, model_args, machine):
-    """What lives on a card whatever the states per forward."""
-    zero, s, n, stage = ds["zero_optimization"], states(ds, model_args), machine.ranks, ds["zero_optimization"]["stage"]
-    (optimizer, _), (params, _) = offload(ds, "offload_optimizer"), offload(ds, "offload_param")
-    e, trained, every, largest = (
-        s.weight,
-        sum(shape.trained),
-        sum(shape.trained) + sum(shape.frozen),
-        max(shape.trained),
-    )
-    low, bucket, there, found = e == 2, zero.get("reduce_bucket_size", 5e8), machine.one_memory, []
-    if stage == 3:
-        if not params:
-            found += [("parameters", e * every / n)]
-        if n > 1 or params and not there:  # else a gathered tensor is a view
-            live = zero.get("stage3_max_live_parameters", 1e9) + zero.get("stage3_prefetch_bucket_size", 5e7)
-            found += [("parameters gathered for use", e * min(every, max(live, shape.block, shape.head)))]
+    """[Item] of what is on a card whatever the states per forward."""
+    e, placed = bytes_per_element(ds, model_args), placement(ds)
+    found = parameter_items(shape, ds["zero_optimization"], e, placed, machine)
+    if placed.optimizer_on_host:
+        found += [("largest gradient, its sum, and its float64 norm", offloaded_gradient(shape, e, placed, machine))]
     else:
-        found += [("parameters", e * (every - shape.packed) + quantized.BYTES * shape.packed)]
-        if shape.packed:
-            found += [("a matrix unpacked, forwards and backwards", 2 * e * shape.inner * shape.width)]
-    if optimizer and stage:
-        copies = 0 if there else e  # its sum so far, brought back from the host to be added to
-        whole = largest / n
-        cast = max(s.gradient if s.gradient != e else 0, 8 * (min(NORM, whole) if stage == 3 else whole) / whole)
-        found += [("largest gradient, its sum, and its float64 norm", e * largest + (copies + cast) * whole)]
-    elif stage:
-        kept = trained if stage == 1 else trained / n
-        found += [("gradients", e * kept), ("optimizer: moments and Adam's temporary", (8 + 4) * trained / n)]
-        if low or stage < 3:
-            found += [("optimizer: master weights", 4 * trained / n)]
-            found += [("optimizer: float32 gradients", 4 * trained / n)] if low else []
-    else:
-        found += [("gradients", e * trained), ("optimizer: moments and Adam's temporary", (8 + 4) * trained)]
-        found += [("optimizer: master weights and gradients", 8 * trained)] if low else []
-    if stage:
-        held = min(bucket, trained)  # of which one is filled while the other leaves; stage 3's reduction copies it
-        found += [("gradient buckets", e * held * (2 if stage == 3 or zero.get("overlap_comm") else 1))]
-    if not there:
+        found += optimizer_items(sum(shape.trained), e, placed.stage, machine.ranks)
+    if placed.stage:
+        found += [("gradient buckets", bucket_bytes(sum(shape.trained), ds["zero_optimization"], e))]
+    if not machine.one_memory:
         found += [("CUDA context and the allocator's gaps", CONTEXT)]
     return [Item("card", name, size) for name, size in found if size]
+
+
+def parameter_items(shape, zero, e, placed, machine):
+    """The weights on a card: all of them, or under ZeRO-3 a share and what is gathered for use."""
+    if placed.stage < 3:
+        unpacked = 2 * e.weight * shape.mlp_width * shape.width if shape.packed else 0  # forwards and backwards
+        return [
+            ("parameters", e.weight * (shape.elements - shape.packed) + quantized.BYTES * shape.packed),
+            ("a matrix unpacked, forwards and backwards", unpacked),
+        ]
+    found = []
+    if not placed.parameters_on_host:
+        found += [("parameters", e.weight * shape.elements / machine.ranks)]
+    if machine.ranks > 1 or placed.parameters_on_host and not machine.one_memory:  # else a gathered tensor is a view
+        kept = zero.get("stage3_max_live_parameters", 1e9) + zero.get("stage3_prefetch_bucket_size", 5e7)
+        gathered = min(shape.elements, max(kept, shape.largest_block, shape.head))
+        found += [("parameters gathered for use", e.weight * gathered)]
+    return found
+
+
+def offloaded_gradient(shape, e, placed, machine):
+    """Bytes of the largest gradient on its way to the host: itself, its rank's sum so far, and a cast of that share."""
+    largest = max(shape.trained)
+    share = largest / machine.ranks
+    summed = 0 if machine.one_memory else e.weight  # brought back from the host to be added to
+    in_float64 = min(NORM, share) if placed.stage == 3 else share
+    cast = max(e.gradient if e.gradient != e.weight else 0, 8 * in_float64 / share)
+    return e.weight * largest + (summed + cast) * share
+
+
+def optimizer_items(trained, e, stage, ranks):
+    """Gradients and AdamW's state on a card, for `trained` elements."""
+    low = e.weight == 2
+    if not stage:
+        return [
+            ("gradients", e.weight * trained),
+            ("optimizer: moments and Adam's temporary", MOMENTS_AND_TEMPORARY * trained),
+            ("optimizer: master weights and gradients", 8 * trained if low else 0),
+        ]
+    share = trained / ranks
+    return [
+        ("gradients", e.weight * (trained if stage == 1 else share)),
+        ("optimizer: moments and Adam's temporary", MOMENTS_AND_TEMPORARY * share),
+        ("optimizer: master weights", 4 * share if low or stage < 3 else 0),
+        ("optimizer: float32 gradients", 4 * share if low else 0),
+    ]
+
+
+def bucket_bytes(trained, zero, e):
+    """One bucket is filled while the other is reduced; stage 3's reduction copies it."""
+    buckets = 2 if zero["stage"] == 3 or zero.get("overlap_comm") else 1
+    return e.weight * buckets * min(zero.get("reduce_bucket_size", 5e8), trained)

@@ -1,10 +1,12 @@
 """Tests of plan.py: counts that are exact, bytes against what torch keeps, verdicts. No weights, no timings.
 
-.venv/bin/python -m pytest -q tests/test_plan.py
+bash tests/run.sh tests/training/test_plan.py
 """
 
+import errno
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from small import ROOT, refusal
@@ -33,6 +35,7 @@ LLADA_8B = {
     "pad_token_id": 126081,
 }
 STATES = ("parameters", "master weights", "moments", "gradients", "gradient accumulation buffer")
+LARGE = footprint.Machine(gpu_gib=16, host_gib=256)
 
 
 DREAM_7B = {
@@ -77,6 +80,17 @@ PRESETS = {
 }  # config.json, GB of the host that it is for
 
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 96}
+MODERNBERT_IDS = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES = {  # model_type: what its config.json has besides SMALL
+    "a2d-qwen3": {"num_key_value_heads": 1, "head_dim": 24},
+    "a2d-llama": {},
+    "bert": {},
+    "modernbert": MODERNBERT_IDS,
+    "albert": {"num_hidden_layers": 3, "embedding_size": 16},
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write(tmp_path_factory.mktemp("llada_8b"), LLADA_8B)
@@ -87,7 +101,7 @@ def write(folder, fields):
     return str(folder)
 
 
-def planned(folder, name, *argv, machine=plan.Machine(16, 256), **lora):
+def planned(folder, name, *argv, machine=LARGE, **lora):
     """The plan of a run under ds_configs/NAME.json."""
     groups = config.parse(
         ["--model_name_or_path", folder, "--deepspeed", str(ROOT / "ds_configs" / f"{name}.json"), *argv],
@@ -101,8 +115,8 @@ def planned(folder, name, *argv, machine=plan.Machine(16, 256), **lora):
     )
 
 
-def size(made, *names):
-    return sum(item.size for item in made.items if item.place == "host" and item.name in names)
+def size(made, *names, place="host"):
+    return sum(item.size for item in made.items if item.place == place and item.name in names)
 
 
 @pytest.mark.parametrize("name, each", [("zero3_offload_4080", 20), ("zero3_offload_bf16_states", 12)])
@@ -120,10 +134,8 @@ def test_master_weights_alone_in_bf16(folder):
     groups = config.parse(["--model_name_or_path", folder], "", *config.GROUPS)
     ds = deepspeed_config.read_ds_config(ROOT / "ds_configs" / "zero3_offload_bf16_states.json")
     del ds["bf16"]["bf16_optimizer_states"]
-    assert (
-        size(plan.plan(architecture.load_config(folder), *groups, ds, plan.Machine(16, 256)), *STATES)
-        == 16 * PARAMETERS
-    )
+    made = plan.plan(architecture.load_config(folder), *groups, ds, LARGE)
+    assert size(made, *STATES) == 16 * PARAMETERS
 
 
 def test_float32(folder):
@@ -131,66 +143,63 @@ def test_float32(folder):
 
 
 def test_lora(folder):
-    """Adapters alone have states; the base costs two bytes, on the host where parameters are offloaded, else on the card."""
+    """Only adapters have optimizer states; the base costs two bytes, on the host if parameters are offloaded."""
     r, base = 16, 2 * PARAMETERS
     adapters = 32 * r * (4 * (4096 + 4096) + 3 * (4096 + 12288))  # four of attention, three of the MLP; not the head
     made = planned(folder, "zero3_offload_4080", lora_r=r)
     assert (made.parameters, made.trainable) == (PARAMETERS, adapters)
     assert size(made, *STATES) == base + 20 * adapters
-    [held] = [
-        item.size
-        for item in planned(folder, "zero2_offload_4080", lora_r=r).items
-        if item.place == "card" and item.name == "parameters"
-    ]
-    assert held == base + 2 * adapters
-    blocks = 32 * (
-        4 * 4096 * 4096 + 3 * 4096 * 12288
-    )  # in 4 bits a quarter of their bytes and 3% of scales; the others stay whole
-    [held] = [
-        item.size
-        for item in planned(folder, "zero0", lora_r=r, load_in_4bit=True).items
-        if item.place == "card" and item.name == "parameters"
-    ]
-    assert held == pytest.approx(base + 2 * adapters - 2 * blocks + 1.032 * 0.5 * blocks, rel=1e-3)
+    on_card = size(planned(folder, "zero2_offload_4080", lora_r=r), "parameters", place="card")
+    assert on_card == base + 2 * adapters
+    blocks = 32 * (4 * 4096 * 4096 + 3 * 4096 * 12288)
+    packed = 1.032 * 0.5 * blocks  # a quarter of their bytes, and 3% of scales; the other weights stay as they are
+    on_card = size(planned(folder, "zero0", lora_r=r, load_in_4bit=True), "parameters", place="card")
+    assert on_card == pytest.approx(base + 2 * adapters - 2 * blocks + packed, rel=1e-3)
     attention = planned(folder, "zero3_offload_4080", lora_r=r, lora_targets="q_proj,v_proj")
     assert attention.trainable == 32 * r * 2 * (4096 + 4096)
 
 
 def test_verdict_names_what_to_change(folder):
-    made = planned(folder, "zero3_offload_4080", machine=plan.Machine(16, 160))
+    made = planned(folder, "zero3_offload_4080", machine=footprint.Machine(16, 160))
     assert not made.fits and "fits with --lora_r 16 --deepspeed ds_configs/zero3_offload_4080.json" in made.verdict
-    made = planned(folder, "zero3_offload_4080", machine=plan.Machine(16, 14))
+    made = planned(folder, "zero3_offload_4080", machine=footprint.Machine(16, 14))
     assert "--load_in_4bit true --deepspeed ds_configs/zero0.json" in made.verdict
     made = planned(folder, "zero2_offload_4080")
     assert not made.fits and "the card needs" in made.verdict and "zero3_offload_4080.json" in made.verdict
     made = planned(folder, "zero3_offload_4080", "--states_per_forward", "7", "--max_length", "4096")
     assert not made.fits and "--states_per_forward 1" in made.verdict
-    made = planned(folder, "zero3_offload_4080", machine=plan.Machine(4, 8))
+    made = planned(folder, "zero3_offload_4080", machine=footprint.Machine(4, 8))
     assert not made.fits and "GiB of host memory" in made.verdict
 
 
 def test_states_per_forward(folder):
     """auto takes more on a larger card, and a pair is then read over the bus less often."""
     small, large = (
-        planned(folder, "zero3_offload_4080", "--max_length", "4096", machine=plan.Machine(gib, 256))
+        planned(folder, "zero3_offload_4080", "--max_length", "4096", machine=footprint.Machine(gib, 256))
         for gib in (16, 80)
     )
-    assert small.states_per_forward < large.states_per_forward == 7 and small.bus > large.bus
+    assert small.work.states_per_forward < large.work.states_per_forward == 7
+    assert small.training.bus > large.training.bus
     assert small.total("card") < 16 * 2**30 < large.total("card")
 
 
 def test_ranks_share(folder):
-    """Offloaded states are dealt out, so all ranks of a host hold them once; without offload each card holds a share."""
-    one, two = (planned(folder, "zero3_offload_4080", machine=plan.Machine(16, 256, ranks=ranks)) for ranks in (1, 2))
+    """Offloaded states are divided, so all ranks of a host hold them once; without offload each card holds a share."""
+    one = planned(folder, "zero3_offload_4080")
+    two = planned(folder, "zero3_offload_4080", machine=LARGE._replace(ranks=2))
     assert size(one, *STATES) == size(two, *STATES)
-    one, two = (planned(folder, "zero3", machine=plan.Machine(16, 256, ranks=ranks)) for ranks in (1, 8))
-    assert not one.fits and two.total("card") < one.total("card") / 4
+    one = planned(folder, "zero3")
+    eight = planned(folder, "zero3", machine=LARGE._replace(ranks=8))
+    assert not one.fits and eight.total("card") < one.total("card") / 4
 
 
 @pytest.mark.parametrize("dtype, e", [(torch.bfloat16, 2), (torch.float32, 4)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations(dtype, e, checkpointing):
-    """The plan's bytes of a graph against the tensors that autograd saves (with checkpointing: while one layer is run again)."""
+    """The plan's bytes of a graph are those of the tensors that autograd saves.
+
+    With checkpointing: while one layer is recomputed.
+    """
     width, inner, layers, B, L = 128, 384, 6, 2, 64
     model_config = LLaDAConfig(
         d_model=width, n_layers=layers, n_heads=4, n_kv_heads=2, mlp_hidden_size=inner, vocab_size=512
@@ -204,7 +213,7 @@ def test_activations(dtype, e, checkpointing):
             held[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
         return tensor
 
-    shape = footprint.shape(model_config, config.parse([], "", config.ModelArguments)[0])
+    shape = footprint.model_shape(model_config, config.parse([], "", config.ModelArguments)[0])
     tokens = B * L
     ids = torch.randint(0, 512, (B, L))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -217,14 +226,19 @@ def test_activations(dtype, e, checkpointing):
     one = saved / layers
     flight = tokens * 3 * e * inner
     ends = tokens * ((4 if e == 2 else 0) + 4 * e) * width
-    want = tokens * layers * e * width + one - (tokens * e * width if e == 4 else 0) if checkpointing else saved
-    got = footprint.activations(shape, B, L, e, checkpointing) - flight - ends
+    want = saved
+    if checkpointing:
+        layer_input = tokens * e * width
+        want = layers * layer_input + one
+        if e == 4:  # the one layer has saved its input too
+            want -= layer_input
+    got = footprint.activation_bytes(shape, B, L, e, checkpointing) - flight - ends
     assert got == pytest.approx(want, rel=0.05)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets(tmp_path, capsys, monkeypatch, name):
-    """Each fits the machine that it is named for, from config.json alone, under the ds_config that its own comment launches."""
+    """Each fits the machine that it is named for, under the ds_config that its own comment launches."""
     monkeypatch.chdir(ROOT)
     fields, gigabytes = PRESETS[name]
     path = f"configs/{name}.yaml"
@@ -235,10 +249,7 @@ def test_presets(tmp_path, capsys, monkeypatch, name):
     assert plan.main([*argv, "--host_gib", "2"]) == 1
     groups = _, model_args, _, train_args = config.parse(["--config_file", path], "", *config.GROUPS)
     made = plan.plan(
-        architecture.load_config(str(tmp_path)),
-        *groups,
-        deepspeed_config.read_ds_config(model_args.deepspeed),
-        plan.Machine(16, 256),
+        architecture.load_config(str(tmp_path)), *groups, deepspeed_config.read_ds_config(model_args.deepspeed), LARGE
     )
     [row] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{name}.yaml` |")]
     assert row.endswith(
@@ -253,69 +264,17 @@ def test_every_model_preset_is_planned():
     assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == {*PRESETS, "tiny"}
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {
-            "model_type": "a2d-qwen3",
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 24,
-            "intermediate_size": 64,
-            "vocab_size": 96,
-        },
-        {
-            "model_type": "a2d-llama",
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "vocab_size": 96,
-        },
-        {
-            "model_type": "bert",
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "vocab_size": 96,
-        },
-        {
-            "model_type": "modernbert",
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "vocab_size": 96,
-            "pad_token_id": 0,
-            "cls_token_id": 1,
-            "sep_token_id": 2,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        {
-            "model_type": "albert",
-            "hidden_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "vocab_size": 96,
-            "embedding_size": 16,
-        },
-    ],
-    ids=lambda fields: fields["model_type"],
-)
-def test_families(tmp_path, fields):
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_families(tmp_path, model_type):
     """Counted exactly; LoRA's share too, against peft's own."""
+    fields = SMALL | FAMILIES[model_type] | {"model_type": model_type}
     model_config = architecture.load_config(write(tmp_path, fields))
     model = architecture.build(model_config, torch.float32, False)
     model_args = config.parse([], "", config.ModelArguments)[0]
     whole = sum(parameter.numel() for parameter in model.parameters())
-    assert sum(footprint.shape(model_config, model_args).trained) == whole
+    assert sum(footprint.model_shape(model_config, model_args).trained) == whole
     model_args.lora_r = 2
-    shape = footprint.shape(model_config, model_args)
+    shape = footprint.model_shape(model_config, model_args)
     wrapped, _ = lora.add(model, 2, 4, "auto", 0, str(tmp_path))
     assert (sum(shape.frozen), sum(shape.trained)) == (
         whole,
@@ -330,17 +289,8 @@ def test_bf16_masters_are_warned_of(folder, capsys):
     for weight, moves in ((1.01 * 256 * rate, False), (0.98 * 256 * rate, True)):
         before = torch.tensor(weight, dtype=torch.bfloat16)
         assert bool(before + 0.99 * rate != before) == moves
-    argv = [
-        "--model_name_or_path",
-        folder,
-        "--host_gib",
-        "256",
-        "--gpu_gib",
-        "16",
-        "--learning_rate",
-        str(rate),
-        "--deepspeed",
-    ]
+    argv = ["--model_name_or_path", folder, "--host_gib", "256", "--gpu_gib", "16"]
+    argv += ["--learning_rate", str(rate), "--deepspeed"]
     assert plan.main([*argv, str(ROOT / "ds_configs" / "zero3_offload_bf16_states.json")]) == 0
     said = capsys.readouterr().out
     assert f"away on every weight above {256 * rate:.2g}" in said and "LoRA" in said
@@ -350,44 +300,33 @@ def test_bf16_masters_are_warned_of(folder, capsys):
 
 def test_page_locked_memory(folder):
     """Rounded up it costs more, exact it costs nothing; pageable buffers have none to round."""
-    exact, rounded = (
-        planned(folder, "zero3_offload_4080", machine=plan.Machine(16, 256, rounded=each)) for each in (False, True)
-    )
+    exact = planned(folder, "zero3_offload_4080")
+    rounded = planned(folder, "zero3_offload_4080", machine=LARGE._replace(rounded=True))
     locked = [item for item in rounded.items if item.name.startswith("page-locked")]
     assert len(locked) == 2 and rounded.total("host") - exact.total("host") == sum(item.size for item in locked) > 0
 
 
 def test_time_does_not_depend_on_the_batch(folder):
     """Pairs are scored one after the other; only what is done once a step is shared."""
-    one, four = (
-        planned(folder, "zero3_offload_4080", "--lora_r", "16", "--per_device_train_batch_size", batch)
-        for batch in ("1", "4")
-    )
-    assert one.flops == four.flops and one.seconds == four.seconds
+    argv = ("--lora_r", "16", "--per_device_train_batch_size")
+    one, four = (planned(folder, "zero3_offload_4080", *argv, batch) for batch in ("1", "4"))
+    assert one.training.operations == four.training.operations and one.seconds == four.seconds
 
 
 def test_loading(folder):
     """Whole weights are on the host before the card has them, a copy a rank; under ZeRO-3 one tensor at a time is."""
-    for name, ranks, least in (
-        ("zero2_offload_4080", 1, 2),
-        ("zero2_offload_4080", 4, 8),
-        ("zero0", 1, 2),
-        ("zero0", 4, 8),
-    ):
-        made = planned(folder, name, "--lora_r", "16", machine=plan.Machine(80, 256, ranks=ranks))
-        assert made.total("host") >= least * PARAMETERS, (name, ranks)
-    assert (
-        planned(folder, "zero3", machine=plan.Machine(80, 256, ranks=8)).total("host")
-        < 3 * PARAMETERS + 8 * footprint.PROCESS
-    )
+    for name in ("zero2_offload_4080", "zero0"):
+        for ranks in (1, 4):
+            made = planned(folder, name, "--lora_r", "16", machine=footprint.Machine(80, 256, ranks=ranks))
+            assert made.total("host") >= ranks * 2 * PARAMETERS, (name, ranks)
+    made = planned(folder, "zero3", machine=footprint.Machine(80, 256, ranks=8))
+    assert made.total("host") < 3 * PARAMETERS + 8 * footprint.PROCESS
 
 
 def test_sft_padding_counts(folder):
     argv = ("--lora_r", "16", "--loss_type", "sft", "--per_device_train_batch_size", "4")
-    assert (
-        planned(folder, "zero3_offload_4080", *argv, "--sft_pad_to", "4096").total("card")
-        > planned(folder, "zero3_offload_4080", *argv).total("card") * 1.5
-    )
+    padded = planned(folder, "zero3_offload_4080", *argv, "--sft_pad_to", "4096")
+    assert padded.total("card") > planned(folder, "zero3_offload_4080", *argv).total("card") * 1.5
 
 
 @pytest.mark.parametrize(
@@ -421,3 +360,58 @@ def test_command_line(folder, capsys):
     assert "no such model folder" in refusal(plan.main, capsys, "--model_name_or_path", "/nowhere")
     assert "--ranks is 0" in refusal(plan.main, capsys, *argv, "--ranks", "0")
     assert "unknown argument --gpu_gb; did you mean --gpu_gib" in refusal(plan.main, capsys, *argv, "--gpu_gb", "16")
+    assert "unknown argument --gpu; did you mean --gpu_gib?" in refusal(plan.main, capsys, *argv, "--gpu", "16")
+
+
+def test_hours_for_pairs(folder, capsys):
+    """One line: reference scores are forward passes alone, training has its held-out pairs too."""
+    ds_config = ROOT / "ds_configs" / "zero3_offload_4080.json"
+    argv = ["--model_name_or_path", folder, "--deepspeed", str(ds_config), "--gpu_gib", "16", "--host_gib", "256"]
+    argv += ["--lora_r", "16", "--pairs", "800", "--eval_fraction", "0.05"]
+    made = planned(folder, "zero3_offload_4080", "--lora_r", "16")
+    scoring = made.scoring.seconds(LARGE)
+    assert scoring == pytest.approx(made.seconds / 3, rel=0.01)  # else forward, recomputed and backward
+
+    def line(*more):
+        plan.main([*argv, *more])
+        [said] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("800 ")]
+        return said
+
+    trained = (760 * made.seconds + 40 * scoring) / 3600
+    assert line() == (
+        f"800 pairs of the longest length: {800 * scoring / 3600:.1f} h of reference scores, "
+        f"{trained:.1f} h of training (95 steps of 8, 40 held out)"
+    )
+    assert f"{2400 * scoring / 3600:.1f} h of reference scores" in line("--noise_sets", "3")
+    assert f"{16 * made.seconds / 3600:.1f} h of training (2 steps of 8, 0 held out)" in line(
+        "--max_steps", "2", "--eval_fraction", "0"
+    )
+    evaluated = (760 * made.seconds + 4 * 40 * scoring) / 3600
+    assert f" {evaluated:.1f} h of training" in line("--eval_steps", "25")
+    assert line("--ranks", "2").endswith("(48 steps of 16, 40 held out)")
+    said = line("--loss_type", "sft")
+    assert said.startswith("800 rows of the longest length: ") and "reference" not in said
+    assert "--pairs is -1" in refusal(plan.main, capsys, *argv, "--pairs", "-1")
+
+
+def test_both_responses_in_one_graph(folder, capsys):
+    """The table says what is multiplied."""
+    for size, words in (("7", "14 x 1024 tokens, both responses in one graph"), ("1", "1 x 1024 tokens ")):
+        made = planned(folder, "zero3_offload_4080", "--states_per_forward", size)
+        assert f"activations of {words}" in plan.table(made)
+
+
+def test_a_full_disk_is_named(monkeypatch, capsys):
+    """While config.json is downloaded."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/config.json")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
+    said = refusal(plan.main, capsys, "--model_name_or_path", "org/name")
+    assert "/cache/config.json" in said and "No space left on device" in said
+
+
+def test_no_network_is_one_sentence(capsys):
+    said = refusal(plan.main, capsys, "--model_name_or_path", "org/name")
+    assert "org/name is not a local folder and its config.json could not be downloaded" in said
