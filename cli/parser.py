@@ -83,9 +83,8 @@ class Parser(ArgumentParser):
             settings.update(type=kind, nargs="+" if many else None)
         self.add_argument(*flags, *dashed, **settings)
         if kind is bool and item.default is True:
-            self.add_argument(
-                f"--no_{item.name}", dest=item.name, action="store_false", help=SUPPRESS, default=SUPPRESS
-            )
+            spellings = [f"--no_{item.name}", f"--no-{item.name.replace('_', '-')}"]
+            self.add_argument(*spellings, dest=item.name, action="store_false", help=SUPPRESS, default=SUPPRESS)
 
     def add_argument(self, *flags, heading=None, **settings):
         """argparse's add_argument, under a heading. Only the first spelling of a flag is shown."""
