@@ -1,10 +1,11 @@
-"""Weights from one format to another: SMDM's file to a model folder and back; pickles (pytorch_model*.bin) to safetensors.
+"""Convert weights: SMDM's file to a model folder and back; pickles (pytorch_model*.bin) to safetensors.
 
     python convert.py mdm-1028M-1600e18.safetensors weights/smdm-1028M --tokenizer TinyLlama/TinyLlama_v1.1
     python convert.py weights/smdm-1028M mdm-1028M.safetensors
     python convert.py weights/pickled weights/safe --allow_pickle
 
-A pickle may name any code to be run when it is read, so it is read on your word alone, and then by torch's reader of weights.
+Reading a pickle may run code, so --allow_pickle is needed. Even then it is read by torch's reader of
+weights alone (weights_only).
 """
 
 import os
@@ -20,21 +21,18 @@ def read_arguments(argv=None):
     parser = Parser([], __doc__)
     parser.add_argument(
         "source",
-        help="SMDM's file, such as mdm-1028M-1600e18.safetensors; a folder that was made of one; with "
-        "--allow_pickle a folder of pytorch_model*.bin",
+        help="SMDM's file, such as mdm-1028M-1600e18.safetensors; or a folder that was made of one; or, with "
+        "--allow_pickle, a folder of pytorch_model*.bin",
     )
     parser.add_argument("out", help="folder or .safetensors file to write, which must not exist yet")
     parser.add_argument(
         "--tokenizer",
         metavar="MODEL",
-        help="folder or hub name of the tokenizer, such as TinyLlama/TinyLlama_v1.1; "
-        "needed to make a folder of SMDM's file",
+        help="folder or Hub name of the tokenizer, such as TinyLlama/TinyLlama_v1.1; "
+        "required to convert SMDM's file to a folder",
     )
     parser.add_argument(
-        "--n_heads",
-        type=int,
-        metavar="N",
-        help="attention heads; without it those of SMDM's released model of that width",
+        "--n_heads", type=int, metavar="N", help="attention heads (default: as SMDM's released model of that width)"
     )
     parser.add_argument(
         "--allow_pickle", action="store_true", help="a folder of pytorch_model*.bin that you trust, to safetensors"
@@ -51,7 +49,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from files import naming
+from files import naming, no_room
 from models import folders, pickled, smdm
 from models.architecture import load_config
 from models.checkpoint import save_model
@@ -60,51 +58,54 @@ from models.tensors import read_tensors
 
 
 def from_smdm(source, out, tokenizer, heads=None):
-    """An original file of SMDM to a Hugging Face folder with `tokenizer` (folder or hub name); heads: as smdm.config_of()."""
+    """Convert an original file of SMDM to a Hugging Face folder.
+
+    tokenizer: folder or Hub name. heads: as in smdm.config_of().
+    """
     if not tokenizer:
         raise InputError("--tokenizer is missing: SMDM's is TinyLlama's; give a folder or TinyLlama/TinyLlama_v1.1")
     tensors = read_tensors(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     except (ValueError, OSError, KeyError, TypeError) as error:
+        if no_room(error):
+            raise
         raise InputError(f"--tokenizer {tokenizer}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
-    described = smdm.config_of({name: tuple(tensor.shape) for name, tensor in tensors.items()}, heads)
-    ours = smdm.from_original(tensors, described.n_heads)
+    config = smdm.config_of({name: tuple(tensor.shape) for name, tensor in tensors.items()}, heads)
+    ours = smdm.from_original(tensors, config.n_heads)
     with torch.device("meta"):
-        model = smdm.SMDMModelLM(described)
+        model = smdm.SMDMModelLM(config)
     check_shapes(source, ours, {name: tuple(value.shape) for name, value in model.state_dict().items()})
     save_model(out, model, ours, None, tokenizer, f"{Path(source).name} of SMDM, under LLaDA's tensor names.\n")
 
 
 def to_smdm(source, out):
-    """A folder that from_smdm() or a training of such a model made, to one file as SMDM's own code reads it."""
-    described = load_config(source)
-    if described.model_type != "smdm" or folders.read_adapter(model_folder(source)):
+    """Convert a folder that from_smdm() or training wrote to one file that SMDM's own code reads."""
+    folder, config = model_folder(source), load_config(source)
+    if config.model_type != "smdm" or folders.read_adapter(folder):
         raise InputError(
-            f"{source}: expected an original .safetensors file of SMDM, or a folder that was made of one (an "
-            "adapter is to be merged first: merge.py)"
+            f"{source}: expected an original .safetensors file of SMDM, or a folder that was made of one (merge an "
+            "adapter first: merge.py)"
         )
-    tensors = {
-        key: value for path in weight_files(model_folder(source)).values() for key, value in read_tensors(path).items()
-    }
+    tensors = {}
+    for path in weight_files(folder).values():
+        tensors |= read_tensors(path)
     Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{out}.tmp")
     try:
         with naming(out):
-            save_file(
-                smdm.to_original(tensors, described.n_heads), temporary
-            )  # streamed: no second copy of the model in memory
+            save_file(smdm.to_original(tensors, config.n_heads), temporary)  # no second copy of the model in memory
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def check_shapes(path, got, want):
-    """Refuse tensors {name: tensor} that are not of the shapes `want`."""
-    for name in sorted(got.keys() | want.keys()):
-        have = tuple(got[name].shape) if name in got else None
-        if have != want.get(name):
-            raise InputError(f"{path}: {name} has shape {have}, expected {want.get(name)} (tensors by LLaDA's names)")
+def check_shapes(path, tensors, shapes):
+    """Refuse {name: tensor} that differ from {name: shape}."""
+    for name in sorted(tensors.keys() | shapes.keys()):
+        have = tuple(tensors[name].shape) if name in tensors else None
+        if have != shapes.get(name):
+            raise InputError(f"{path}: {name} has shape {have}, expected {shapes.get(name)} (tensors by LLaDA's names)")
 
 
 def main(argv=None):

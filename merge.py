@@ -1,4 +1,4 @@
-"""A LoRA adapter merged into its base model: one Hugging Face folder of whole weights.
+"""Merge a LoRA adapter into its base model: one Hugging Face folder that needs no adapter.
 
     adapter folder (its base named in it) -> OUT: config.json, safetensors, tokenizer, model card
     python data_prep.py --in examples/prefs.jsonl
@@ -6,7 +6,7 @@
     python train_dpo.py --data packed --use_mixed_precision no --lora_r 8 --max_steps 5 --output_dir runs/lora
     python merge.py runs/lora/final runs/merged --use_mixed_precision no
 
-bfloat16 rounds small changes away, so how much is left of what the adapter adds is measured and said.
+bfloat16 rounds small changes away. The command measures and prints the share of what the adapter adds that is left.
 """
 
 import sys
@@ -33,7 +33,6 @@ if __name__ == "__main__":
     exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
 
 from models import families, folders, lora
-from models.architecture import load_config
 from models.checkpoint import DTYPES, load_model, save_model
 from models.folders import model_folder
 from models.tokenization import load_tokenizer
@@ -42,47 +41,48 @@ from models.tokenization import load_tokenizer
 def merge(adapter, out, dtype):
     """Write `out`, the merged model, its weights as `dtype` says (a key of DTYPES).
 
-    Returns the base that it was merged into, and the share of what the adapter adds that rounding left. Raises InputError if
-    `adapter` holds no adapter.
+    Returns (folder or Hub name of the base, share of what the adapter adds that is left after rounding). Raises
+    InputError if `adapter` is no adapter.
     """
     folder = model_folder(adapter)
-    if not folders.read_adapter(folder):
+    config, noted = folders.read_adapter(folder), folders.adapter_base(folder)
+    if not config:
         raise InputError(f"{adapter}: holds no adapter_config.json; expected the folder of an adapter")
-    source, noted = folders.read_adapter(folder)["base_model_name_or_path"], folders.adapter_base(folder)
-    shift = "yes" if families.shifted(load_config(adapter)) else "no"
-    model = load_model(source, DTYPES[dtype], shift_logits=shift)
+    base = config["base_model_name_or_path"]
+    shift = "yes" if families.shifted(folders.plain_config(adapter)) else "no"
+    model = load_model(base, DTYPES[dtype], shift_logits=shift)
     kept = lora.merge(model, folder)
-    card = (
-        (folder / "README.md").read_text(encoding="utf-8")
-        if (folder / "README.md").is_file()
-        else "---\nlibrary_name: peft\n---\n"
-    )
-    card = card.replace("library_name: peft", "library_name: transformers", 1).replace(
-        "_relation: adapter", "_relation: finetune", 1
-    )
-    card += f"\nThis is the adapter merged into its base: of what it adds, {100 * kept:.1f}% is left after rounding.\n"
-    save_model(
-        out, model, dict(model.named_parameters()), source, load_tokenizer(adapter), card, noted.get("mask_token_id")
-    )
-    return source, kept
+    tokenizer, weights = load_tokenizer(adapter), dict(model.named_parameters())
+    save_model(out, model, weights, base, tokenizer, merged_card(folder, kept), noted.get("mask_token_id"))
+    return base, kept
+
+
+def merged_card(folder, kept):
+    """The merged model's card: the adapter's, with the tags of a whole model and the share that rounding left."""
+    path = folder / "README.md"
+    card = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n"
+    card = card.replace("library_name: peft", "library_name: transformers", 1)
+    card = card.replace("_relation: adapter", "_relation: finetune", 1)
+    return card + f"\nThis is the adapter merged into its base: of what it adds, {kept:.1%} is left after rounding.\n"
 
 
 def main(argv=None):
     args = read_arguments(argv)
-    source, kept = merge(args.adapter, args.out, args.use_mixed_precision)
+    base, kept = merge(args.adapter, args.out, args.use_mixed_precision)
+    dtype = "bfloat16" if args.use_mixed_precision == "bf16" else "float32"
     print(
-        f"{args.out}: {args.adapter} merged into {source}; {100 * kept:.1f}% of what it adds is left after rounding to "
-        f"{'bfloat16' if args.use_mixed_precision == 'bf16' else 'float32'}",
+        f"{args.out}: {args.adapter} merged into {base}; {kept:.1%} of what it adds is left after rounding to {dtype}",
         flush=True,
     )
     if kept < 0.9:
         print(
-            f"warning: {args.out} is hardly what was trained; sample from {args.adapter} itself, or merge with --use_mixed_precision no "
-            "and load it so",
+            f"warning: {args.out} is not the model that was trained: rounding removed much of it; use {args.adapter} "
+            "itself, or merge and load with --use_mixed_precision no",
             file=sys.stderr,
             flush=True,
         )
-    print(f"next: python generate.py --model_name_or_path {args.out} --prompt '...'", flush=True)
+    precision = "" if args.use_mixed_precision == "bf16" else " --use_mixed_precision no"
+    print(f"next: python evaluate.py --model {args.out} --compare {base} --tasks gsm8k{precision}", flush=True)
     return 0
 
 

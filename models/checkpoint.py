@@ -1,9 +1,9 @@
-"""Models and tokenizers: find, load, fingerprint, save. Strict: every tensor is accounted for by name and shape.
+"""Load a model's weights and save a trained model. Strict: every tensor is accounted for by name and shape.
 
-    model folder or hub name -> load_tokenizer(...), load_model(...) -> save_model(...) -> Hugging Face folder
+    model folder or Hub name -> load_model(...) -> save_model(...) -> Hugging Face folder
 
-Under ZeRO-3 the model is built partitioned (zero.Init) and filled one tensor at a time, so that an 8B model is never
-whole in host memory twice. No remote code runs unless trust_remote_code is given; weights are safetensors only.
+Under ZeRO-3 the model is built partitioned (zero.Init) and filled one tensor at a time, so host memory never holds an
+8B model twice. No remote code runs unless trust_remote_code is given; weights are read from safetensors only.
 """
 
 import contextlib
@@ -18,100 +18,116 @@ from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
 from files import InputError, replacing_folder
-from models import architecture, families, folders, lora, quantized
+from models import architecture, families, lora, quantized
 from models.architecture import load_config
-from models.folders import base_folder, model_fingerprint, model_folder, weight_files
+from models.folders import adapter_base, base_folder, model_fingerprint, model_folder, weight_files
 from models.tensors import open_tensors
 
-disable_progress_bar()  # ours are few and honest; this one would only flash by
+disable_progress_bar()  # transformers' bar is gone before it can be read
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}  # by use_mixed_precision
 
 
 def load_model(name, dtype, ds_config=None, trust_remote_code=False, shift_logits="auto", load_in_4bit=False):
-    """The model in training mode with dropout 0, weights loaded strictly, an adapter beside them; partitioned as `ds_config` says.
+    """The model in training mode with dropout 0, its weights loaded strictly, an adapter beside them.
 
-    dtype: torch dtype of every parameter. ds_config: the resolved DeepSpeed configuration, or None for a plain model.
-    shift_logits: yes, no or auto (families.shifted). load_in_4bit: the blocks in NF4 (quantized.py).
-    Raises InputError naming the tensor that is unknown, missing or of another shape.
+    dtype: torch dtype of every parameter. ds_config: the resolved DeepSpeed configuration, which says how to partition
+    the model, or None for a plain model. shift_logits: yes, no or auto (families.shifted). load_in_4bit: the blocks in
+    NF4 (quantized.py). Raises InputError with the name of a tensor that is unknown, missing or of another shape.
     """
     folder, config = base_folder(name), load_config(name, trust_remote_code)
     if trust_remote_code and getattr(config, "auto_map", None) and config.model_type not in families.KNOWN:
         print(
-            f"warning: {folder} brings its own code, and --trust_remote_code lets it do whatever you may do on this machine",
+            f"warning: {folder} brings its own code, and --trust_remote_code lets it do whatever you may do here",
             file=sys.stderr,
             flush=True,
         )
-    for field in [
-        key for key in config.to_dict() if "dropout" in key or key in ("attn_pdrop", "resid_pdrop", "embd_pdrop")
-    ]:
-        if isinstance(getattr(config, field, None), float):
-            setattr(config, field, 0.0)  # a reference and a policy that draw dropout never agree
-    shift, build = families.shifted(config, shift_logits), contextlib.nullcontext()
+    without_dropout(config)
+    shift = families.shifted(config, shift_logits)
     if config.model_type in families.CAUSAL:
-        config.shift_logits = shift  # saved with the model: the next script need not be told
+        config.shift_logits = shift  # saved with the model, so the next script finds it
+    partitioned = contextlib.nullcontext()
     if ds_config and ds_config["zero_optimization"]["stage"] == 3:
         quantized.refuse_zero3(load_in_4bit, ds_config)
         import deepspeed
 
-        build = deepspeed.zero.Init(config_dict_or_path=ds_config)  # its own dtype argument is ignored on a CPU
-    with no_init_weights(), build:
+        partitioned = deepspeed.zero.Init(config_dict_or_path=ds_config)  # its own dtype argument is ignored on a CPU
+    with no_init_weights(), partitioned:
         model = architecture.build(config, dtype, shift, trust_remote_code)
     if load_in_4bit:
         quantized.prepare(model, dtype)
     fill(model, folder)
     if (adapter := model_folder(name)) != folder:
-        if folders.adapter_base(adapter).get("fingerprint", "") not in ("", model_fingerprint(str(folder))):
-            raise InputError(f"{name}: an adapter to {folder} as it was; the weights there are others now")
-        if (packed := folders.adapter_base(adapter).get("load_in_4bit", load_in_4bit)) != load_in_4bit:
-            print(
-                f"warning: {name} was trained on its base {'in 4 bits' if packed else 'in whole weights'}; this is a slightly other "
-                f"model (--load_in_4bit {str(packed).lower()})",
-                file=sys.stderr,
-                flush=True,
-            )
-        model = lora.attach(model, adapter, writing)  # beside, not added: bfloat16 would round most of it away
+        check_base(name, folder, adapter_base(adapter), load_in_4bit)
+        model = lora.attach(model, adapter, writing)  # beside, not merged: bfloat16 would round most of it away
     return model.train()
+
+
+def without_dropout(config):
+    """Set every dropout of a configuration to 0: with dropout, a reference and a policy never agree."""
+    for field in config.to_dict():
+        is_dropout = "dropout" in field or field in ("attn_pdrop", "resid_pdrop", "embd_pdrop")
+        if is_dropout and isinstance(getattr(config, field, None), float):
+            setattr(config, field, 0.0)
+
+
+def check_base(name, folder, noted, load_in_4bit):
+    """Refuse a base that has other weights than in the adapter's training; warn of one in another precision."""
+    if noted.get("fingerprint") and noted["fingerprint"] != model_fingerprint(str(folder)):
+        raise InputError(f"{name}: an adapter to {folder} as it was in training; the weights there have changed")
+    was_4bit = noted.get("load_in_4bit", load_in_4bit)
+    if was_4bit != load_in_4bit:
+        flag = f"--load_in_4bit {str(was_4bit).lower()}"
+        print(
+            f"warning: {name} was trained with {flag}; without it, its base has slightly different weights",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @torch.no_grad()
 def fill(model, folder):
     """Copy every tensor of the folder's safetensors into the model, one at a time."""
-    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(
-        model.named_buffers()
-    )  # tied: by every name
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied one by each of its names
+    parameters |= dict(model.named_buffers())
     with contextlib.ExitStack() as stack:
-        where = {}
+        stored = {}  # {name in the model: (file, name in the file, the file's path)}
         for path in weight_files(folder).values():
             file = stack.enter_context(open_tensors(path))
-            where.update({families.checkpoint_name(key): (file, key, path) for key in file.keys()})
-        where.pop(None, None)
-        check_tensors(parameters, where, folder)
-        for name, (file, key, _) in where.items():
+            stored |= {families.checkpoint_name(key): (file, key, path) for key in file.keys()}
+        stored.pop(None, None)
+        check_tensors(parameters, stored, folder)
+        for name, (file, key, _) in stored.items():
             with writing(parameters[name]) as mine:
                 if mine:
                     parameters[name].copy_(file.get_tensor(key))
             quantized.pack(parameters[name])
 
 
-def check_tensors(parameters, where, folder):
-    if unknown := sorted(where.keys() - parameters.keys()):
+def check_tensors(parameters, stored, folder):
+    """Refuse tensors of a checkpoint that are unknown, missing, or of another shape than the model's."""
+    if unknown := sorted(stored.keys() - parameters.keys()):
         raise InputError(f"{folder}: tensor {unknown[0]} ({len(unknown)} in all) is not part of this architecture")
-    have = {id(parameters[name]) for name in where}
-    if missing := sorted(
-        name for name, value in parameters.items() if id(value) not in have and isinstance(value, torch.nn.Parameter)
-    ):
-        raise InputError(f"{folder}: tensor {missing[0]} ({len(missing)} in all) is missing")
-    for name, (file, key, path) in where.items():
-        want = tuple(getattr(parameters[name], "ds_shape", parameters[name].shape))
-        got = tuple(file.get_slice(key).get_shape())
+    filled = {id(parameters[name]) for name in stored}
+    missing = [
+        name
+        for name, value in parameters.items()
+        if isinstance(value, torch.nn.Parameter) and id(value) not in filled  # a buffer may be computed
+    ]
+    if missing:
+        raise InputError(f"{folder}: tensor {min(missing)} ({len(missing)} in all) is missing")
+    for name, (file, key, path) in stored.items():
+        want = list(getattr(parameters[name], "ds_shape", parameters[name].shape))
+        got = list(file.get_slice(key).get_shape())
         if got != want:
-            raise InputError(f"{path}: tensor {key} has shape {list(got)}, expected {list(want)}")
+            raise InputError(f"{path}: tensor {key} has shape {got}, expected {want}")
 
 
 @contextlib.contextmanager
 def writing(parameter):
-    """Context in which a parameter may be changed; yields whether by this rank. One that ZeRO-3 has cut is whole in it, and
-    what rank 0 makes of it is dealt out again."""
+    """Context in which a parameter may be changed; yields whether by this rank.
+
+    One that ZeRO-3 has partitioned is gathered; what rank 0 writes is then partitioned again.
+    """
     if not hasattr(parameter, "ds_id"):
         yield True
         return
@@ -122,37 +138,45 @@ def writing(parameter):
 
 
 def save_model(folder, model, state_dict, source, tokenizer, card, mask_id=None):
-    """Write a Hugging Face folder (config, safetensors, tokenizer, README.md): all of it, or nothing.
+    """Write a Hugging Face folder (config, safetensors, tokenizer, README.md), complete or not at all.
 
-    state_dict: whole tensors by name, as the engine gathers them. source: folder or hub name of the model that training started from;
-    what its config.json says stays said. mask_id: noted there if the source left it to the tokenizer or the command line.
+    state_dict: {name: tensor}, not partitioned, as the engine gathers them. source: folder or Hub name of the model
+    that training started from, whose fields of config.json are kept, or None. mask_id: added to config.json if the
+    source's has none.
     """
     origin = model_folder(source) if source else None
     with replacing_folder(folder) as work:
         model.save_pretrained(work, state_dict={key: value.contiguous() for key, value in state_dict.items()})
         tokenizer.save_pretrained(work)
-        saved = json.loads((work / "config.json").read_text())
-        original = json.loads((origin / "config.json").read_text()) if source else {}
-        kept = {
-            key: value for key, value in original.items() if key not in ("transformers_version", "torch_dtype", "dtype")
-        }
-        if "auto_map" in kept:
-            kept["auto_map"] = own_code(kept["auto_map"], source, work)
-        noted = {} if mask_id is None else {"mask_token_id": mask_id}
-        (work / "config.json").write_text(json.dumps(saved | noted | kept, indent=2) + "\n")
+        fields = json.loads((work / "config.json").read_text())
+        if mask_id is not None:
+            fields["mask_token_id"] = mask_id
+        if origin:
+            original = json.loads((origin / "config.json").read_text())
+            if "auto_map" in original:
+                original["auto_map"] = own_code(original["auto_map"], source, work)
+            changing = ("transformers_version", "torch_dtype", "dtype")
+            fields |= {key: value for key, value in original.items() if key not in changing}
+        (work / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
         (work / "README.md").write_text(card, encoding="utf-8")
 
 
 def own_code(auto_map, source, work):
-    """auto_map for a copy, in `work`, of the model `source`, so that whoever lets its own code run finds it: a folder's files are
-    copied, unread; a hub name is put before each, as transformers writes it."""
+    """auto_map for `work`, a copy of the model `source`, so that a user who trusts the model's own code can run it.
+
+    The code of a folder is copied, not read. A Hub name is put before each entry, as transformers writes it.
+    """
     if os.path.isdir(source):
         for path in Path(source).glob("*.py"):
-            if path.is_file() and path.resolve().suffix in (
-                "",
-                ".py",
-            ):  # no link to something else; "": a file of the hub's cache
+            # A link must lead to Python code or, in the Hub's cache, to a file without a suffix.
+            if path.is_file() and path.resolve().suffix in ("", ".py"):
                 shutil.copyfile(path, work / path.name)
         return auto_map
-    named = lambda value: f"{source}--{value}" if isinstance(value, str) and "--" not in value else value  # noqa: E731
-    return {name: [*map(named, value)] if isinstance(value, list) else named(value) for name, value in auto_map.items()}
+
+    def at_source(entry):
+        return f"{source}--{entry}" if isinstance(entry, str) and "--" not in entry else entry
+
+    return {
+        name: list(map(at_source, entry)) if isinstance(entry, list) else at_source(entry)
+        for name, entry in auto_map.items()
+    }

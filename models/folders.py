@@ -45,9 +45,9 @@ def model_folder(name):
 
 @contextlib.contextmanager
 def downloading(sentence):
-    """A download inside that fails raises InputError: `sentence`, then the client's reason. A full disk stays an OSError.
+    """A download inside that fails raises InputError: `sentence`, then the client's reason.
 
-    That OSError names the cache of the Hub's client if the client names no file.
+    A full disk stays an OSError. It names the cache of the Hub's client if the client names no file.
     """
     from huggingface_hub import constants
 

@@ -1,14 +1,14 @@
-"""The output head, read where a token is scored: log-probabilities of targets, never more than CHUNK_BYTES of logits at once.
+"""The output head where tokens are scored: log-probabilities of targets, from at most CHUNK_BYTES of logits at a time.
 
-Of N hidden states and V words only log p (N,) is kept; the backward pass makes each chunk's logits again, so that neither
-pass holds an N x V array. Exact: chunks are rows, and a row's log-softmax knows no other row.
+Only log p (N,) is kept of N hidden states and V words. The backward pass computes each chunk's logits again, so neither
+pass holds an N x V array. The result is exact: chunks are rows, and a row's log-softmax needs no other row.
 
 N scored positions, D width, V vocabulary.
 """
 
 import torch
 from torch import nn
-from torch.nn import functional
+from torch.nn import functional as F
 
 CHUNK_BYTES = 256 * 2**20  # of float32 logits; a bfloat16 model holds half as much again while it casts them
 
@@ -20,24 +20,24 @@ def chunks(N, V):
 
 
 class TargetLogps(torch.autograd.Function):
-    """log softmax(x W' + b)[target] in float32: x (N, D), weight (V, D), bias (V,) or None, targets (N,) int64 -> (N,) float32.
+    """log_softmax(x W' + b)[target] in float32.
 
-    d logp_i / d logits_i = onehot(target_i) - softmax(logits_i).
+    x (N, D), weight (V, D), bias (V,) or None, targets (N,) int64 -> (N,) float32.
+    Gradient: d logp_i / d logits_i = onehot(target_i) - softmax(logits_i).
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets):
-        logps, norms = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))  # (N,)
+        logps = torch.empty(len(x), dtype=torch.float32, device=x.device)  # (N,)
+        norms = torch.empty_like(logps)  # (N,) log of each row's sum of exponentials
         for rows in chunks(len(x), len(weight)):
-            logits = functional.linear(x[rows], weight, bias).float()  # (chunk, V); in place from here on
+            logits = F.linear(x[rows], weight, bias).float()  # (chunk, V); changed in place from here on
             picked, top = logits.gather(1, targets[rows, None])[:, 0], logits.amax(1)
             norms[rows] = logits.sub_(top[:, None]).exp_().sum(1).log_() + top
             logps[rows] = picked - norms[rows]
         ctx.save_for_backward(x, targets, norms)
-        ctx.weight, ctx.bias = (
-            weight,
-            bias,
-        )  # by reference: under ZeRO-3 empty until the backward pass gathers them again
+        # Held by reference, not saved: under ZeRO-3 they are empty until the backward pass gathers them again.
+        ctx.weight, ctx.bias = weight, bias
         return logps
 
     @staticmethod
@@ -46,11 +46,10 @@ class TargetLogps(torch.autograd.Function):
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_weight = grad_bias = None
         for rows in chunks(len(x), len(weight)):
-            slope = (
-                functional.linear(x[rows], weight, bias).float().sub_(norms[rows, None]).exp_()
-            )  # softmax (chunk, V)
+            logits = F.linear(x[rows], weight, bias).float()  # (chunk, V)
+            slope = logits.sub_(norms[rows, None]).exp_()  # softmax
             slope.scatter_add_(1, targets[rows, None], slope.new_full((len(slope), 1), -1.0))
-            slope = slope.mul_(-grad[rows, None])
+            slope = slope.mul_(-grad[rows, None])  # d loss / d logits
             if ctx.needs_input_grad[2]:
                 grad_bias = slope.sum(0) if grad_bias is None else grad_bias.add_(slope.sum(0))
             slope = slope.to(x.dtype)
@@ -58,18 +57,20 @@ class TargetLogps(torch.autograd.Function):
                 torch.mm(slope, weight, out=grad_x[rows])
             if ctx.needs_input_grad[1]:
                 grad_weight = slope.t() @ x[rows] if grad_weight is None else grad_weight.addmm_(slope.t(), x[rows])
-        return grad_x, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype), None
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_x, grad_weight, grad_bias, None
 
 
 class Head(nn.Linear):
-    """The output projection. A module of its own, so that ZeRO-3 gathers its weight once for all chunks.
+    """The output projection. It is one module, so ZeRO-3 gathers its weight once for all chunks.
 
-    An nn.Linear of another model, with a bias or without, becomes one by `linear.__class__ = Head` (families.py).
+    An nn.Linear of another model, with a bias or without, becomes one by `linear.__class__ = Head` (architecture.py).
     """
 
     def __init__(self, width, words):
         super().__init__(width, words, bias=False)
 
     def forward(self, x, targets=None):
-        """x (..., D) -> logits (..., V); with targets (N,), x (N, D) -> their log-probabilities (N,) float32."""
+        """x (..., D) -> logits (..., V). With targets (N,), x (N, D) -> their log-probabilities (N,) float32."""
         return super().forward(x) if targets is None else TargetLogps.apply(x, self.weight, self.bias, targets)

@@ -2,7 +2,7 @@
 
 config.json + *.safetensors (GSAI-ML/LLaDA-8B-*) -> logits.  Importing this file registers `model_type: llada`:
 
-    import llada
+    from models import llada
     model = AutoModelForMaskedLM.from_pretrained("GSAI-ML/LLaDA-8B-Instruct", dtype=torch.bfloat16)
 
 Source: Nie et al., Large Language Diffusion Models, arXiv 2502.09992, and the checkpoints' configuration.
@@ -21,7 +21,7 @@ from models.head import Head
 
 
 class LLaDAConfig(PreTrainedConfig):
-    """The fields of LLaDA's config.json that this architecture reads; the others are kept and saved back."""
+    """The fields of LLaDA's config.json that this architecture reads. It keeps the others and saves them back."""
 
     model_type = "llada"
     attribute_map = {
@@ -164,17 +164,17 @@ class LLaDAModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.rows, config.d_model),
-                blocks=nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
-                ln_f=RMSNorm(config.d_model, config.rms_norm_eps),
-                ff_out=Head(config.d_model, config.head_rows),
-            )
+            {
+                "wte": nn.Embedding(config.rows, config.d_model),
+                "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
+                "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+                "ff_out": Head(config.d_model, config.head_rows),
+            }
         )
 
 
 class LLaDAModelLM(PreTrainedModel):
-    """Mask predictor: logits[i] predicts token i (no shift). The class name is the one in original config.json files."""
+    """Mask predictor: logits[i] predicts token i (no shift). Original config.json files name this class."""
 
     config_class = LLaDAConfig
     base_model_prefix = "model"

@@ -1,17 +1,19 @@
-"""Low-rank adapters (Hu et al., arXiv 2106.09685) on the linear layers of the blocks, by peft; the base stays as it is.
+"""Low-rank adapters (Hu et al., arXiv 2106.09685) on the blocks' linear layers, by peft; the base stays unchanged.
 
     train_dpo.py --lora_r 16 -> runs/NAME/final (adapter_config.json, adapter_model.safetensors: peft's format)
-    generate.py --model runs/NAME/final          (its base, and the adapter beside it)
+    generate.py --model runs/NAME/final          (the base, with the adapter beside it)
     python merge.py runs/NAME/final OUT
 
-W' = W + alpha / r * B A, A (r, in) random, B (out, r) zero at first: the policy starts as the reference, which is the base.
-No dropout: policy and reference would never agree, and a gradient added up segment by segment would not be the loss's.
+W' = W + alpha / r * B A, A (r, in) random, B (out, r) zero at first: the policy starts as the reference, which is the
+base. Dropout is 0: otherwise policy and reference would never agree, and a gradient that is added up segment by segment
+would not be the loss's.
 """
 
 import contextlib
 import json
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,178 +25,163 @@ from models.folders import ADAPTER_BASE, read_adapter
 from models.tensors import open_tensors
 
 PREFIX = "base_model.model."  # of a tensor's name in peft's files
+VARIANTS = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
 
 
 def pattern(model, targets="auto"):
-    """(regular expression, names) of the block's linear layers that `targets` names: auto, all of them; or leaves such as
-    q_proj,v_proj, each of which must match."""
-    linears = architecture.block_linears(model)
-    parts = {
-        name: re.match(r"(.*?)\.\d+\.(.+)", name).groups() for name in linears
-    }  # (path of the blocks, path inside)
-    if targets != "auto":
-        chosen = {}
-        for target in filter(None, (word.strip() for word in targets.split(","))):
-            found = {name: part for name, part in parts.items() if f".{part[1]}".endswith(f".{target}")}
-            if not found:
-                known = ",".join(sorted({inside.rpartition(".")[2] for _, inside in parts.values()}))
-                raise InputError(
-                    f"--lora_targets {target}: matches no linear layer of the blocks; there are {known} (auto: all)"
-                )
-            chosen |= found
-        parts = chosen
-    if not parts:
+    """(regular expression, sorted names) of the block's linear layers that `targets` names.
+
+    targets: auto, all of them; or ends of names such as q_proj,v_proj, each of which must match a layer.
+    """
+    places = {}  # {name of a layer: (path of its blocks, path inside its block)}
+    for name in architecture.block_linears(model):
+        places[name] = re.match(r"(.*?)\.\d+\.(.+)", name).groups()
+    chosen = places if targets == "auto" else named(places, targets)
+    if not chosen:
         raise InputError("--lora_targets: the model's blocks hold no linear layer that it matches")
-    groups = {}
-    for before, inside in parts.values():
-        groups.setdefault(before, set()).add(re.sub(r"\b\d+\b", "#", inside))
-    text = "|".join(
-        rf"{re.escape(before)}\.\d+\.({'|'.join(re.escape(each) for each in sorted(inside))})"
-        for before, inside in sorted(groups.items())
-    ).replace(r"\#", r"\d+")
-    assert {name for name in linears if re.fullmatch(text, name)} == set(parts), text
-    return text, sorted(parts)
+    insides = {}  # {path of blocks: patterns inside a block}
+    for blocks, inside in chosen.values():
+        escaped = re.escape(re.sub(r"\b\d+\b", "#", inside)).replace(r"\#", r"\d+")
+        insides.setdefault(re.escape(blocks), set()).add(escaped)
+    text = "|".join(rf"{blocks}\.\d+\.({'|'.join(sorted(each))})" for blocks, each in sorted(insides.items()))
+    assert {name for name in places if re.fullmatch(text, name)} == chosen.keys(), text
+    return text, sorted(chosen)
+
+
+def named(places, targets):
+    """The layers of `places` whose path inside the block ends with one of `targets`, separated by commas."""
+    chosen = {}
+    for target in filter(None, (word.strip() for word in targets.split(","))):
+        found = {name: place for name, place in places.items() if f".{place[1]}".endswith(f".{target}")}
+        if not found:
+            known = ",".join(sorted({inside.rpartition(".")[2] for _, inside in places.values()}))
+            raise InputError(
+                f"--lora_targets {target}: matches no linear layer of the blocks; there are {known} (auto: all)"
+            )
+        chosen |= found
+    return chosen
 
 
 def add(model, r, alpha, targets, seed, source):
-    """The model with adapters, which alone require a gradient, and a line that says so. Peft's names them `default`."""
-    import peft
-
+    """(model with adapters, which alone require a gradient; a line that describes them). peft names them `default`."""
     if r < 1 or not 0 < alpha < float("inf"):
         raise InputError(f"--lora_r is {r} and --lora_alpha {alpha}; expected at least 1, and more than 0")
     text, names = pattern(model, targets)
-    base = sum(map(quantized.numel, model.parameters()))
+    base_count = sum(map(quantized.numel, model.parameters()))
     torch.manual_seed(seed)  # of A
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft's reading of a name that transformers renames
-        wrapped = peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=r,
-                lora_alpha=alpha,
-                lora_dropout=0.0,
-                target_modules=text,
-                bias="none",
-                base_model_name_or_path=str(source),
-            ),
-            autocast_adapter_dtype=False,
-        )
+    wrapped = wrap(model, r, alpha, text, str(source))
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     assert len(trained) == 2 * len(names), f"{len(trained)} tensors to train for {len(names)} layers"
     count = sum(parameter.numel() for parameter in trained)
+    total = base_count + count
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
     return wrapped, (
-        f"LoRA: r {r}, alpha {alpha:g}, {len(names)} layers ({leaves}), {count:,} of {base + count:,} parameters "
-        f"to train ({100 * count / (base + count):.2f}%); every dropout is 0"
+        f"LoRA: r {r}, alpha {alpha:g}, {len(names)} layers ({leaves}), {count:,} of {total:,} parameters "
+        f"to train ({100 * count / total:.2f}%); every dropout is 0"
     )
 
 
-def save(folder, model, tensors, tokenizer, card, base):
-    """Write an adapter's folder in peft's format: all of it, or nothing. tensors: {name in the model: whole CPU tensor}.
+def wrap(model, r, alpha, targets, source):
+    """The model with peft's adapters on `targets`, a regular expression or a list of names, in the model's dtype."""
+    import peft
 
-    base: what is to be known of the base model to load it again as it was (BASE)."""
+    settings = peft.LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, bias="none", base_model_name_or_path=source
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads a name that transformers renames
+        return peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+
+
+def save(folder, model, tensors, tokenizer, card, base):
+    """Write an adapter's folder in peft's format, complete or not at all.
+
+    tensors: {name in the model: CPU tensor, not partitioned}. base: what is to be known of the base model to load it
+    again in the same way (folders.adapter_base).
+    """
     adapter = model.peft_config["default"]
     adapter.inference_mode = True
     with replacing_folder(folder) as work:
         work.mkdir(parents=True)
         adapter.save_pretrained(work)
-        save_file(
-            {name.replace(".default.", "."): tensor.contiguous() for name, tensor in tensors.items()},
-            work / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
+        saved = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(saved, work / "adapter_model.safetensors", metadata={"format": "pt"})
         tokenizer.save_pretrained(work)
         (work / ADAPTER_BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
         (work / "README.md").write_text(card, encoding="utf-8")
 
 
+@dataclass
+class Adapter:
+    """An adapter's open file. config: its adapter_config.json; names: the layers that it changes, sorted."""
+
+    config: dict
+    names: list
+    file: object
+
+    def pair(self, name):
+        """A (r, in) and B (out, r) of a layer, float32."""
+        return [self.file.get_tensor(f"{PREFIX}{name}.lora_{side}.weight").float() for side in "AB"]
+
+
 @contextlib.contextmanager
 def opened(model, folder):
-    """(adapter_config.json, {layer of the model: (A (r, in), B (out, r)), float32}, read when asked for) of an adapter that
-    belongs to `model`."""
-    config, path, linears = (
-        read_adapter(folder),
-        Path(folder) / "adapter_model.safetensors",
-        architecture.block_linears(model),
-    )
-    if (
-        config.get("peft_type") != "LORA"
-        or any(
-            config.get(key)
-            for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-        )
-        or config.get("bias") != "none"
-    ):
+    """The Adapter in `folder`. Raises InputError if it is not plain LoRA or does not fit `model`."""
+    config, path = read_adapter(folder), Path(folder) / "adapter_model.safetensors"
+    is_lora = config.get("peft_type") == "LORA" and config.get("bias") == "none"
+    if not is_lora or any(config.get(variant) for variant in VARIANTS):
         raise InputError(
-            f"{folder}/adapter_config.json: expected plain LoRA (no DoRA, rsLoRA, patterns, biases or whole modules)"
+            f"{folder}/adapter_config.json: expected plain LoRA (no DoRA, rsLoRA, patterns, biases or modules_to_save)"
         )
+    linears = architecture.block_linears(model)
     with open_tensors(path) as file:
-        names = set(file.keys())
-        found = {
-            name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            for name in names
-            if name.endswith(".lora_A.weight")
-        }
-        wanted = {f"{PREFIX}{name}.lora_{side}.weight" for name in found for side in "AB"}
-        if strange := sorted((names ^ wanted) | {name for name in found if name not in linears}):
+        keys = set(file.keys())
+        ends = ".lora_A.weight"
+        names = {key.removeprefix(PREFIX).removesuffix(ends) for key in keys if key.endswith(ends)}
+        expected = {f"{PREFIX}{name}.lora_{side}.weight" for name in names for side in "AB"}
+        if strange := sorted((keys ^ expected) | (names - linears.keys())):
             raise InputError(f"{path}: tensor {strange[0]} does not belong to an adapter of this model")
-        for name in sorted(found):
+        for name in sorted(names):
             a, b = (file.get_slice(f"{PREFIX}{name}.lora_{side}.weight").get_shape() for side in "AB")
-            if (b[0], a[1]) != linears[name][::-1]:
-                raise InputError(
-                    f"{path}: the adapter of {name} is for a layer of {[b[0], a[1]]}, not {list(linears[name][::-1])}"
-                )
-        yield (
-            config,
-            {
-                name: lambda name=name: [file.get_tensor(f"{PREFIX}{name}.lora_{side}.weight").float() for side in "AB"]
-                for name in sorted(found)
-            },
-        )
+            have, want = [b[0], a[1]], list(linears[name][::-1])
+            if have != want:
+                raise InputError(f"{path}: the adapter of {name} is for a layer of {have}, not {want}")
+        yield Adapter(config, sorted(names), file)
 
 
 @torch.no_grad()
 def merge(model, folder):
     """Add the adapter of `folder` to its base `model`, in place, in float32, rounded once to the weights' dtype.
 
-    Returns the share of what it adds that the rounding left: 1 in float32. In bfloat16 a weight moves by no less than some 1/256 of
-    itself, so that little may be left of an adapter that was trained shortly.
+    Returns the share of what it adds that is left after rounding: 1 in float32. In bfloat16 a weight changes by about
+    1/256 of itself at the least, so little may be left of an adapter that was trained for a short time.
     """
-    kept = whole = 0.0
-    with opened(model, folder) as (config, layers):
-        for name, pair in layers.items():
-            a, b = pair()
-            weight, delta = model.get_submodule(name).weight, config["lora_alpha"] / config["r"] * (b @ a)
+    kept = added = 0.0
+    with opened(model, folder) as adapter:
+        scale = adapter.config["lora_alpha"] / adapter.config["r"]
+        for name in adapter.names:
+            a, b = adapter.pair(name)
+            weight, delta = model.get_submodule(name).weight, scale * (b @ a)  # (out, in)
             before = weight.to(torch.float32, copy=True)
             weight.copy_(before + delta)
-            kept, whole = kept + float((delta * (weight.float() - before)).sum()), whole + float((delta * delta).sum())
-    return kept / whole if whole else 1.0
+            kept += float((delta * (weight.float() - before)).sum())
+            added += float((delta * delta).sum())
+    return kept / added if added else 1.0
 
 
 @torch.no_grad()
 def attach(model, folder, writing):
-    """`model` with the adapter of `folder` beside it: what was trained, in any dtype.
+    """`model` with the adapter of `folder` beside it, not merged: what was trained, in any dtype.
 
     writing(parameter): checkpoint.writing, a context in which one rank may change it.
     """
-    import peft
-
-    with opened(model, folder) as (config, layers):
-        wrapped = peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=config["r"],
-                lora_alpha=config["lora_alpha"],
-                lora_dropout=0.0,
-                target_modules=list(layers),
-                bias="none",
-                base_model_name_or_path=config.get("base_model_name_or_path"),
-            ),
-            autocast_adapter_dtype=False,
-        )
-        for name, pair in layers.items():
+    with opened(model, folder) as adapter:
+        config = adapter.config
+        wrapped = wrap(model, config["r"], config["lora_alpha"], adapter.names, config.get("base_model_name_or_path"))
+        for name in adapter.names:
             layer = wrapped.base_model.model.get_submodule(name)
-            for matrix, value in zip((layer.lora_A["default"].weight, layer.lora_B["default"].weight), pair()):
+            matrices = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            for matrix, value in zip(matrices, adapter.pair(name)):
                 with writing(matrix) as mine:
                     if mine:
                         matrix.copy_(value)

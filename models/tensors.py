@@ -1,4 +1,4 @@
-"""Reading safetensors files, with one clear sentence for a torn one."""
+"""Read safetensors files. A damaged one is an InputError of one sentence."""
 
 from safetensors import safe_open
 
@@ -6,10 +6,10 @@ from files import InputError
 
 
 def open_tensors(path):
-    """The safetensors file at `path`, opened; InputError if it is torn or none."""
+    """The safetensors file at `path`, opened. Raises InputError if it is damaged or no such file."""
     try:
         return safe_open(path, framework="pt")
-    except Exception as error:  # safetensors raises its own class for a torn header
+    except Exception as error:  # safetensors raises its own class for a damaged header
         raise InputError(f"{path}: not a readable safetensors file ({error}); download it again") from None
 
 

@@ -5,34 +5,33 @@ import transformers
 from transformers import AutoTokenizer
 
 from files import InputError, fingerprint, read_json
-from models import families
 from models.architecture import load_config
+from models.families import TOKENIZERS
 from models.folders import model_folder
+
+PROBE = "A probe: 1234 + 5 = 1,239\n\n  caf\u00e9 \u6f22\u5b57 <x>\t'quoted'"  # shows merges and normalisation
 
 
 def load_tokenizer(name, trust_remote_code=False, **kwargs):
     """The folder's tokenizer through AutoTokenizer (tokenizer.json, or a sentencepiece tokenizer.model)."""
     folder = model_folder(name)
-    load_config(name, trust_remote_code)
-    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer_config.json").exists():
+    load_config(name, trust_remote_code)  # refuses a model that cannot be loaded; AutoTokenizer reads the config, too
+    settings = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.model").exists() and not settings.exists():
         raise InputError(
             f"{folder}: its tokenizer.model needs a tokenizer_config.json beside it that names tokenizer_class "
-            "(LlamaTokenizer for SMDM), or it would be read wrongly"
+            "(LlamaTokenizer for SMDM)"
         )
     try:
-        told = (
-            read_json(folder / "tokenizer_config.json", "downloading the model again")
-            if (folder / "tokenizer_config.json").exists()
-            else {}
-        )
-        if same := families.TOKENIZERS.get(told.get("tokenizer_class")):
-            tokenizer = getattr(transformers, same).from_pretrained(folder, **kwargs)
+        named = read_json(settings, "downloading the model again") if settings.exists() else {}
+        if equivalent := TOKENIZERS.get(named.get("tokenizer_class")):
+            tokenizer = getattr(transformers, equivalent).from_pretrained(folder, **kwargs)
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from None
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
-        tokenizer.eos_token = tokenizer.sep_token  # BERT's and its kin: what ends a text
+        tokenizer.eos_token = tokenizer.sep_token  # BERT and its relatives end a text with it
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"{folder}: its tokenizer names no eos_token, which ends every response; add it to tokenizer_config.json"
@@ -60,10 +59,10 @@ def uses_chat(tokenizer, template):
 
 
 def prompt_text(tokenizer, prompt, template):
-    """The text that precedes a response: the raw string, or its rendering up to and with the assistant's header.
+    """The text that precedes a response: the raw string, or its rendering up to and including the assistant's header.
 
     prompt: a string (in a chat, one user message) or a list of {"role", "content"} messages, which needs a template.
-    It holds every special token that it should: encode it with nothing added.
+    The text contains all special tokens that it needs, so encode it with nothing added.
     """
     if not uses_chat(tokenizer, template):
         if isinstance(prompt, str):
@@ -81,46 +80,44 @@ def render(tokenizer, messages):
 
 
 def end_token_id(tokenizer, template):
-    """What ends a response: the special token that the chat template puts after an assistant's message, else eos."""
+    """The id that ends a response: the special token that a template puts after an assistant's message, else eos."""
     if uses_chat(tokenizer, template):
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "@answer@"}]
         rest = encode(tokenizer, render(tokenizer, messages).split("@answer@")[-1])
-        added = tokenizer.added_tokens_decoder  # it holds sentencepiece's user-defined pieces too, which are plain text
+        added = tokenizer.added_tokens_decoder  # also holds sentencepiece's user-defined pieces, which are plain text
         if rest and rest[0] in added and added[rest[0]].special:
             return rest[0]
     return tokenizer.eos_token_id
 
 
 def mask_token_id(config, tokenizer, given=None):
-    """The mask's id: `given` (--mask_token_id), else config.json's mask_token_id, else the tokenizer's mask_token; never guessed."""
-    found = given if given is not None else getattr(config, "mask_token_id", None)
-    found = tokenizer.mask_token_id if found is None else found
-    if found is None:
-        raise InputError("the model names no mask token: give --mask_token_id, or set mask_token_id in its config.json")
-    return int(found)
+    """The mask's id: `given` (--mask_token_id), else config.json's mask_token_id, else the tokenizer's mask_token."""
+    for found in (given, getattr(config, "mask_token_id", None), tokenizer.mask_token_id):
+        if found is not None:
+            return int(found)
+    raise InputError("the model names no mask token: give --mask_token_id, or set mask_token_id in its config.json")
 
 
 def prefix_ids(tokenizer, template):
-    """Ids that the tokenizer puts before a text that no template renders, such as Llama's bos or BERT's [CLS]."""
+    """Ids that the tokenizer puts before a text without a template, such as Llama's bos or BERT's [CLS]."""
     if uses_chat(tokenizer, template):
         return []
-    whole, bare = tokenizer("x")["input_ids"], encode(tokenizer, "x")
-    place = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-    return whole[:place]
+    full, bare = tokenizer("x")["input_ids"], encode(tokenizer, "x")
+    place = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return full[:place]
 
 
 def prompt_ids(tokenizer, prompt, template):
-    """The ids of prompt_text(): what comes before a response, in training and in sampling alike."""
+    """The ids of prompt_text(): what precedes a response, in training and in sampling."""
     ids, prefix = encode(tokenizer, prompt_text(tokenizer, prompt, template)), prefix_ids(tokenizer, template)
-    return ids if ids[: len(prefix)] == prefix else prefix + ids  # a text of lm_eval's may hold it already
+    return ids if ids[: len(prefix)] == prefix else prefix + ids  # a text of lm_eval may begin with it already
 
 
 def tokenizer_fingerprint(tokenizer):
-    """Vocabulary, special tokens, template, and how a probe text is cut (merges and normalisation show there)."""
-    probe = encode(tokenizer, "A probe: 1234 + 5 = 1,239\n\n  caf\u00e9 \u6f22\u5b57 <x>\t'quoted'")
+    """Hex digest of vocabulary, special tokens, template, and of the ids of a probe text."""
     return fingerprint(
         sorted(tokenizer.get_vocab().items()),
         sorted(tokenizer.all_special_tokens),
-        probe,
+        encode(tokenizer, PROBE),
         tokenizer.get_chat_template() if tokenizer.chat_template else None,
     )
