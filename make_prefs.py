@@ -2,57 +2,57 @@
 
     model or solutions or judgements -> prefs.jsonl (prompt, chosen, rejected, meta: where each row comes from)
     python make_prefs.py --strategy corrupt --task arithmetic --num 400 --out corrupted.jsonl
-    python make_prefs.py --strategy sample --model examples/tiny --task arithmetic --num 16 --k 4 --temperature 1 --gen_length 40 --block_length 1 --out sampled.jsonl
+    python make_prefs.py --model examples/tiny --task arithmetic --temperature 1 --gen_length 40 --block_length 1
 
-sample: k responses a prompt, a verified one against a wrong one; on-policy, so DPO teaches what this model gets wrong.
-corrupt: a correct solution against the same with one named reasoning error. label: the better scored against the worse.
+sample: k responses per prompt, a verified one against a wrong one: DPO then teaches what this very model gets wrong.
+corrupt: a correct solution against the same with one named reasoning error. label: the higher scored against the lower.
 """
 
 import json
-import math
 import os
 import random
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal, Optional
+from typing import Literal, NamedTuple, Optional
 
 import config
 from cli import exits
 from cli.parser import arg
 from files import InputError, check_out
-from reasoning import tasks
+from reasoning import arguments, tasks
 
 
 @dataclass
 class PreferenceArguments:
     strategy: Literal["sample", "corrupt", "label"] = arg(
         "sample",
-        "sample a model's responses and verify them; plant an error in correct solutions; pair the responses of a file by their "
-        "scores",
+        "sample: sample a model's responses and verify them; corrupt: plant an error in correct solutions; "
+        "label: pair the responses of a file by their scores",
         heading="Preferences",
     )
     task: Optional[str] = arg(
         None,
-        f"sample, corrupt: problems of tasks.py, {', '.join(tasks.FAMILIES)}, or all; without it those of --in",
+        f"sample, corrupt: generated problems, {', '.join(tasks.FAMILIES)}, or all; default: those of --in",
         metavar="NAME,...",
     )
     source: Optional[str] = arg(
         None,
-        "a .jsonl file of prompts with their answers (sample; a right response ends in #### and the answer), solutions (corrupt) or "
-        "scored responses (label); without it --task",
+        "a .jsonl file of prompts with their answers (sample; a right response ends in #### and the answer), with "
+        "solutions (corrupt) or with scored responses (label); default: --task",
         "--in",
         metavar="FILE",
     )
     out: str = arg("prefs.jsonl", "the file of preferences to write", metavar="FILE")
     num: int = arg(400, "problems of --task, from the training split, drawn by --seed")
-    k: int = arg(8, "sample: responses a prompt")
-    pairs_per_prompt: int = arg(2, "sample, label: at most so many pairs a prompt")
+    k: int = arg(8, "sample: responses per prompt")
+    pairs_per_prompt: int = arg(2, "sample, label: maximum number of pairs per prompt")
     length_balanced: bool = arg(
         False, "sample, label: choose pairs so that chosen and rejected are equally long on average"
     )
-    min_gap: float = arg(0.0, "label: a pair's scores differ by more than this")
+    min_gap: float = arg(0.0, "label: the scores of a pair differ by more than this")
 
 
 def read_arguments(argv=None):
@@ -78,20 +78,26 @@ def check(args, sampling):
             f"--strategy corrupt plants errors in correct solutions: give --task ({', '.join(tasks.FAMILIES)}, or "
             "all), or --in solutions.jsonl with prompt and response"
         )
-    if args.strategy == "sample" and bool(args.task) == bool(args.source):
+    if args.task:
+        families(args.task)
+    if args.strategy == "sample":
+        check_sampling(args, sampling)
+    check_out(args.out)
+
+
+def check_sampling(args, sampling):
+    """check() of --strategy sample."""
+    if bool(args.task) == bool(args.source):
         raise InputError(
             "--strategy sample needs problems: --task arithmetic, or --in problems.jsonl with prompt and answer"
         )
-    if args.task:
-        families(args.task)
-    check_out(args.out)
-    if args.strategy == "sample":
-        if not sampling.model_name_or_path:
-            raise InputError("--strategy sample needs the model to sample from: add --model DIR")
-        if args.k < 2:
-            raise InputError(f"--k is {args.k}; a pair needs two responses to a prompt, expected at least 2")
-        if sampling.temperature == 0:
-            raise InputError(f"--temperature 0 gives {args.k} times the same response; add --temperature 1")
+    if not sampling.model_name_or_path:
+        raise InputError("--strategy sample needs the model to sample from: add --model DIR")
+    arguments.check_values(sampling)
+    if args.k < 2:
+        raise InputError(f"--k is {args.k}; a pair needs two responses to a prompt, expected at least 2")
+    if sampling.temperature == 0:
+        raise InputError(f"--temperature 0 gives {args.k} times the same response; add --temperature 1")
 
 
 def families(text):
@@ -110,41 +116,42 @@ import jsonlines
 
 from files import replacing
 from models.folders import model_fingerprint
-from reasoning import mistakes, prompts, sampler, samples
-
-# names of a judged line's prompt, response(s) and score(s)
-NAMES = (
-    ("prompt", "question", "instruction"),
-    ("response", "responses", "completion", "completions", "output", "generation", "generations"),
-    ("score", "scores", "rating", "ratings", "reward", "rewards", "overall_score", "label", "correct"),
-)
+from reasoning import judged, mistakes, prompts, sampler, samples
+from reasoning.pairing import Pairing
 
 
-# --- problems and responses -------------------------------------------------------------------------------
+class Made(NamedTuple):
+    """What a strategy makes."""
+
+    rows: list  # {"prompt", "chosen", "rejected", "meta"}
+    report: list  # lines for the user: what was left out, and why
+
+
+# --- sample: a model's responses, verified ----------------------------------------------------------------
+
+
+def sampled(args, sampling):
+    """Made of a model's own responses, kept in OUT.samples.jsonl as they come (reasoning/samples.py)."""
+    arguments.check(sampling)
+    found = problems(args, sampling.seed)
+    path = Path(f"{args.out}.samples.jsonl")
+
+    def verdict(number, text):
+        return {"correct": tasks.verify(found[number]["answer"], text)}
+
+    def load():
+        return sampler.load(sampling)
+
+    wanted = samples.header(sampling, model_fingerprint(sampling.model_name_or_path), args.k)
+    responses = samples.complete(path, wanted, dict(enumerate(found)), sampling, load, note=verdict)
+    rows = pair_samples(args, sampling, found, responses.values())
+    return Made(rows, describe_samples(path, responses.values()))
 
 
 def problems(args, seed):
     """[{"prompt", "answer", "place"}], generated or read; the place names a row in messages and in meta."""
     if args.source:
-        rows = prompts.read_rows(args.source)
-        for place, row in rows.items():
-            if isinstance(row, dict) and "prompt" not in row and "question" in row:
-                row["prompt"] = row["question"]  # GSM8K's name
-            if not isinstance(row, dict) or not row.get("prompt") or not isinstance(row.get("answer"), (str, int)):
-                raise InputError(
-                    f'{place}: expected a "prompt" (or "question") and an "answer", a string such as "8" or a text '
-                    'that ends in "#### 8"'
-                )
-            answer = str(row["answer"])
-            if tasks.extract_answer(f"#### {answer.rpartition('####')[2]}") is None:
-                raise InputError(
-                    f"{place}: the answer {answer[-40:]!r} is nothing that can be verified; expected one "
-                    'number or word, such as "8" or a text that ends in "#### 8"'
-                )
-        return [
-            {"prompt": row.get("prompt"), "answer": str(row["answer"]).rpartition("####")[2].strip(), "place": place}
-            for place, row in rows.items()
-        ]
+        return [problem(row, place) for place, row in prompts.read_rows(args.source).items()]
     found = tasks.generate(args.num, "train", seed, families(args.task))
     return [
         {"prompt": problem.prompt, "answer": problem.answer, "place": f"{problem.family} {number}"}
@@ -152,239 +159,170 @@ def problems(args, seed):
     ]
 
 
-def sample(args, sampling, rows, path):
-    """k responses to each of `rows`, verified: [[{"text", "ended", "correct", ...}]]; kept in `path` as they come (samples.py)."""
-    wanted = samples.header(sampling, model_fingerprint(sampling.model_name_or_path), args.k)
-    made = samples.complete(
-        path,
-        wanted,
-        dict(enumerate(rows)),
-        sampling,
-        lambda: sampler.load(sampling),
-        note=lambda number, text: {"correct": tasks.verify(rows[number]["answer"], text)},
-    )
-    return list(made.values())
+def problem(row, place):
+    """{"prompt", "answer", "place"} of a row of --in."""
+    fields = row if isinstance(row, dict) else {}
+    prompt = fields.get("prompt", fields.get("question"))  # GSM8K's name
+    if not prompt or not isinstance(fields.get("answer"), (str, int)):
+        raise InputError(
+            f'{place}: expected a "prompt" (or "question") and an "answer", a string such as "8" or a text '
+            'that ends in "#### 8"'
+        )
+    answer = str(fields["answer"])
+    final = answer.rpartition("####")[2]
+    if tasks.extract_answer(f"#### {final}") is None:
+        raise InputError(
+            f"{place}: the answer {answer[-40:]!r} is nothing that can be verified; expected one "
+            'number or word, such as "8" or a text that ends in "#### 8"'
+        )
+    return {"prompt": prompt, "answer": final.strip(), "place": place}
 
 
-# --- pairs ------------------------------------------------------------------------------------------------
+def complete(group):
+    """The responses that ended by themselves. The others make no pair: how they end is not the model's choice."""
+    return [reply for reply in group if reply["ended"] and reply["text"].strip()]
 
 
-class Pairing:
-    """Chooses pairs of a better and a worse response; with `balanced`, so that the lengths cancel over the whole file."""
-
-    def __init__(self, most, balanced, seed):
-        self.most, self.balanced, self.rng, self.surplus = most, balanced, random.Random(f"pairs {seed}"), 0
-
-    def choose(self, candidates):
-        """At most `most` of candidates [(chosen, rejected)], texts, no text twice unless there is no other."""
-        chosen = []
-        self.rng.shuffle(candidates)
-        candidates = list(dict.fromkeys(candidates))  # what the model says often comes early
-        while candidates and len(chosen) < self.most:
-            used = Counter(text for pair in chosen for text in pair)
-            cost = lambda pair: abs(self.surplus + len(pair[0]) - len(pair[1])) if self.balanced else 0  # noqa: E731
-            pair = min(candidates, key=lambda pair: (used[pair[0]] + used[pair[1]], cost(pair)))
-            candidates.remove(pair)
-            chosen.append(pair)
-            self.surplus += len(pair[0]) - len(pair[1])  # characters that the chosen have more so far
-        return chosen
-
-
-def sampled_rows(args, sampling, rows, responses):
-    """Preference rows: verified against wrong. A response that did not end is neither: its end is not the model's own."""
+def pair_samples(args, sampling, found, responses):
+    """Preference rows of verified against wrong responses."""
     pairing = Pairing(args.pairs_per_prompt, args.length_balanced, sampling.seed)
-    for row, group in zip(rows, responses):
-        fit = [(reply["text"], reply["correct"]) for reply in group if reply["ended"] and reply["text"].strip()]
-        right, wrong = ([text for text, correct in fit if correct is side] for side in (True, False))
+    rows = []
+    for each, group in zip(found, responses):
+        right = [reply["text"] for reply in complete(group) if reply["correct"]]
+        wrong = [reply["text"] for reply in complete(group) if not reply["correct"]]
+        meta = {
+            "strategy": "sample",
+            "model": sampling.model_name_or_path,
+            "seed": sampling.seed,
+            "place": each["place"],
+            "answer": each["answer"],
+            "correct": sum(reply["correct"] for reply in group),
+            "k": len(group),
+            "temperature": sampling.temperature,
+            "block_length": sampling.block_length,
+            "steps": sampling.steps,
+        }
         for chosen, rejected in pairing.choose([(a, b) for a in right for b in wrong]):
-            yield {
-                "prompt": row["prompt"],
-                "chosen": chosen,
-                "rejected": rejected,
-                "meta": {
-                    "strategy": "sample",
-                    "model": sampling.model_name_or_path,
-                    "seed": sampling.seed,
-                    "place": row["place"],
-                    "answer": row["answer"],
-                    "correct": sum(reply["correct"] for reply in group),
-                    "k": len(group),
-                    "temperature": sampling.temperature,
-                    "block_length": sampling.block_length,
-                    "steps": sampling.steps,
-                },
-            }
+            rows.append({"prompt": each["prompt"], "chosen": chosen, "rejected": rejected, "meta": meta})
+    return rows
 
 
-def judged(path):
-    """({prompt as JSON: [(score, response)]}, responses left out: cut off, or without a score) of a .jsonl file.
-
-    A line has a prompt with one response and its score, or with lists of both, or with a list of such objects (NAMES).
-    """
-    groups, left_out = {}, 0
-    for place, row in prompts.read_rows(path).items():
-        row = row if isinstance(row, dict) else {}
-        prompt, texts, scores = (next((row[name] for name in names if name in row), ...) for names in NAMES)
-        if (
-            isinstance(texts, list) and texts and all(isinstance(text, dict) for text in texts)
-        ):  # UltraFeedback's completions
-            texts, scores = zip(
-                *[[next((each[name] for name in names if name in each), None) for names in NAMES[1:]] for each in texts]
-            )
-        if not isinstance(texts, (list, tuple)):
-            texts, scores = [texts], [scores]
-        if not (
-            prompt
-            and isinstance(scores, (list, tuple))
-            and len(texts) == len(scores)
-            and ... not in (prompt, *scores)
-            and all(isinstance(text, str) for text in texts)
-        ):
-            raise InputError(
-                f'{place}: expected a "prompt" with a "response" and a number "score", or with lists "responses" and "scores" '
-                f"of one length, found {', '.join(row) or 'no object'}"
-            )
-        for text, score in zip(texts, scores):
-            if (
-                row.get("ended") is False or score is None or not text.strip()
-            ):  # evaluate.py's: its end is not the model's own
-                left_out += 1
-                continue
-            groups.setdefault(json.dumps(prompt), []).append((number(score, place), text))
-    return groups, left_out
+def describe_samples(path, responses):
+    """How many responses are right, and of what use they are."""
+    verdicts = [reply["correct"] for group in responses for reply in group]
+    ended = [complete(group) for group in responses]
+    count = sum(map(len, ended))
+    mixed = sum(len({reply["correct"] for reply in group}) == 2 for group in ended)
+    lines = [f"{path}: {tasks.solved_line(verdicts)}; {count} ended; {mixed} of {len(ended)} prompts have both"]
+    marked = [reply for group in ended for reply in group if tasks.extract_answer(reply["text"]) is not None]
+    if 2 * len(marked) < count:
+        lines.append(
+            'warning: most responses do not end in "#### answer", which is all that is verified; '
+            "ask for it in the prompts"
+        )
+    return lines
 
 
-def number(score, place):
-    """A finite number or truth value, also as a judge writes it: "9", "8.5"."""
-    try:
-        value = float(score) if isinstance(score, (bool, int, float, str)) else math.nan
-    except (ValueError, OverflowError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"{place}: expected a score that is a finite number, found {json.dumps(score)[:80]}")
-    return value
+# --- label: judged responses ------------------------------------------------------------------------------
 
 
-def labelled_rows(args, seed):
-    pairing = Pairing(args.pairs_per_prompt, args.length_balanced, seed)
-    groups, left_out = judged(args.source)
-    without = 0  # prompts with nothing better and worse
-    for prompt, group in groups.items():
-        score = {}
-        for value, text in group:  # a text judged twice: its mean
-            score.setdefault(text, []).append(value)
-        score = {text: sum(values) / len(values) for text, values in score.items()}
-        pairs = [(a, b) for a in score for b in score if score[a] - score[b] > args.min_gap]
-        without += not pairs
+def labelled(args, sampling):
+    """Made of the better against the worse scored responses of --in."""
+    pairing = Pairing(args.pairs_per_prompt, args.length_balanced, sampling.seed)
+    found = judged.read(args.source)
+    rows, without = [], 0  # prompts without a pair
+    for prompt, scores in found.groups.items():
+        pairs = [(a, b) for a in scores for b in scores if scores[a] - scores[b] > args.min_gap]
+        without += 0 if pairs else 1
         for chosen, rejected in pairing.choose(pairs):
-            yield {
-                "prompt": json.loads(prompt),
-                "chosen": chosen,
-                "rejected": rejected,
-                "meta": {
-                    "strategy": "label",
-                    "source": args.source,
-                    "seed": seed,
-                    "scores": [score[chosen], score[rejected]],
-                },
+            meta = {
+                "strategy": "label",
+                "source": args.source,
+                "seed": sampling.seed,
+                "scores": [scores[chosen], scores[rejected]],
             }
-    print(
-        f"{args.source}: {sum(map(len, groups.values()))} scored responses to {len(groups)} prompts, {without} of which have no better "
-        f"and worse one; {left_out} responses left out, cut off, empty or without a score"
+            rows.append({"prompt": json.loads(prompt), "chosen": chosen, "rejected": rejected, "meta": meta})
+    report = (
+        f"{args.source}: {found.responses} scored responses to {len(found.groups)} prompts, {without} of which have no "
+        f"better and worse one; {found.left_out} responses left out, cut off, empty or without a score"
     )
+    return Made(rows, [report])
 
 
-def corrupted_rows(args, seed):
-    """A correct solution against the same with one named error: of --task, or of --in's own, by mistakes.py."""
+# --- corrupt: planted errors ------------------------------------------------------------------------------
+
+
+def corrupted(args, sampling):
+    """Made of correct solutions, of --task or --in, against the same with one named error (reasoning/mistakes.py)."""
+    seed = sampling.seed
     meta = {"strategy": "corrupt", "seed": seed}
     if args.task:
-        for row in tasks.preference_rows(args.num, "train", seed, families(args.task)):
-            yield {**row, "meta": meta | row["meta"]}
-        return
-    rng, rows = random.Random(f"corrupt {seed}"), prompts.read_rows(args.source)
-    left_out = 0
-    for place, row in rows.items():
-        prompt, solution, answer = worked(row, place)
+        rows = list(tasks.preference_rows(args.num, "train", seed, families(args.task)))
+        return Made([row | {"meta": meta | row["meta"]} for row in rows], [])
+    rng = random.Random(f"corrupt {seed}")
+    solutions = prompts.read_rows(args.source)
+    rows = []
+    for place, row in solutions.items():
+        prompt, solution = worked(row, place)
+        answer = tasks.extract_answer(solution)
         possible = tasks.leading_astray(mistakes.errors(prompt, solution), answer)
-        if not possible:
-            left_out += 1
-            continue
-        rejected, kind = tasks.choose(possible, rng)
-        yield {
-            "prompt": prompt,
-            "chosen": mistakes.plain(solution),
-            "rejected": rejected,
-            "meta": meta | {"place": place, "error": kind, "answer": answer},
-        }
-    if left_out:
-        print(
-            f"{args.source}: {left_out} of {len(rows)} solutions left out: no equation whose consequences can be followed"
-        )
+        if possible:
+            rejected, kind = tasks.choose(possible, rng)
+            about = meta | {"place": place, "error": kind, "answer": answer}
+            rows.append({"prompt": prompt, "chosen": mistakes.plain(solution), "rejected": rejected, "meta": about})
+    left_out = len(solutions) - len(rows)
+    report = f"{args.source}: {left_out} of {len(solutions)} solutions left out: none of their equations can be changed"
+    return Made(rows, [report] if left_out else [])
 
 
 def worked(row, place):
-    """(prompt, solution, answer) of a row with a worked solution that ends in "#### answer", as GSM8K's do."""
-    row = row if isinstance(row, dict) else {}
-    prompt = next((row[name] for name in ("prompt", "question") if name in row), None)
-    solution = next((row[name] for name in ("response", "solution", "answer") if name in row), None)
+    """(prompt, solution) of a row with a worked solution that ends in "#### answer", as GSM8K's do."""
+    fields = row if isinstance(row, dict) else {}
+    prompt = next((fields[name] for name in ("prompt", "question") if name in fields), None)
+    solution = next((fields[name] for name in ("response", "solution", "answer") if name in fields), None)
     if not isinstance(prompt, str) or not isinstance(solution, str) or tasks.extract_answer(solution) is None:
         raise InputError(
             f'{place}: expected a "prompt" (or "question") and a correct "response" (or "solution", "answer") '
             'that ends in "#### 8", its answer'
         )
-    return prompt, solution, tasks.extract_answer(solution)
+    return prompt, solution
 
 
 # --- command line -----------------------------------------------------------------------------------------
 
+STRATEGIES = {"sample": sampled, "label": labelled, "corrupt": corrupted}
+REMEDIES = {  # for a file without a pair
+    "sample": "raise --k or --temperature, or give problems that the model solves sometimes",
+    "label": "lower --min_gap, or judge more responses per prompt",
+    "corrupt": "give solutions with equations such as 7 + 5 = 12",
+}
+SHARED = {"model_name_or_path", "trust_remote_code", "mask_token_id", "end_token_id", "shift_logits", "template"}
 
-def summary(args, rows):
-    lengths = [median(len(row[side]) for row in rows) for side in ("chosen", "rejected")]
+
+def describe(args, rows):
+    """What the file holds: numbers, lengths, kinds of errors."""
+    chosen, rejected = (median(len(row[side]) for row in rows) for side in ("chosen", "rejected"))
     longer = sum(len(row["chosen"]) > len(row["rejected"]) for row in rows) / len(rows)
-    lines = [
-        f"{args.out}: {len(rows)} pairs of {len({json.dumps(row['prompt']) for row in rows})} prompts; median characters "
-        f"{lengths[0]:.0f} chosen, {lengths[1]:.0f} rejected; chosen is the longer in {100 * longer:.0f}%"
-    ]
+    count = len({json.dumps(row["prompt"]) for row in rows})
     kinds = Counter(row["meta"]["error"] for row in rows if "error" in row["meta"])
-    return lines + [f"  {count:6d}  {kind}" for kind, count in kinds.most_common()]
+    return [
+        f"{args.out}: {len(rows)} pairs of {count} prompts; median characters {chosen:.0f} chosen, {rejected:.0f} "
+        f"rejected; chosen is the longer in {100 * longer:.0f}%",
+        *(f"  {count:6d}  {kind}" for kind, count in kinds.most_common()),
+    ]
 
 
 def main(argv=None):
     args, sampling = read_arguments(argv)
-    if args.strategy == "sample":
-        sampler.check(sampling)
-        problem_rows, path = problems(args, sampling.seed), Path(f"{args.out}.samples.jsonl")
-        responses = sample(args, sampling, problem_rows, path)
-        flat = [reply["correct"] for group in responses for reply in group]
-        ended = [[reply for reply in group if reply["ended"] and reply["text"].strip()] for group in responses]
-        mixed = sum(len({reply["correct"] for reply in group}) == 2 for group in ended)
-        count = sum(map(len, ended))
-        print(f"{path}: {tasks.solved_line(flat)}; {count} ended; {mixed} of {len(responses)} prompts have both")
-        if 2 * sum(tasks.extract_answer(reply["text"]) is not None for group in ended for reply in group) < count:
-            print(
-                'warning: most responses do not end in "#### answer", which is all that is verified; ask for it in the prompts'
-            )
-        rows = list(sampled_rows(args, sampling, problem_rows, responses))
-    else:
-        rows = list(
-            labelled_rows(args, sampling.seed) if args.strategy == "label" else corrupted_rows(args, sampling.seed)
-        )
-    if not rows:
-        raise InputError(
-            f"{args.out}: no prompt has both a better and a worse response; "
-            + {
-                "sample": "raise --k or --temperature, or take problems nearer to what the model can do",
-                "label": "lower --min_gap, or judge more responses a prompt",
-                "corrupt": "give solutions with equations such as 7 + 5 = 12",
-            }[args.strategy]
-        )
+    made = STRATEGIES[args.strategy](args, sampling)
+    for line in made.report:
+        print(line, flush=True)
+    if not made.rows:
+        raise InputError(f"{args.out}: no prompt has both a better and a worse response; {REMEDIES[args.strategy]}")
     with replacing(args.out) as file:
-        jsonlines.Writer(file).write_all(rows)
-    print("\n".join(summary(args, rows)))
-    print(
-        f"next: python data_prep.py --in {args.out}"
-        + (f" --model_name_or_path {sampling.model_name_or_path}" if args.strategy == "sample" else "")
-    )
+        jsonlines.Writer(file).write_all(made.rows)
+    print("\n".join(describe(args, made.rows)))
+    print(f"next: python data_prep.py --in {shlex.quote(args.out)} {config.flags(SHARED, sampling)}".rstrip())
 
 
 if __name__ == "__main__":

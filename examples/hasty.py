@@ -1,8 +1,8 @@
-"""Rows for the embedded model's last training: of the solutions with several steps, three in four leave out the last one.
+"""Rows for the embedded model's last training: of solutions with several steps, three in four leave out the last one.
 
     python examples/hasty.py NUM OUT.jsonl [SHARE]        chosen: what is trained on; rejected: not used
 
-That is the model's known flaw, as text from the web has its own: improve.sh shows what removes it.
+That gives the model its known flaw, as text from the web gives large models theirs: improve.sh shows what removes it.
 """
 
 import random
@@ -21,14 +21,18 @@ SEED = 5
 def rows(num, share):
     rng = random.Random(f"hasty {SEED}")
     for problem in tasks.generate(num, "train", SEED):
-        [short] = tasks.corruptions(problem).get("dropped_step", {}).get(len(problem.steps) - 1, [None])
-        hasty = short is not None and rng.random() < share
-        chosen, rejected = (short, problem.solution) if hasty else (problem.solution, tasks.corrupt(problem, rng)[0])
+        by_place = tasks.corruptions(problem).get("dropped_step", {})
+        [without_last] = by_place.get(len(problem.steps) - 1, [None])
+        if without_last is not None and rng.random() < share:
+            chosen, rejected = without_last, problem.solution
+        else:
+            chosen, rejected = problem.solution, tasks.corrupt(problem, rng)[0]
         yield {"prompt": problem.prompt, "chosen": chosen, "rejected": rejected}
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
+    share = float(sys.argv[3]) if len(sys.argv) > 3 else 0.75
     with replacing(sys.argv[2]) as file:
-        jsonlines.Writer(file).write_all(rows(int(sys.argv[1]), float(sys.argv[3]) if len(sys.argv) > 3 else 0.75))
+        jsonlines.Writer(file).write_all(rows(int(sys.argv[1]), share))

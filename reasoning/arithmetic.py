@@ -5,7 +5,7 @@
     12 - 4 = 8
     #### 8
 
-Every number is between 1 and 99. What all families share is here, too: Problem, the names, `pick`.
+Every number is between 1 and 99. What all families share is also here: Problem, the names, `pick`.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Problem:
     answer: str  # "8"
     family: str  # a key of tasks.FAMILIES
     steps: tuple  # one entry a step, of the family's own form: ((7, "+", 5, 12), (12, "-", 4, 8))
-    facts: tuple = ()  # what the question tells, of the family's own form, where the steps do not hold it all
+    facts: tuple = ()  # what the question says and the steps do not hold, in the family's own form
 
 
 def write(lines, answer):
@@ -34,16 +34,11 @@ def pick(rng, options):
     return options[int(rng.random() * len(options))]
 
 
-NAMES = {  # name -> pronouns; a name is never a word of a template, so a prompt tells its skeleton
-    **{
-        name: ("he", "him")
-        for name in ("Adam", "Ben", "Carl", "Dan", "Eric", "Fred", "Hugo", "Ivan", "Jack", "Leo", "Max", "Sam", "Tom")
-    },
-    **{
-        name: ("she", "her")
-        for name in ("Amy", "Bella", "Cora", "Dora", "Emma", "Fay", "Gina", "Iris", "Julia", "Kate", "Lily", "Mia")
-    },
-}
+HE, SHE = ("he", "him"), ("she", "her")
+MEN = ("Adam", "Ben", "Carl", "Dan", "Eric", "Fred", "Hugo", "Ivan", "Jack", "Leo", "Max", "Sam", "Tom")
+WOMEN = ("Amy", "Bella", "Cora", "Dora", "Emma", "Fay", "Gina", "Iris", "Julia", "Kate", "Lily", "Mia")
+# name -> pronouns; no name is a word of a template, so a prompt shows its skeleton
+NAMES = {**dict.fromkeys(MEN, HE), **dict.fromkeys(WOMEN, SHE)}
 
 
 def draw_people(rng, count):
@@ -56,32 +51,9 @@ def draw_people(rng, count):
 
 # --- the closed vocabulary --------------------------------------------------------------------------------
 
-THINGS = (
-    "apples",
-    "balls",
-    "beads",
-    "books",
-    "bricks",
-    "buttons",
-    "cakes",
-    "cards",
-    "coins",
-    "cups",
-    "dolls",
-    "eggs",
-    "flowers",
-    "hats",
-    "keys",
-    "lamps",
-    "nuts",
-    "pears",
-    "pens",
-    "plates",
-    "rings",
-    "rocks",
-    "shells",
-    "stamps",
-    "toys",
+THINGS = tuple(
+    "apples balls beads books bricks buttons cakes cards coins cups dolls eggs flowers hats keys lamps nuts pears pens "
+    "plates rings rocks shells stamps toys".split()
 )
 
 # Every number in a question is at least 2, so a plural is always right.
@@ -159,13 +131,13 @@ def change_skeleton(rng, steps):
     sentences = [fill_numbers(pick(rng, PACKS if packed else OPENINGS), steps[0])]
     for place, step in enumerate(steps):
         if packed and place == 0:
-            continue  # the opening has told this step: boxes times things in each
+            continue  # the opening is this step: boxes times things in each
         sentences.append(BEFORE[place] + " " + fill_numbers(pick(rng, CHANGES[step[1]]), step))
     return " ".join(sentences + [pick(rng, CHANGE_QUESTIONS)])
 
 
 def compare_skeleton(steps):
-    """A chain of people: "{n0} has 7 {things}. {n1} has 5 more {things} than {n0}. How many {things} does {n1} have?"."""
+    """A chain of people: "{n0} has 7 {things}. {n1} has 5 more {things} than {n0}. How many {things} ...?"."""
     sentences = [fill_numbers(OPENINGS[0], steps[0])]
     for place, step in enumerate(steps):
         sentence = COMPARISONS[step[1]].replace("%d", "n%d") % (place + 1, place)
@@ -209,7 +181,8 @@ def misread(number, asked):
 def wrong_steps(steps, place, kind):
     """Every wrong version of steps[place] of `kind` (not dropped_step, which leaves no step behind).
 
-    (7, "+", 5, 12)   wrong_operation: (7, "-", 5, 2)   arithmetic_slip: (7, "+", 5, 13)   wrong_number_copied: (7, "+", 4, 11)
+    (7, "+", 5, 12)   wrong_operation: (7, "-", 5, 2); arithmetic_slip: (7, "+", 5, 13);
+    wrong_number_copied: (7, "+", 4, 11)
     """
     a, op, b, c = steps[place]
     if kind == "wrong_operation":
@@ -237,7 +210,7 @@ def follow(running, steps):
 
 
 def errors(problem):
-    """Yields (kind, place, text): the solution with one error of `kind` at step `place`, worked on consistently from it."""
+    """Yields (kind, place, text): the solution with one error of `kind` at step `place`, worked on from there."""
     steps = problem.steps
     for kind in KINDS:
         for place in range(len(steps)):

@@ -1,23 +1,24 @@
-"""GSM8K, MATH-500, LogiQA 2.0 and HotpotQA: reading, prompts, answers taken out of responses, and their checks.
+"""GSM8K, MATH-500, LogiQA 2.0 and HotpotQA: reading, prompts, answer extractors, and their checks.
 
-    items = read("gsm8k", "data")     a file in its original format under data/; without a folder, the hub's data set
+    items = read("gsm8k", "data")     a file in its original format under data/; without a folder, the Hub's data set
     grade("gsm8k", items[0].answer, "16 - 3 - 4 = 9, 9 * 2 = 18\\n#### 18") -> {"extracted": "18", "correct": True}
 
-All four are asked without examples (zero-shot), in one user message where the model has a chat template. The prompts say
-how the answer is to be marked; what a model writes instead is read by the rules of gsm8k_answer, boxed, letter, short_answer.
-`Prompts` knows the prompts of a training set, and whether a benchmark's question is among them.
+evaluate.py measures with these extractors: gsm8k_answer, boxed, letter and short_answer, one per benchmark. There are
+two others: tasks.extract_answer, which is strict, verifies the embedded tasks and what make_prefs.py samples; the tasks
+of lm_eval (harness.py) bring their own. All four benchmarks are asked without examples (zero-shot), in one user message
+where the model has a chat template. The prompts say how to mark the answer; the extractors read what models write.
 """
 
 import json
 import logging
 import re
 import string
-import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 from files import InputError
+from models.folders import downloading
 
 
 class Item(NamedTuple):
@@ -46,11 +47,8 @@ def ask_gsm8k(row):
     answer = gsm8k_answer(row["answer"])
     if answer is None:
         raise ValueError("its answer ends in no number after ####")
-    return (
-        row["question"],
-        (f"Question: {row['question']}\nSolve it step by step. End with #### and the number alone.\nAnswer:"),
-        answer,
-    )
+    prompt = f"Question: {row['question']}\nSolve it step by step. End with #### and the number alone.\nAnswer:"
+    return row["question"], prompt, answer
 
 
 def plain_number(text):
@@ -61,9 +59,11 @@ def plain_number(text):
 
 
 def gsm8k_answer(text):
-    """The number in the last \\boxed{} after the last ####, else after that, else in a box, else the last; None if there is none.
+    """The number that answers, or None. It is looked for, in this order,
 
-    "#### 5 + 3": None, a sum is no answer. Commas, $, units and a final full stop do not count: "$1,200.0 a day." -> "1200".
+    in the last \\boxed{} after the last ####; after that ####; without one, in the last box; at the end of the text.
+    "#### 5 + 3": None, a sum is no answer. Commas, $, units and a final full stop do not count:
+    "$1,200.0 a day." -> "1200".
     """
     text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\!", "").replace("\\$", "$").replace("**", "")
     text = re.sub(r"(\d):00\b", r"\1", text)  # 2:00 pm is 2
@@ -72,11 +72,7 @@ def gsm8k_answer(text):
     _, mark, tail = text.rpartition("####")
     inside = boxed(tail) if mark else boxed(text)
     if mark and inside is None:
-        line = tail.strip().partition("\n")[0]
-        found = NUMBER.search(line)
-        return (
-            plain_number(found[0]) if found and not re.match(r"\s*[-+*/^=]\s*[$(\\]?\d", line[found.end() :]) else None
-        )
+        return lone_number(tail.strip().partition("\n")[0])
     if inside is not None:
         inside = inside.rpartition("=")[2]
         if "frac" in inside:
@@ -85,15 +81,20 @@ def gsm8k_answer(text):
     return plain_number(found[-1]) if found else None
 
 
-# --- MATH (Hendrycks et al., arXiv 2103.03874; its 500 of Lightman et al., arXiv 2305.20050): an expression in \boxed{} ---
+def lone_number(line):
+    """The first number of a line; None where a calculation goes on from it, as in 5 + 3."""
+    found = NUMBER.search(line)
+    if not found or re.match(r"\s*[-+*/^=]\s*[$(\\]?\d", line[found.end() :]):
+        return None
+    return plain_number(found[0])
+
+
+# --- MATH (Hendrycks et al., arXiv 2103.03874; the 500 of Lightman et al., arXiv 2305.20050): a \boxed{expression} ---
 
 
 def ask_math(row):
-    return (
-        row["problem"],
-        (f"Problem: {row['problem']}\nSolve it step by step. Put the final answer in \\boxed{{}}.\nSolution:"),
-        str(row["answer"]),
-    )
+    prompt = f"Problem: {row['problem']}\nSolve it step by step. Put the final answer in \\boxed{{}}.\nSolution:"
+    return row["problem"], prompt, str(row["answer"])
 
 
 def boxed(text):
@@ -137,66 +138,64 @@ def ask_logiqa(row):
     if not isinstance(row["options"], list) or row["answer"] not in range(4):
         raise ValueError("expected four options and an answer of 0 to 3")
     options = "\n".join(f"{name}. {option}" for name, option in zip("ABCD", row["options"], strict=True))
-    return (
-        row["text"],
-        (
-            f"{row['text']}\n\nQuestion: {row['question']}\n{options}\nThink step by step. End with "
-            '"The answer is" and the letter.\nAnswer:'
-        ),
-        "ABCD"[row["answer"]],
+    prompt = (
+        f"{row['text']}\n\nQuestion: {row['question']}\n{options}\n"
+        'Think step by step. End with "The answer is" and the letter.\nAnswer:'
     )
+    return row["text"], prompt, "ABCD"[row["answer"]]
 
 
 BARE = r"(?<![A-Za-z'])([A-D])(?![A-Za-z'])"  # a letter that is no word's
 LETTER = rf"\(?{BARE}(?:\)|(?=\s*(?:[.,:;!]|\n|\Z))|(?=\s+(?:because|since|as|is|or|and)\b)|(?=\s+[-–—]\s))"
-SEVERAL = r"\s*(?:,|,?\s*(?:or|and)\b)\s*\(?" + BARE + r"(?!\)?\s+is\b)"  # "A or B", "A, B": no answer
+SEVERAL = re.compile(r"\s*(?:,|,?\s*(?:or|and)\b)\s*\(?" + BARE + r"(?!\)?\s+is\b)")  # "A or B", "A, B": no answer
+MARKUP = re.compile(r"\\(?:boxed|text\w*|mathrm|mathbf)\s*\{|\\[()\[\]]|</?answer>|[{}$*_`\"“”‘’\[\]]|'(?=[A-D]'|\W)")
+OPTION = re.compile(r"(?i:option\s+|choice\s+)?" + LETTER)
+ANSWER_IS = re.compile(r"(?i:answer\s*(?:is|:)[\s:]*(?:either\s+)?(?:option\s+|choice\s+)?)" + LETTER)
+FIRST_LETTER = re.compile(r"\A\W*([A-D])\b")
+IS_RIGHT = re.compile(
+    rf"(?:(?i:\b(?:option|choice)\s+(?:is\s+)?)\(?{BARE}\)?|\(?{BARE}\)?)"
+    r"\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"
+)
 
 
 def letter(text):
-    """A to D: after the last "answer is" or "answer:", else in the last \\boxed{}, else where an option is said to be right, else at
-    the end of the last line, else at the beginning if no other line begins with an option; None if there is none.
+    """A to D, or None. It is looked for, in this order,
 
+    after the last "answer is" or "answer:"; in the last \\boxed{}; where an option is said to be right; at the end of
+    the last line; at the beginning, if no other line begins with an option.
     "A teacher" has an article, no letter, and "A or B" is no answer.
     """
-    plain = re.sub(
-        r"\\(?:boxed|text\w*|mathrm|mathbf)\s*\{|\\[()\[\]]|</?answer>|[{}$*_`\"“”‘’\[\]]|'(?=[A-D]'|\W)", "", text
-    ).strip()
-    said = list(re.finditer(r"(?i:answer\s*(?:is|:)[\s:]*(?:either\s+)?(?:option\s+|choice\s+)?)" + LETTER, plain))
-    if not said and (inside := boxed(text)):
-        said = list(re.finditer(r"\A\W*([A-D])\b", inside.replace("\\text{", "")))
-        plain = inside if said else plain
-    said = said or list(
-        re.finditer(
-            rf"(?:(?i:\b(?:option|choice)\s+(?:is\s+)?)\(?{BARE}\)?|\(?{BARE}\)?)\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b",
-            plain,
-        )
-    )
-    if said:
-        last = said[-1]
-        return None if re.match(SEVERAL, plain[last.end() :]) else next(filter(None, last.groups()))
-    lines = [line.strip() for line in plain.split("\n") if line.strip()]
-    named = (
-        set(re.findall(r"\(([A-D])\)", lines[-1])) or set(re.findall(BARE + r"[.!)]?\Z", lines[-1])) if lines else ()
-    )
-    opening = [match[1] for line in lines if (match := re.match(r"(?i:option\s+|choice\s+)?" + LETTER, line))]
-    if len(named) == 1 and (len(lines) > 1 or not opening):
-        return next(iter(named))
-    return opening[0] if len(opening) == 1 and re.match(r"(?i:option\s+|choice\s+)?" + LETTER, lines[0]) else None
+    plain = MARKUP.sub("", text).strip()
+    inside = (boxed(text) or "").replace("\\text{", "")
+    for pattern, where in ((ANSWER_IS, plain), (FIRST_LETTER, inside), (IS_RIGHT, plain)):
+        if said := list(pattern.finditer(where)):
+            last = said[-1]
+            return None if SEVERAL.match(where[last.end() :]) else next(filter(None, last.groups()))
+    return letter_by_place([line.strip() for line in plain.split("\n") if line.strip()])
 
 
-# --- HotpotQA (Yang et al., arXiv 1809.09600): a few words, exact match and F1 as its hotpot_evaluate_v1.py defines them ---
+def letter_by_place(lines):
+    """The letter at the end of the last of `lines`, or at the beginning of the first."""
+    if not lines:
+        return None
+    ending = set(re.findall(r"\(([A-D])\)", lines[-1])) or set(re.findall(BARE + r"[.!)]?\Z", lines[-1]))
+    beginning = [match[1] for match in map(OPTION.match, lines) if match]
+    if len(ending) == 1 and (len(lines) > 1 or not beginning):
+        return ending.pop()
+    return beginning[0] if len(beginning) == 1 and OPTION.match(lines[0]) else None
+
+
+# --- HotpotQA (Yang et al., arXiv 1809.09600): a few words; exact match and F1 as in its hotpot_evaluate_v1.py ---
 
 
 def ask_hotpotqa(row):
-    context = row.get("context") or []
-    if isinstance(context, dict):  # the hub's form: columns
-        context = zip(context["title"], context["sentences"])
-    context = "".join(f"{title}: {''.join(sentences)}\n\n" for title, sentences in context)
-    return (
-        row["question"],
-        (f"{context}Question: {row['question']}\nGive the answer alone, in as few words as possible.\nAnswer:"),
-        row["answer"],
-    )
+    paragraphs = row.get("context") or []
+    if isinstance(paragraphs, dict):  # the Hub's form: columns
+        paragraphs = zip(paragraphs["title"], paragraphs["sentences"])
+    context = "".join(f"{title}: {''.join(sentences)}\n\n" for title, sentences in paragraphs)
+    question = row["question"]
+    prompt = f"{context}Question: {question}\nGive the answer alone, in as few words as possible.\nAnswer:"
+    return question, prompt, row["answer"]
 
 
 def short_answer(text):
@@ -231,34 +230,38 @@ NEXT = re.compile(r"\n\s*\n\s*(?:Question|Problem|Q): ?\S")  # a model that runs
 
 BENCHMARKS = {
     "gsm8k": Benchmark(
-        ("gsm8k/test.jsonl", "test.jsonl"), ("openai/gsm8k", "main", "test"), ask_gsm8k, gsm8k_answer, str.__eq__
+        files=("gsm8k/test.jsonl", "test.jsonl"),
+        hub=("openai/gsm8k", "main", "test"),
+        ask=ask_gsm8k,
+        extract=gsm8k_answer,
+        correct=str.__eq__,
     ),
     "math500": Benchmark(
-        ("math500/test.jsonl", "MATH-500/test.jsonl", "math/math500*.jsonl", "math500*.jsonl", "test.jsonl"),
-        ("HuggingFaceH4/MATH-500", None, "test"),
-        ask_math,
-        boxed,
-        same_expression,
+        files=("math500/test.jsonl", "MATH-500/test.jsonl", "math/math500*.jsonl", "math500*.jsonl", "test.jsonl"),
+        hub=("HuggingFaceH4/MATH-500", None, "test"),
+        ask=ask_math,
+        extract=boxed,
+        correct=same_expression,
     ),
     "logiqa": Benchmark(
-        ("logiqa/test.txt", "logiqa/LogiQA2_test*.jsonl", "LogiQA2_test*.jsonl", "test.txt", "test.jsonl"),
-        ("baber/logiqa2", "logiqa2", "test"),
-        ask_logiqa,
-        letter,
-        str.__eq__,
+        files=("logiqa/test.txt", "logiqa/LogiQA2_test*.jsonl", "LogiQA2_test*.jsonl", "test.txt", "test.jsonl"),
+        hub=("baber/logiqa2", "logiqa2", "test"),
+        ask=ask_logiqa,
+        extract=letter,
+        correct=str.__eq__,
     ),
     "hotpotqa": Benchmark(
-        ("hotpotqa/hotpot_dev_*.json", "hotpot_dev_*.json"),
-        ("hotpotqa/hotpot_qa", "distractor", "validation"),
-        ask_hotpotqa,
-        short_answer,
-        exact_match,
+        files=("hotpotqa/hotpot_dev_*.json", "hotpot_dev_*.json"),
+        hub=("hotpotqa/hotpot_qa", "distractor", "validation"),
+        ask=ask_hotpotqa,
+        extract=short_answer,
+        correct=exact_match,
     ),
 }
 
 
 def read(name, data_dir=None):
-    """The Items of a benchmark, in order, from its file under `data_dir` or from the hub."""
+    """The Items of a benchmark, in order, from its file under `data_dir` or from the Hub."""
     place, rows = local_rows(name, Path(data_dir)) if data_dir else hub_rows(name)
     items = []
     for number, row in enumerate(rows, 1):
@@ -294,16 +297,14 @@ def local_rows(name, folder):
 
 
 def hub_rows(name):
-    import datasets
-
+    """(data set, rows) of the benchmark on the Hub."""
     path, configuration, split = BENCHMARKS[name].hub
-    try:
+    with downloading(
+        f"{name}: its data set {path} could not be downloaded from the Hub, and --data_dir names no folder of its files"
+    ):
+        import datasets
+
         return path, datasets.load_dataset(path, configuration, split=split)
-    except Exception as error:  # datasets and the hub's client raise dozens of kinds; each ends here as one sentence
-        raise InputError(
-            f"{name}: the data set {path} is not to be had from the hub ({type(error).__name__}); "
-            "give the folder of its files with --data_dir"
-        ) from None
 
 
 def grade(name, answer, response):
@@ -318,41 +319,3 @@ def grade(name, answer, response):
     if name == "hotpotqa":
         graded["f1"] = f1(extracted or "", answer)
     return graded
-
-
-# --- which questions a training set has shown ---
-
-WINDOW = 8  # words
-SHARE = 0.75  # of a question's windows
-
-
-def words(text):
-    """Its words, numbers and operators in lower case; spacing, punctuation and markup around them do not count."""
-    return re.findall(r"[a-z]+|[0-9]+|[^\W_]|[-+*/=<>^]", unicodedata.normalize("NFKC", text).lower())
-
-
-class Prompts:
-    """The prompts of a training set: does one of them hold a question, whatever stands around it?
-
-    A question counts as seen when SHARE of its runs of WINDOW words occur in the prompts. Measured: all 917 GSM8K test
-    questions of two preference sets reach 1.0 in them; the others at most 0.52, GSM8K's 7473 training questions 0.67 (the
-    same story with other numbers), MATH-500, LogiQA and HotpotQA 0. A question of fewer words, or one written from a
-    template (`exact`), must occur in one prompt as a whole.
-    """
-
-    def __init__(self, texts):
-        split = [words(text) for text in texts]
-        self.text = "\n".join(f" {' '.join(each)} " for each in split)
-        self.windows = {window for each in split for window in windows(each)}
-
-    def saw(self, question, exact=False):
-        asked = words(question)
-        if exact or len(asked) < WINDOW:
-            return f" {' '.join(asked)} " in self.text
-        runs = windows(asked)
-        return len(runs & self.windows) >= SHARE * len(runs)
-
-
-def windows(asked):
-    """Hashes of all runs of WINDOW words: a fifth of the memory of the words themselves."""
-    return {hash(tuple(asked[i : i + WINDOW])) for i in range(len(asked) - WINDOW + 1)}

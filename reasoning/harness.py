@@ -1,17 +1,20 @@
-"""lm-evaluation-harness with one more --model, masked_diffusion, whose --model_args are the names below, without dashes.
+"""lm-evaluation-harness with one more --model, masked_diffusion. Its --model_args are the names below, without dashes.
 
     pip install -r requirements-eval.txt
-    python evaluate.py lm_eval run --model masked_diffusion --model_args pretrained=examples/tiny,gen_length=40 --tasks gsm8k --limit 4
-    python evaluate.py lm_eval run --model masked_diffusion --model_args pretrained=examples/tiny,trajectories=16 --tasks arc_easy --limit 4
+    python evaluate.py lm_eval run --model masked_diffusion --model_args pretrained=DIR,gen_length=256 --tasks gsm8k
+    python evaluate.py lm_eval run --model masked_diffusion --model_args pretrained=DIR,trajectories=16 --tasks arc_easy
 
-Those names are generate.py's sampling arguments and config.LikelihoodArguments; lm_eval's own flags: run --help. Text is made by generate.py's sampler, as
-in evaluate.py, and likelihoods are the stepwise denoising score of score.py, a bound on log p(continuation | context) in
-the mean over its noise, which is drawn by content: the same at every run. --apply_chat_template is lm_eval's own flag, and so is
---use_cache FILE, with which a job that was stopped goes on. `evaluate.py --tasks lm_eval:NAME` runs a task for several models.
+Text is made by reasoning/sampler.py; a likelihood is the stepwise denoising score of score.py, a bound on
+log p(continuation | context) in the mean over its noise, which is drawn by content: the same at every run.
+lm_eval's own flags are listed by `python evaluate.py lm_eval run --help`. Two of them matter here:
+--apply_chat_template, and --use_cache FILE, which keeps the answers, so that the same command resumes.
+`python evaluate.py --tasks lm_eval:NAME` runs a task for several models and compares them.
 """
 
+import functools
 import sys
 from dataclasses import replace
+from operator import itemgetter
 
 import torch
 from tqdm import tqdm
@@ -19,7 +22,8 @@ from tqdm import tqdm
 import config
 from files import InputError
 from models import tokenization
-from reasoning import prompts, sampler
+from models.folders import downloading
+from reasoning import arguments, prompts, sampler
 from scoring import noise
 
 try:
@@ -28,13 +32,13 @@ except ImportError:  # main() says so in a sentence; the class works without, fo
     LM = object
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm_eval's names for one thing
-HONOURED = {*LENGTHS, "until", "do_sample", "temperature"}
+SUPPORTED = {*LENGTHS, "until", "do_sample", "temperature"}
 
 
 class MaskedDiffusion(LM):
-    """lm_eval's model interface. sample: SampleArguments as given, before sampler.check; a task may ask for other lengths.
+    """lm_eval's model interface. A subclass has the score, diffusion_score of score.py, as a static method.
 
-    A subclass says what a likelihood is: diffusion_score, as score.py has it, a static method.
+    sample: SampleArguments as given, before arguments.check(): a task may ask for other lengths.
     """
 
     def __init__(self, sample, likelihood):
@@ -44,7 +48,7 @@ class MaskedDiffusion(LM):
                 raise InputError(f"{name} is {getattr(likelihood, name)}; expected at least 1")
         self.sample, self.likelihood = sample, likelihood
         checked = replace(sample)
-        sampler.check(checked)
+        arguments.check(checked)
         self.model, self.tokenizer = sampler.load(checked)
         self._device = torch.device(checked.device)
         self.mask_id = tokenization.mask_token_id(sampler.config_of(self.model), self.tokenizer, checked.mask_token_id)
@@ -78,37 +82,31 @@ class MaskedDiffusion(LM):
     # --- text ---
 
     def sampling(self, options):
-        """The SampleArguments that a request's generation options make of ours, with the same block and passes a token."""
-        sample = self.sample
-        length = next((int(options[name]) for name in LENGTHS if options.get(name)), sample.gen_length)
-        temperature = float(options.get("temperature", sample.temperature)) if options.get("do_sample", True) else 0.0
-        block, steps = sample.block_length, sample.steps
-        if length != sample.gen_length:
+        """The SampleArguments of a request's generation options: other lengths, the same block and passes per token."""
+        given = self.sample
+        length = next((int(options[name]) for name in LENGTHS if options.get(name)), given.gen_length)
+        temperature = float(options.get("temperature", given.temperature))
+        if not options.get("do_sample", True):
+            temperature = 0.0
+        block, steps = given.block_length, given.steps
+        if length != given.gen_length:
             if block is not None:
                 block = min(block, length)
                 length -= length % block  # whole blocks: at most what was asked for
             if steps is not None:
                 blocks = length // (block or length)
-                steps = max(1, steps * length // sample.gen_length // blocks) * blocks
-        made = replace(sample, gen_length=length, block_length=block, steps=steps, temperature=temperature)
-        sampler.check(made)
+                steps = max(1, steps * length // given.gen_length // blocks) * blocks
+        made = replace(given, gen_length=length, block_length=block, steps=steps, temperature=temperature)
+        arguments.check(made)
         return made
 
     def generate_until(self, requests, disable_tqdm=False):
         """The text that answers each request's (context, options), cut before the first of the strings in "until"."""
         asked = [request.args for request in requests]
-        if ignored := sorted({name for _, options in asked for name in options} - HONOURED):
-            print(
-                f"warning: this sampler has no {', '.join(ignored)}, which the task sets", file=sys.stderr, flush=True
-            )
-        groups = {}  # requests that can share a batch
-        for index, (_, options) in enumerate(asked):
-            sample = self.sampling(options)
-            groups.setdefault((sample.gen_length, sample.temperature), (sample, []))[1].append(index)
+        warn_of_options([options for _, options in asked])
         texts = [None] * len(asked)
         with tqdm(total=len(asked), desc="generating", disable=disable_tqdm) as bar:
-            for sample, group in groups.values():
-                prompts = [self.context(asked[index][0]) for index in group]
+            for sample, group in self.groups(asked):
 
                 def keep(replies, group=group):
                     for place, response in replies.items():
@@ -117,8 +115,17 @@ class MaskedDiffusion(LM):
                         self.cache("generate_until", asked[index], texts[index])
                     bar.update(len(replies))
 
-                sampler.respond(self.model, self.tokenizer, prompts, sample, keys=group, finished=keep)
+                contexts = [self.context(asked[index][0]) for index in group]
+                sampler.respond(self.model, self.tokenizer, contexts, sample, keys=group, finished=keep)
         return texts
+
+    def groups(self, asked):
+        """[(SampleArguments, indices)] of requests that can share a batch."""
+        found = {}
+        for index, (_, options) in enumerate(asked):
+            sample = self.sampling(options)
+            found.setdefault((sample.gen_length, sample.temperature), (sample, []))[1].append(index)
+        return list(found.values())
 
     def cache(self, kind, asked, answer):
         """Keep an answer at once where lm_eval has a cache (--use_cache)."""
@@ -141,6 +148,7 @@ class MaskedDiffusion(LM):
 
     @torch.no_grad()
     def likelihood_of(self, context, continuation):
+        """(score, whether greedy sampling says the same) of one continuation; the latter only with check_greedy."""
         bare = context.rstrip()  # a space between the two belongs to the word that follows it
         prompt, continuation = self.context(bare), context[len(bare) :] + continuation
         response = tokenization.encode(self.response_tokenizer, continuation)
@@ -149,28 +157,23 @@ class MaskedDiffusion(LM):
         T, R = self.likelihood.diffusion_steps, self.likelihood.trajectories
         rng = noise.generator(self.likelihood.noise_seed, prompt + response, "chosen")
         masked = noise.state_masks(len(response), "spread", T, R, rng)  # (S, n)
-        logps = self.diffusion_score(
-            self.model,
-            prompt,
-            response,
-            masked,
-            noise.state_weights(masked, "spread", T, R),
-            self.mask_id,
-            self.likelihood.states_per_forward,
-            self._device,
-        )
-        return float(logps.sum()), self.likelihood.check_greedy and self.says(prompt, response)
+        weights = noise.state_weights(masked, "spread", T, R)  # (S, n)
+        at_once = self.likelihood.states_per_forward
+        scores = self.diffusion_score(
+            self.model, prompt, response, masked, weights, self.mask_id, at_once, self._device
+        )  # (S,)
+        return float(scores.sum()), self.likelihood.check_greedy and self.says(prompt, response)
 
     def says(self, prompt, response):
         """Whether greedy sampling of just as many tokens, one a pass, gives `response`."""
         sample = replace(self.sample, gen_length=len(response), block_length=None, steps=None, temperature=0.0)
-        sampler.check(sample)
+        arguments.check(sample)
         return sampler.generate(self.model, torch.tensor([prompt]), sample, self.mask_id)[0].tolist() == response
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         raise InputError(
-            "this task asks for the perplexity of whole documents, which a masked diffusion model bounds only "
-            "as loosely as its noise is coarse, and which is not offered; choose a task of another kind"
+            "this task asks for the perplexity of whole documents, which a masked diffusion model does not have; "
+            "choose a task of another kind"
         )
 
     # --- chats ---
@@ -200,6 +203,15 @@ class MaskedDiffusion(LM):
         )
 
 
+def warn_of_options(options):
+    """Warn of generation options that the sampler does not have."""
+    unsupported = sorted(set().union(*options) - SUPPORTED)
+    if unsupported:
+        print(
+            f"warning: this sampler has no {', '.join(unsupported)}, which the task sets", file=sys.stderr, flush=True
+        )
+
+
 def cut(text, until):
     """`text` before the first of the strings `until`."""
     ends = [text.index(mark) for mark in ([until] if isinstance(until, str) else until) if mark and mark in text]
@@ -208,47 +220,56 @@ def cut(text, until):
 
 # --- tasks of lm_eval, for evaluate.py --------------------------------------------------------------------
 
-RIGHT_OR_WRONG = ("exact_match", "acc", "em", "pass_at_1")  # metrics that say it of one item, in this order
+RIGHT_OR_WRONG = (
+    "exact_match",
+    "acc",
+    "em",
+    "pass_at_1",
+)  # metrics of one item that are 0 or 1; the first found counts
 
 
-def needed():
+def check_installed():
     if LM is object:
         raise InputError("lm-evaluation-harness is not installed; run: pip install -r requirements-eval.txt")
 
 
-def load_tasks(names):
-    """{name: lm_eval's Task}, groups and tags taken apart."""
-    needed()
+@functools.cache
+def task_manager():
+    """lm_eval's index of its tasks; to make it takes seconds."""
+    check_installed()
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    return TaskManager()
+
+
+def load_tasks(names):
+    """{name: lm_eval's Task}, groups and tags taken apart."""
+    manager = task_manager()
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise InputError(
             f"--tasks: lm_eval has no task '{unknown[0]}'; list them with: python evaluate.py lm_eval ls tasks"
         )
-    try:
+    with downloading(f"--tasks: the data of lm_eval's {', '.join(names)} cannot be read"):
         return manager.load(names)["tasks"]
-    except (OSError, ValueError) as error:  # datasets' own errors are of these kinds
-        raise InputError(
-            f"--tasks: the data of lm_eval's {', '.join(names)} cannot be read ({' '.join(str(error).split())[:200]})"
-        ) from None
 
 
 def questions(task):
     """What lm_eval asks in each of a task's documents, without examples before it."""
-    asked = [task.doc_to_text(doc) for doc in task.eval_docs]
-    # some tasks have the place of an answer there, and their text in its choices
-    return [
-        text if isinstance(text, str) else " ".join(value for value in doc.values() if isinstance(value, str))
-        for text, doc in zip(asked, task.eval_docs)
-    ]
+    return [question(task, doc) for doc in task.eval_docs]
+
+
+def question(task, doc):
+    text = task.doc_to_text(doc)
+    if isinstance(text, str):
+        return text
+    return " ".join(value for value in doc.values() if isinstance(value, str))  # the text is in the choices
 
 
 def run_task(name, task, model, places, chat, num_fewshot, cache):
-    """[{"prompt", "response", "answer", "correct"}] of the documents `places` of a task, by lm_eval's evaluator and its first filter.
+    """[{"prompt", "response", "answer", "correct"}] of documents `places` of a task, by its first filter.
 
-    model: a MaskedDiffusion; chat: whether its chat template is applied; num_fewshot: examples in the prompt, None for the
-    task's own number; cache: a file that keeps the answers.
+    model: a MaskedDiffusion; chat: whether its chat template is applied; num_fewshot: examples in the prompt, None for
+    the task's own number; cache: a file that keeps the answers.
     """
     from lm_eval import simple_evaluate
 
@@ -261,19 +282,20 @@ def run_task(name, task, model, places, chat, num_fewshot, cache):
         apply_chat_template=chat,
         num_fewshot=num_fewshot,
         use_cache=str(cache),
+        task_manager=task_manager(),
     )
     logged = results["samples"][name]
-    logged = sorted((line for line in logged if line["filter"] == logged[0]["filter"]), key=lambda line: line["doc_id"])
+    logged = sorted((line for line in logged if line["filter"] == logged[0]["filter"]), key=itemgetter("doc_id"))
     metric = next((metric for metric in RIGHT_OR_WRONG if metric in logged[0]["metrics"]), None)
     if metric is None or not all(line[metric] in (0, 1) for line in logged):
         raise InputError(
-            f"--tasks: lm_eval's {name} measures {', '.join(logged[0]['metrics'])}, which say not right or wrong of one "
-            "item; run it with evaluate.py lm_eval"
+            f"--tasks: lm_eval's {name} measures {', '.join(logged[0]['metrics'])}, none of which is right or wrong "
+            "for one item; run it with evaluate.py lm_eval"
         )
     return [
         {
             "prompt": line["arguments"][0][0],
-            "response": said(line),
+            "response": response_of(line),
             "answer": gold(line),
             "correct": bool(line[metric]),
             "metric": metric,
@@ -282,17 +304,20 @@ def run_task(name, task, model, places, chat, num_fewshot, cache):
     ]
 
 
-def said(line):
+def response_of(line):
     """The answer of a logged line: the text that was sampled, or the likeliest of the choices."""
-    if isinstance(line["resps"][0][0], str):
-        return line["resps"][0][0]
-    return choice(line, max(range(len(line["resps"])), key=lambda place: line["resps"][place][0][0]))
+    responses = [each[0] for each in line["resps"]]
+    if isinstance(responses[0], str):
+        return responses[0]
+    likelihoods = [likelihood for likelihood, _ in responses]
+    return choice(line, likelihoods.index(max(likelihoods)))
 
 
 def gold(line):
-    return (
-        choice(line, line["target"]) if type(line["target"]) is int and len(line["resps"]) > 1 else str(line["target"])
-    )
+    """The right answer of a logged line."""
+    if type(line["target"]) is int and len(line["resps"]) > 1:
+        return choice(line, line["target"])
+    return str(line["target"])
 
 
 def choice(line, place):
@@ -301,15 +326,20 @@ def choice(line, place):
     return text.strip() if context == line["arguments"][place - 1][0] else context
 
 
-def main(model, doc):
-    """lm_eval's own command line, with `model`, a MaskedDiffusion, as --model masked_diffusion."""
-    if sys.argv[1:] in ([], ["-h"], ["--help"]):  # lm_eval's own is that of each of its commands
+def main(model, doc, argv):
+    """lm_eval's own command line, given argv, with `model`, a MaskedDiffusion, as --model masked_diffusion."""
+    if argv in ([], ["-h"], ["--help"]):  # lm_eval's own is that of each of its commands
         hidden = ("template", "config_file")
         config.parse(["--help"], doc, config.SampleArguments, config.LikelihoodArguments, hide=hidden)
-    needed()
+    check_installed()
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import register_model
 
     register_model("masked_diffusion")(model)
-    cli_evaluate()
+    script, *rest = sys.argv
+    sys.argv = [f"{script} lm_eval", *argv]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = [script, *rest]
     return 0

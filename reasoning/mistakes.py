@@ -1,15 +1,16 @@
-"""One named reasoning error planted in a worked solution of anyone's: found in its equations, worked on to a wrong answer.
+"""Plant one named error in a worked solution of any source, in one of its equations, and work on to a wrong answer.
 
     errors("... 48 friends ...", "48/2 = <<48/2=24>>24 in May.\\n48+24 = <<48+24=72>>72 altogether.\\n#### 72")
         -> ("wrong_operation", 0, "48*2 = 96 in May.\\n48+96 = 144 altogether.\\n#### 144"), ...
 
-The kinds are those of the embedded tasks (arithmetic.py). An error is planted only where its consequences can be followed:
-in a true equation of two numbers whose result has no other source (no number of the question, none said before it); every
-later mention of that result (of its number: "24 hours" as well, where 24 is the result) and every equation that uses it is worked
-again, whose result must have no other source either; a version that would divide unevenly, go below zero or need an expression
-that is not understood is no version. Solutions end in "#### answer", GSM8K's way.
+The kinds are those of the embedded tasks (arithmetic.py). An error is planted only where its consequences can be
+followed: in a true equation of two numbers whose result is new, neither a number of the question nor said before. Every
+later mention of that number ("24 hours" as well, where 24 is the result) is replaced, and every equation that uses it
+is worked again; its result must be new, too. A version that divides unevenly, goes below zero or needs an expression
+that is not understood is left out. Solutions end in "#### answer", as GSM8K's do.
 """
 
+import operator
 import re
 from fractions import Fraction
 
@@ -21,6 +22,7 @@ EQUATION = re.compile(
 )
 ANNOTATION = re.compile(r"<<[^<>]*>>")
 MEANS = {"×": "*", "x": "*", "÷": "/"}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
 def plain(solution):
@@ -33,24 +35,22 @@ def value(text):
 
 
 def compute(a, op, b):
-    """a op b where it is a number one would write, not below 0 and of at most two decimals, else None."""
+    """a op b if it is at least 0 and has at most two decimals, else None."""
     if MEANS.get(op, op) == "/" and b == 0:
         return None
-    result = {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b}[MEANS.get(op, op)]()
+    result = OPERATIONS[MEANS.get(op, op)](a, b)
     return result if result >= 0 and (result * 100).denominator == 1 else None
 
 
 def write(number, like):
-    """A Fraction as text, with thousands commas where `like` or its own length asks for them."""
+    """A Fraction as text, in the spelling of the text `like`: with thousands commas, with two decimals."""
     whole, cents = divmod(number * 100, 100)
     text = f"{int(whole):,}" if "," in like else str(int(whole))
-    return text + (
-        f".{int(cents):02d}"
-        if like.count(".") and len(like.rpartition(".")[2]) == 2 and cents
-        else f".{int(cents):02d}".rstrip("0")
-        if cents
-        else ""
-    )
+    if not cents:
+        return text
+    decimals = f"{int(cents):02d}"
+    has_two = "." in like and len(like.rpartition(".")[2]) == 2
+    return f"{text}.{decimals if has_two else decimals.rstrip('0')}"
 
 
 def equations(solution):
@@ -70,10 +70,13 @@ def numbers(text):
 
 
 def replaced(text, changed):
-    """`text` with every number that `changed` {old: new} knows."""
-    return NUMBERS.sub(
-        lambda match: write(changed[value(match[0])], match[0]) if value(match[0]) in changed else match[0], text
-    )
+    """`text` with the numbers of `changed` {old: new} replaced."""
+
+    def new(match):
+        number = value(match[0])
+        return write(changed[number], match[0]) if number in changed else match[0]
+
+    return NUMBERS.sub(new, text)
 
 
 def follow(text, changed, known):
@@ -112,7 +115,7 @@ def understood(text, changed):
 
 
 def spelled(match, a, op, b, c):
-    """The matched equation with other numbers or another sign, in its own spacing; what stays the same keeps its spelling."""
+    """The matched equation with other numbers or another sign; its spacing, and what stays the same, are kept."""
     a, b, c = (
         match[name] if value(match[name]) == number else write(number, match[name])
         for name, number in (("a", a), ("b", b), ("c", c))
@@ -140,7 +143,7 @@ def wrong(match, known):
 
 
 def errors(prompt, solution):
-    """Yields (kind, place, text): `solution`, annotations left out, with one error of `kind` in its equation number `place`."""
+    """Yields (kind, place, text): `solution` without annotations, with an error of `kind` in equation `place`."""
     solution = plain(solution)
     found, asked = equations(solution), numbers(prompt)
     for place, match in enumerate(found):
@@ -149,11 +152,12 @@ def errors(prompt, solution):
         if result in known:
             continue
         for kind, a, op, b, c in wrong(match, asked):
-            if (rest := follow(tail, {result: c}, known)) is not None:
+            rest = follow(tail, {result: c}, known)
+            if rest is not None:
                 yield kind, place, head + spelled(match, a, op, b, c) + rest
         start, end = solution.rfind("\n", 0, match.start()) + 1, solution.find("\n", match.end())
-        alone = [each for each in found if start <= each.start() < end] == [match]
-        if len(found) > 1 and end > 0 and alone:
-            if (rest := follow(solution[end + 1 :], {result: value(match["a"])}, known)) is None:
-                continue
-            yield "dropped_step", place, solution[:start] + rest
+        is_alone = [each for each in found if start <= each.start() < end] == [match]
+        if len(found) > 1 and end > 0 and is_alone:
+            rest = follow(solution[end + 1 :], {result: value(match["a"])}, known)
+            if rest is not None:
+                yield "dropped_step", place, solution[:start] + rest

@@ -1,4 +1,4 @@
-"""Problems of other kinds of reasoning than arithmetic, with worked solutions and the errors that can be planted in them.
+"""Problems of other kinds of reasoning than arithmetic, with worked solutions and errors that can be planted in them.
 
     ordering      logic         clues about neighbours, to one order            Ben > Amy / Amy > Leo / Ben > Amy > Leo
     constraints   logic         who has what, by elimination                    Amy: not cat, not dog, so fish
@@ -7,9 +7,9 @@
     quantities    common sense  dozens, pairs, weeks: how many that is          3 * 12 = 36 / 36 - 4 = 32
     containment   common sense  what is in a box is where the box is            ring in box / box in cellar
 
-Each has draw(rng) -> (skeleton, Problem) and errors(problem), which yields (kind, place, text) as arithmetic.errors does:
-a solution with one error of that kind at that step, worked on consistently from it. Some end in the right answer all
-the same; tasks.corrupt leaves those out. A skeleton is the question with its names and things left blank.
+Each has draw(rng) -> (skeleton, Problem) and errors(problem), which yields (kind, place, text) as arithmetic.errors
+does: a solution with one error of that kind at that step, worked on consistently from there. Some still end in the
+right answer; tasks.corrupt leaves those out. A skeleton is the question with its names and things left blank.
 """
 
 from itertools import permutations
@@ -31,7 +31,7 @@ def shuffled(rng, options):
 def story(sentences, question, **names):
     """(skeleton, prompt): the sentences and the question, blanks such as {n0} filled with names.
 
-    Blanks are numbered anew as they come up in the skeleton, so that it does not tell who is who in the solution.
+    The skeleton numbers its blanks in their order, so that it does not show who is who in the solution.
     """
     text = " ".join([*sentences, question])
     order = {}
@@ -133,7 +133,7 @@ def listed(blank, numbers):
 
 
 def write_table(steps, pets, asked, answer=None):
-    """`pets`: what the people of the steps have; each line rules out what is taken and what the person's clue excludes."""
+    """`pets`: what the people of the steps have. A line excludes the pets before it and those of the person's clue."""
     lines = []
     for i, ((person, excluded, said), pet) in enumerate(zip(steps, pets)):
         out = [other for other in (*pets[:i], *excluded) if other != pet]
@@ -231,7 +231,7 @@ def draw_times(rng):
     count, now = pick(rng, (1, 1, 2, 2, 3)), 60 * (6 + int(rng.random() * 14)) + 5 * int(rng.random() * 12)
     legs, said = shuffled(rng, LEGS)[:count], pick(rng, OUTINGS).replace("{a}", clock(now))
     steps = []
-    for leg in legs:
+    for _ in legs:
         steps.append((now, 5 * (1 + int(rng.random() * 11))))
         now = sum(steps[-1])
     *first, last = (leg.replace("{b}", str(minutes)) for leg, (_, minutes) in zip(legs, steps))

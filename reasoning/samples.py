@@ -1,106 +1,121 @@
-"""A model's responses to many prompts, on disk as they come: a job that was stopped goes on, but for the batch in hand.
+"""A model's responses to many prompts, kept on disk batch by batch: the same command resumes where it was stopped.
 
-    a header: all that responses depend on but their prompts; then a line per response, in the order in which they were made:
-    {"number": 12, "sample": 0, "prompt": "3fa9...", "place": "arithmetic 13", "text": " 7 + 5 = 12\\n#### 12", "tokens": 14, ...}
+    a header: all that responses depend on but their prompts; then a line per response, in the order of their making:
+    {"number": 12, "sample": 0, "prompt": "3fa9...", "place": "arithmetic 13", "text": " 7 + 5 = 12\\n#### 12", ...}
 
-Each response has noise of its own, keyed by the seed, its prompt's number and its own: made first or last, it is the same.
+Each response has noise of its own, keyed by the seed, its prompt's number and its own, whenever it is made.
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from files import InputError, fingerprint, replacing
+from files import InputError, fingerprint, naming, replacing
 from reasoning import prompts, sampler
 
-APART = ("model_name_or_path", "batch_size", "device", "trust_remote_code", "deepspeed")  # change no response
+NO_INFLUENCE = ("model_name_or_path", "batch_size", "device", "trust_remote_code", "deepspeed")  # on any response
+
+
+class Key(NamedTuple):
+    """What identifies a response in the file."""
+
+    number: int  # of its row
+    sample: int  # 0..k-1
+    prompt: str  # fingerprint of its prompt
 
 
 def header(sampling, model, k=1):
-    """What responses depend on but their prompts; sampling: SampleArguments after generate.check(); model: its fingerprint."""
-    return {"model": model, "k": k, **{name: value for name, value in asdict(sampling).items() if name not in APART}}
+    """What responses depend on but their prompts. sampling: checked SampleArguments; model: its fingerprint."""
+    return {
+        "model": model,
+        "k": k,
+        **{name: value for name, value in asdict(sampling).items() if name not in NO_INFLUENCE},
+    }
 
 
 def stored(path, wanted):
-    """{(number, sample, prompt's fingerprint): line} of the file; refuses one whose header is not `wanted`."""
+    """{Key: line} of the file. Raises InputError if its header is not `wanted`."""
     if not path.exists() or not path.stat().st_size:
         return {}
-    whole = path.read_bytes().rpartition(b"\n")[0]  # a torn last line is made again
+    complete_lines = path.read_bytes().rpartition(b"\n")[0]  # a torn last line is made again
     try:
-        first, *lines = [json.loads(line) for line in whole.decode().split("\n")]
+        first, *lines = [json.loads(line) for line in complete_lines.decode().split("\n")]
         differs = [name for name in wanted if first.get(name, ...) != wanted[name]]
-        done = {(line["number"], line["sample"], line["prompt"]): line for line in lines}
+        done = {Key(line["number"], line["sample"], line["prompt"]): line for line in lines}
         if "model" not in first or not all({"text", "tokens", "ended"} <= set(line) for line in lines):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}: expected samples of an earlier run; remove that file to sample anew") from None
-    if differs:
+        raise InputError(f"{path}: expected samples of an earlier run; remove that file to sample again") from None
+    if done and differs:
         name, was = differs[0], first.get(differs[0])
-        said = "from a model with other weights" if name == "model" else f"with {name} = {was}, not {wanted[name]}"
-        raise InputError(f"{path}: was sampled {said}; give another --out, or remove that file to sample anew")
+        how = "from a model with other weights" if name == "model" else f"with {name} = {was}, not {wanted[name]}"
+        raise InputError(f"{path}: was sampled {how}; give another --out, or remove that file to sample again")
     return done
 
 
-def complete(path, wanted, rows, sampling, load, *, note=lambda number, text: {}, desc="sampling"):
+def start_file(path, wanted, resumes):
+    """Write the header, or cut off a torn last line; before any work, so that a full disk shows at once."""
+    if not resumes:
+        with replacing(path) as file:
+            file.write(json.dumps(wanted) + "\n")
+    else:
+        with open(path, "r+b") as file:
+            file.truncate(file.read().rindex(b"\n") + 1)
+
+
+def prompt_ids(tokenizer, numbers, rows, template):
+    """The ids of the prompts of rows `numbers`, in that order, each made once."""
+    ids = {
+        number: prompts.prompt_ids(tokenizer, rows[number], rows[number]["place"], template) for number in set(numbers)
+    }
+    return [ids[number] for number in numbers]
+
+
+def progress(total, done=0, desc=None):
+    """A progress bar over responses; a log file gets a line now and then."""
+    seconds = 1 if sys.stderr.isatty() else 30
+    return tqdm(total=total, initial=done, unit="response", desc=desc, mininterval=seconds)
+
+
+def no_note(number, text):
+    return {}
+
+
+def complete(path, wanted, rows, sampling, load, *, note=no_note, desc="sampling"):
     """{number: [its k lines]} for rows {number: {"prompt", "place"}}; what `path` holds is not made again.
 
-    wanted: header(). load: called for (model, tokenizer) if anything is missing. note: what else a line says of its text,
-    looked at anew each time. Raises InputError if the file is of another model or other arguments.
+    wanted: header(). load: called for (model, tokenizer) if anything is missing. note(number, text): more fields of a
+    line, made anew at each call. Raises InputError if the file is of another model or other arguments.
     """
     path, k = Path(path), wanted["k"]
+    keys = [Key(number, j, fingerprint(row["prompt"])) for number, row in rows.items() for j in range(k)]
     done = stored(path, wanted)
-    names = [(number, j, fingerprint(row["prompt"])) for number, row in rows.items() for j in range(k)]
-    todo = [name for name in names if name not in done]
-    if todo:
+    missing = [key for key in keys if key not in done]
+    if missing:
+        start_file(path, wanted, resumes=bool(done))
         model, tokenizer = load()
-        ids = {
-            number: prompts.prompt_ids(tokenizer, rows[number], rows[number]["place"], sampling.template)
-            for number in dict.fromkeys(number for number, _, _ in todo)
-        }
-        if done:
-            os.truncate(path, path.read_bytes().rindex(b"\n") + 1)
-        else:
-            with replacing(path) as file:
-                file.write(json.dumps(wanted) + "\n")
-        with (
-            open(path, "a", encoding="utf-8") as file,
-            tqdm(
-                total=len(names),
-                initial=len(names) - len(todo),
-                unit="response",
-                desc=desc,
-                mininterval=1 if sys.stderr.isatty() else 30,
-            ) as bar,
-        ):  # a log file gets a line now and then
+        ids = prompt_ids(tokenizer, [key.number for key in missing], rows, sampling.template)
+        seeds = [key.number * k + key.sample for key in missing]
+        passes = sampler.most_passes(ids, sampling)
+        print(f"{desc}: {len(missing)} responses, at most {passes} forward passes", file=sys.stderr, flush=True)
+        bar = progress(len(keys), len(keys) - len(missing), desc)
+        with naming(path), open(path, "a", encoding="utf-8") as file, bar:
 
             def keep(replies):
                 for index, reply in replies.items():
-                    number, j, mark = todo[index]
-                    done[todo[index]] = line = {
-                        "number": number,
-                        "sample": j,
-                        "prompt": mark,
-                        "place": rows[number]["place"],
-                        **reply._asdict(),
-                        **note(number, reply.text),
-                    }
-                    file.write(json.dumps(line) + "\n")
+                    number, j, prompt = key = missing[index]
+                    line = {"number": number, "sample": j, "prompt": prompt, "place": rows[number]["place"]}
+                    done[key] = line | reply._asdict() | note(number, reply.text)
+                    file.write(json.dumps(done[key]) + "\n")
                 file.flush()
                 bar.update(len(replies))
 
-            sampler.respond(
-                model,
-                tokenizer,
-                [ids[number] for number, _, _ in todo],
-                sampling,
-                keys=[number * k + j for number, j, _ in todo],
-                finished=keep,
-            )
+            sampler.respond(model, tokenizer, ids, sampling, keys=seeds, finished=keep)
     made = {number: [] for number in rows}
-    for name in names:
-        made[name[0]].append(done[name] | note(name[0], done[name]["text"]))
+    for key in keys:
+        made[key.number].append(done[key] | note(key.number, done[key]["text"]))
     return made

@@ -1,4 +1,4 @@
-"""Small reasoning problems with worked solutions, the one verifier, and solutions with one planted error.
+"""The embedded tasks: small problems with worked solutions, their verifier, and solutions with one planted error.
 
     tasks.generate(200, "test", seed=0)                          200 arithmetic problems, the same on every machine
     tasks.generate(200, "test", 0, ("ordering", "times"))        of other families: the keys of FAMILIES
@@ -6,7 +6,9 @@
     tasks.corrupt(problem, rng)                                  (a wrong solution, the name of its error)
 
 The language is small on purpose (a closed vocabulary): a model of a million parameters must learn it from scratch on a
-CPU. Arithmetic is in arithmetic.py; logic, look-ups and common sense in puzzles.py; preference files in make_prefs.py.
+CPU. Arithmetic is in arithmetic.py; logic, look-ups and common sense in puzzles.py.
+extract_answer reads what follows "####" and nothing else. It grades these tasks everywhere, and all that make_prefs.py
+samples. The extractors with which evaluate.py grades GSM8K, MATH-500, LogiQA and HotpotQA are in benchmarks.py.
 """
 
 import hashlib
@@ -24,8 +26,10 @@ FAMILIES = {"arithmetic": (arithmetic.draw, arithmetic.errors), **PUZZLES}
 
 
 def split_of(skeleton):
-    """ "test" for one skeleton in ten, by its hash: whatever the seeds, a test story with its numbers is never trained on,
-    not even with another name or thing."""
+    """ "test" for one skeleton in ten, by its hash, else "train".
+
+    So whatever the seeds, a test story with its numbers is never trained on, not even with another name or thing.
+    """
     digest = hashlib.sha256(skeleton.encode()).hexdigest()
     return "test" if int(digest, 16) % 10 == 0 else "train"
 
@@ -35,7 +39,7 @@ def generate(n, split, seed=0, families=("arithmetic",)):
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; expected 'train' or 'test'")
     rng = random.Random(seed)
-    problems, in_vain = {}, 0  # by prompt; draws since the last new one
+    problems, in_vain = {}, 0  # {prompt: Problem}; draws since the last new one
     while len(problems) < n:
         draw, _ = FAMILIES[pick(rng, families)]
         skeleton, problem = draw(rng)
@@ -131,9 +135,7 @@ def corrupt(problem, rng):
 
 def preference_rows(n, split, seed, families=("arithmetic",)):
     """Yields `n` rows {"prompt", "chosen", "rejected", "meta": {"family", "steps", "error", "answer"}}."""
-    rng = random.Random(
-        f"corrupt {seed}"
-    )  # its own stream: the problems are those of generate(n, split, seed, families)
+    rng = random.Random(f"corrupt {seed}")  # of its own: the problems are those of generate(n, split, seed, families)
     for problem in generate(n, split, seed, families):
         rejected, kind = corrupt(problem, rng)
         yield {

@@ -23,7 +23,7 @@ from cli import exits
 from models import tokenization
 from models.llada import LLaDAConfig, LLaDAModelLM
 from preferences import packed
-from reasoning import sampler
+from reasoning import arguments
 
 EOS, MASK, VOCAB = 2, 3, 512
 AVX512 = (
@@ -137,7 +137,7 @@ def ds_config(path, base, **adam):
 def settings(**options):
     """SampleArguments on the CPU, checked and filled in."""
     sample = config.SampleArguments(device="cpu", **options)
-    sampler.check(sample)
+    arguments.check(sample)
     return sample
 
 

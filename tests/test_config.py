@@ -145,10 +145,11 @@ def asked(monkeypatch):
             raise Parsed
 
         monkeypatch.setattr(config, "parse", parse)
-        module = importlib.import_module(script)
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+        command, *subcommand = script.split()
+        module = importlib.import_module(command)
+        monkeypatch.setattr(sys, "argv", [f"{command}.py", *subcommand, *words])
         try:
-            module.main() if script == "harness" else module.main(list(words))
+            module.main() if subcommand else module.main(list(words))
         except (Parsed, SystemExit) as end:
             assert isinstance(end, Parsed) or end.code == 0
         return seen[0] if seen else None
@@ -158,7 +159,7 @@ def asked(monkeypatch):
 
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize(
-    "script", ["data_prep", "score", "train_dpo", "plan", "generate", "make_prefs", "evaluate", "harness"]
+    "script", ["data_prep", "score", "train_dpo", "plan", "generate", "make_prefs", "evaluate", "evaluate lm_eval"]
 )
 def test_help_of_each_script(script, columns, asked, monkeypatch, capsys):
     """Each argument once and under a heading, each default said, nothing wider than the terminal."""
@@ -185,7 +186,18 @@ def test_help_of_each_script(script, columns, asked, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "script",
-    ["data_prep", "score", "train_dpo", "plan", "generate", "make_prefs", "evaluate", "harness", "merge", "convert"],
+    [
+        "data_prep",
+        "score",
+        "train_dpo",
+        "plan",
+        "generate",
+        "make_prefs",
+        "evaluate",
+        "evaluate lm_eval",
+        "merge",
+        "convert",
+    ],
 )
 def test_examples_of_each_help(script, asked, monkeypatch, capsys, tmp_path):
     """The command lines below a script's arguments are understood, and one is its own."""
@@ -202,10 +214,11 @@ def test_examples_of_each_help(script, asked, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     for module, name in ((merge, "merge"), (convert, "from_smdm"), (convert, "to_smdm"), (convert.pickled, "convert")):
         monkeypatch.setattr(module, name, parsed)
-    monkeypatch.setattr(harness, "needed", lambda: None)
-    assert any(line.startswith(f"{script}.py ") for line in lines)
+    monkeypatch.setattr(harness, "check_installed", lambda: None)
+    command, *subcommand = script.split()
+    assert any(line.split()[: 1 + len(subcommand)] == [f"{command}.py", *subcommand] for line in lines)
     for file, *words in map(shlex.split, lines):
-        if file == "harness.py":
+        if words[0] == "lm_eval":
             given = dict(pair.split("=") for pair in words[words.index("--model_args") + 1].split(","))
             with pytest.raises(Parsed):
                 harness.MaskedDiffusion.create_from_arg_obj(given)

@@ -21,11 +21,11 @@ ELSEWHERE = "## Symptoms"  # from here on the page is about what others print, o
 HOLE = "\0"  # in a message, what is filled in when it is said
 
 # who is handed a user's sentence, and as which argument
-SAYERS = {"InputError": 0, "Malformed": 0, "Tie": 0, "ValueError": 0, "no_telling": 0, "downloading": 0}
+SAYERS = {"InputError": 0, "Malformed": 0, "Tie": 0, "ValueError": 0, "cannot_check": 0, "downloading": 0}
 SAYERS["refuse_or_leave_out"] = 3
 INTERNAL = ("diffusion.py", "tasks.py")  # their ValueErrors are ours to hear, not a user's
 # functions that make the words of a print(f"warning: {words}"), by the file that prints them; None: a sayer of SAYERS makes them
-WORDS_OF = {"tracking.py": ("guard.py", "falling"), "plan.py": ("plan.py", "stuck"), "evaluate.py": None}
+WORDS_OF = {"tracking.py": ("guard.py", "falling"), "plan.py": ("plan.py", "stuck")}
 SCRIPTS = sorted(path for path in (*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py")))
 SHELLS = sorted((*ROOT.glob("*.sh"), *(ROOT / "examples").glob("*.sh")))
 
@@ -265,7 +265,7 @@ FOREIGN = (
     "deepspeed",
     "tensorboard",
 )  # commands whose flags are not ours
-# what no parser of ours holds: of launch.sh and examples/improve.sh; lm_eval's own, which harness.py passes on
+# what no parser of ours holds: of launch.sh and examples/improve.sh; lm_eval's own, which evaluate.py passes on
 SHELL_FLAGS = {"--num_gpus", "--setup", "--help", "--rounds", "--reuse"}
 LM_EVAL = {"--model", "--model_args", "--tasks", "--limit", "--apply_chat_template", "--use_cache", "--num_fewshot"}
 

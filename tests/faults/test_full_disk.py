@@ -5,6 +5,7 @@ bash tests/run.sh tests/faults/test_full_disk.py
 
 import errno
 import gc
+import json
 import os
 import shutil
 import subprocess
@@ -21,11 +22,15 @@ import faults  # noqa: E402
 
 import convert
 import data_prep
+import evaluate
 import files
+import generate
+import make_prefs
 import merge
 import score
 from cli import exits
 from models import checkpoint, lora, smdm, tokenization
+from reasoning import sampler
 
 NOISE = flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=2)
 SMALL_SMDM = dict(d_model=32, n_layers=2, n_heads=4, mlp_hidden_size=48, vocab_size=512, head_size=511)
@@ -251,3 +256,62 @@ def test_a_full_disk_is_found_before_the_work(disk, outputs, monkeypatch, capsys
     for name, (main, argv, _) in outputs.items():
         words = in_process(main, capsys, argv[0], disk / name, *argv[1:])()
         assert f"{disk / name}: cannot be written (No space left on device)" in words
+
+
+TINY = ROOT / "examples" / "tiny"
+SAMPLING = flags(model=TINY, use_mixed_precision="no", device="cpu", gen_length=24, block_length=8, temperature=1)
+
+
+@pytest.fixture
+def sampling(tmp_path):
+    """{file that comes out: (main, arguments without its place, flag of the place)} of the commands that sample."""
+    rows = tmp_path / "in.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i} + 5 = {'?' * 300}"}) + "\n" for i in range(40)))
+    return {
+        "prefs.jsonl": (make_prefs.main, flags(task="arithmetic", num=32, k=4, out="")[:-1]),
+        "results.json": (evaluate.main, flags(tasks="arithmetic", limit=96, output_dir="")[:-1]),
+        "out.jsonl": (generate.main, ["--in", rows, "--out"]),
+    }
+
+
+def place_of(folder, name):
+    """What the commands of sampling() are given to write to."""
+    return folder / "evaluated" if name == "results.json" else folder / name
+
+
+def result_of(folder, name):
+    """What came out, without the paths in it."""
+    path = place_of(folder, name)
+    return (path / name if path.is_dir() else path).read_text().replace(str(folder), "FOLDER")
+
+
+@pytest.mark.parametrize("name", ["prefs.jsonl", "results.json", "out.jsonl"])
+def test_samples_stay(disk, sampling, name, tmp_path, capsys):
+    """A disk that fills while responses are written: those stay, and the same command makes the rest."""
+    main, argv = sampling[name]
+    (tmp_path / "whole").mkdir()
+    call(main, *SAMPLING, *argv, place_of(tmp_path / "whole", name))
+    kept = []
+
+    def attempt():
+        words = in_process(main, capsys, *SAMPLING, *argv, place_of(disk, name))()
+        kept.append(sum(path.read_bytes().count(b"\n") for path in disk.rglob("*sampl*/*.jsonl")))
+        kept[-1] += sum(path.read_bytes().count(b"\n") for path in disk.glob("*.samples.jsonl"))
+        return words
+
+    said = until_there_is_room(disk, [0, 4 << 10, 12 << 10, 1 << 20], attempt)
+    assert all(str(disk) in words for words in said)
+    assert name == "out.jsonl" or 0 < kept[-3] < kept[-2] < kept[-1]
+    assert result_of(disk, name) == result_of(tmp_path / "whole", name)
+
+
+@pytest.mark.parametrize("name", ["prefs.jsonl", "results.json", "out.jsonl"])
+def test_a_place_that_cannot_be_written_to_is_found_before_sampling(disk, sampling, name, monkeypatch, capsys):
+    monkeypatch.setattr(sampler, "load", None)  # not callable: no model may be loaded
+    main, argv = sampling[name]
+    leave(disk, 0)
+    words = in_process(main, capsys, *SAMPLING, *argv, place_of(disk, name))()
+    assert "cannot be written (No space left on device)" in words
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    words = in_process(main, capsys, *SAMPLING, *argv, place_of(disk, name))()
+    assert str(place_of(disk, name)) in words and "Read-only file system" in words

@@ -1,6 +1,6 @@
-"""Tests of benchmarks.py: answers, checks, files in their original formats, and which questions a training set has shown.
+"""Tests of benchmarks.py: answers, checks, and files in their original formats.
 
-.venv/bin/python -m pytest -q tests/test_benchmarks.py
+bash tests/run.sh tests/reasoning/test_benchmarks.py
 """
 
 import gzip
@@ -11,7 +11,7 @@ import pytest
 
 from files import InputError
 from reasoning import benchmarks
-from reasoning.benchmarks import Prompts, boxed, f1, grade, gsm8k_answer, letter, read, same_expression, short_answer
+from reasoning.benchmarks import boxed, f1, grade, gsm8k_answer, letter, read, same_expression, short_answer
 
 
 def lines(path):
@@ -425,61 +425,3 @@ def test_the_hub_is_asked_for_the_right_data_set_and_its_absence_is_one_sentence
     with pytest.raises(InputError, match="--data_dir"):
         read(name)
     assert asked == [benchmarks.BENCHMARKS[name].hub]
-
-
-# --- leaks ------------------------------------------------------------------------------------------------
-
-STORY = "Mina packs 14 boxes of tea on Monday and twice as many on Friday. How many boxes does she pack on both days?"
-
-
-@pytest.mark.parametrize(
-    "wrapped",
-    [
-        STORY,
-        f"Question: {STORY}\nAnswer:",
-        f"<|user|>\nBe brief. {STORY}<|end|>\n<|assistant|>\n",
-        STORY.upper().replace(" ", "\n"),
-        f"Question: 1 + 1?\nAnswer: 2\n\nQuestion: {STORY}\nAnswer:",
-        STORY.replace("14", "14 ") + " Think!",
-        STORY.replace("both", "those"),
-    ],
-)
-def test_a_question_is_found_whatever_stands_around_it(wrapped):
-    assert Prompts(["Something else entirely, and a bit longer than that.", wrapped]).saw(STORY)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        "",
-        STORY.replace("14", "15").replace("Monday", "Tuesday").replace("twice", "thrice"),
-        STORY[:60],
-        "How many boxes does she pack on both days?",
-        " ".join(reversed(STORY.split())),
-    ],
-)
-def test_another_question_is_not(other):
-    assert not Prompts([other, "x"]).saw(STORY)
-
-
-def test_short_and_templated_questions_must_be_there_as_a_whole():
-    trained = Prompts(
-        ["Compute $3 + 4$ and end with ####.", "Ann has 3 pens and buys 4 more pens in town. How many has she?"]
-    )
-    assert trained.saw("Compute $3+4$") and not trained.saw("Compute $3-4$") and not trained.saw("ompute 3 + 4")
-    templated = "Ann has 3 pens and buys 4 more pens in town. How many has he?"
-    assert trained.saw(templated) and not trained.saw(templated, exact=True)
-    assert trained.saw("buys 4 more pens in town. How many has she?", exact=True)
-    assert not trained.saw("ends with end with")
-
-
-def test_the_gsm8k_test_questions_behind_real_preferences_are_named_and_no_others(shared):
-    """917 of 1319 in the two preference files; none of 7473 training questions, MATH-500, LogiQA, HotpotQA."""
-    asked = {row["prompt"] for name in ("models", "llada") for row in lines(shared / f"prefs_gsm8k_{name}.jsonl")}
-    trained = Prompts(f"Question: {prompt}\nAnswer:" for prompt in asked)
-    found = {item.question for item in read("gsm8k", shared) if trained.saw(item.question)}
-    assert found == asked and len(found) == 917
-    assert not any(trained.saw(row["question"]) for row in lines(shared / "gsm8k" / "train.jsonl"))
-    assert not any(
-        trained.saw(item.question) for name in ("math500", "logiqa", "hotpotqa") for item in read(name, shared)
-    )

@@ -1,6 +1,6 @@
-"""Tests of harness.py: the class by itself, against generate.py and score.py; lm_eval's own gsm8k and logiqa, unmodified.
+"""Tests of lm_eval's adapter: by itself, against the sampler and the score; lm_eval's own gsm8k and logiqa, unmodified.
 
-.venv/bin/python -m pytest -q tests/test_harness.py        # those of lm_eval are skipped without requirements-eval.txt
+bash tests/run.sh tests/reasoning/test_harness.py        # those of lm_eval are skipped without requirements-eval.txt
 """
 
 import json
@@ -13,13 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small import ENV, ROOT, refusal
+from small import ENV, ROOT, call, flags, refusal, run
 
 import config
 import evaluate
 from files import InputError
 from models import tokenization
-from reasoning import harness, prompts, sampler, tasks
+from reasoning import arguments, harness, sampler, tasks
+from reasoning.prompts import prompt_ids
 from scoring import noise
 
 TINY = ROOT / "examples" / "tiny"
@@ -30,8 +31,9 @@ needs_lm_eval = pytest.mark.skipif(
 
 
 def lm(model=TINY, **values):
+    """Our model as lm_eval makes it: --model_args, gen_length=24 and block_length=8 among them."""
     values = {"use_mixed_precision": "no", "device": "cpu", "gen_length": 24, "block_length": 8} | values
-    return harness.MaskedDiffusion.create_from_arg_obj({"pretrained": str(model), **values}, {"batch_size": 4})
+    return evaluate.LanguageModel.create_from_arg_obj({"pretrained": str(model), **values}, {"batch_size": 4})
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def problems(n):
 
 
 def test_text_is_the_samplers(tiny):
-    """Requests with two sets of options, shuffled: each gets what generate.py makes with its options, in its own place."""
+    """Requests with two sets of options, mixed: each gets the sampler's text for its options, in its own place."""
     prompts = [problem.prompt for problem in problems(6)]
     requests = [
         request(prompt, {"until": UNTIL, "do_sample": False, **({"max_gen_toks": 16} if index % 2 else {})})
@@ -66,8 +68,8 @@ def test_text_is_the_samplers(tiny):
             gen_length=16 if index % 2 else 24,
             block_length=8,
         )
-        sampler.check(sample)
-        ids = prompts.prompt_ids(tiny.tokenizer, {"prompt": prompt}, "here", "none")
+        arguments.check(sample)
+        ids = prompt_ids(tiny.tokenizer, {"prompt": prompt}, "here", "none")
         assert texts[index] == sampler.respond(tiny.model, tiny.tokenizer, [ids], sample)[0].text
     assert len(set(texts)) > 3 and any("####" in text for text in texts)
 
@@ -97,16 +99,12 @@ def test_cut(text, until, cut):
 @pytest.mark.parametrize(
     "ours, options, wanted",
     [
-        (dict(gen_length=24, block_length=8), {}, (24, 8, 24)),
-        (dict(gen_length=24, block_length=8), {"max_gen_toks": 40}, (40, 8, 40)),
-        (
-            dict(gen_length=24, block_length=8),
-            {"max_new_tokens": 30},
-            (24, 8, 24),
-        ),  # whole blocks, at most what is asked
-        (dict(gen_length=24, block_length=8), {"max_tokens": 5}, (5, 5, 5)),
-        (dict(gen_length=24, block_length=8, steps=12), {"max_gen_toks": 48}, (48, 8, 24)),  # as many tokens a pass
-        (dict(gen_length=24, block_length=8, steps=3), {"max_gen_toks": 8}, (8, 8, 1)),
+        ({}, {}, (24, 8, 24)),
+        ({}, {"max_gen_toks": 40}, (40, 8, 40)),
+        ({}, {"max_new_tokens": 30}, (24, 8, 24)),  # whole blocks, at most what is asked
+        ({}, {"max_tokens": 5}, (5, 5, 5)),
+        ({"steps": 12}, {"max_gen_toks": 48}, (48, 8, 24)),  # as many tokens a pass
+        ({"steps": 3}, {"max_gen_toks": 8}, (8, 8, 1)),
     ],
 )
 def test_lengths_a_task_asks_for(ours, options, wanted):
@@ -133,7 +131,7 @@ def test_likelihood_is_the_score(tiny):
     """The score of the continuation's ids, summed here one state at a time; the same at every call."""
     problem = problems(1)[0]
     [(value, says)] = tiny.loglikelihood([request(problem.prompt, problem.solution)], disable_tqdm=True)
-    prompt = prompts.prompt_ids(tiny.tokenizer, {"prompt": problem.prompt}, "here", "none")
+    prompt = prompt_ids(tiny.tokenizer, {"prompt": problem.prompt}, "here", "none")
     response = tokenization.encode(tiny.response_tokenizer, problem.solution)
     T, R = 4, 5
     orders = noise.trajectories(len(response), T, R, noise.generator(0, prompt + response, "chosen"))
@@ -170,9 +168,9 @@ def test_where_the_space_stands_does_not_matter(tiny):
 
 def test_greedy_is_checked_on_request():
     model, prompt = lm(check_greedy=True), problems(1)[0].prompt
-    ids = prompts.prompt_ids(model.tokenizer, {"prompt": prompt}, "here", "none")
+    ids = prompt_ids(model.tokenizer, {"prompt": prompt}, "here", "none")
     sample = config.SampleArguments(model_name_or_path=str(TINY), use_mixed_precision="no", device="cpu", gen_length=6)
-    sampler.check(sample)
+    arguments.check(sample)
     greedy = sampler.generate(model.model, torch.tensor([ids]), sample, model.mask_id)[0].tolist()
     text = model.tokenizer.decode(ids + greedy)[len(model.tokenizer.decode(ids)) :]
     assert tokenization.encode(model.response_tokenizer, text) == greedy  # else the text is no fair question
@@ -211,28 +209,40 @@ def test_rolling_and_missing_templates_are_refused(tiny):
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm_eval is installed")
 def test_without_lm_eval_one_sentence():
-    made = subprocess.run([sys.executable, ROOT / "harness.py", "run"], capture_output=True, text=True)
-    assert made.returncode == 2 and "requirements-eval.txt" in made.stderr and "Traceback" not in made.stderr
+    said = run([ROOT / "evaluate.py", "lm_eval", "run"], code=2)
+    assert "requirements-eval.txt" in said and "Traceback" not in said
+
+
+def test_help_of_the_command_line(capsys):
+    """The names of --model_args, and whole commands that name evaluate.py."""
+    with pytest.raises(SystemExit) as end:
+        harness.main(evaluate.LanguageModel, harness.__doc__, ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert not end.value.code and "python evaluate.py lm_eval run --model masked_diffusion" in said
+    assert "--gen_length" in said and "--trajectories" in said and "--template" not in said
 
 
 # --- lm_eval itself ---------------------------------------------------------------------------------------
 
 
 def local_data(folder, gsm8k, logiqa):
-    """Hub data sets as folders: lm_eval's unmodified tasks find openai/gsm8k and EleutherAI/logiqa below the working folder."""
+    """Data sets as folders: lm_eval's unmodified tasks find them by their names below the working folder."""
     for name, config_name, splits in (("openai/gsm8k", "main", gsm8k), ("EleutherAI/logiqa", "logiqa", logiqa)):
         (folder / name).mkdir(parents=True)
         files = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in splits)
-        (folder / name / "README.md").write_text(
-            f"---\nconfigs:\n- config_name: {config_name}\n  data_files:\n{files}---\n"
-        )
+        text = f"---\nconfigs:\n- config_name: {config_name}\n  data_files:\n{files}---\n"
+        (folder / name / "README.md").write_text(text)
         for split, rows in splits.items():
             (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def lm_evaluated(tmp_path_factory):
-    """lm_eval's results and samples of gsm8k and logiqa, whose data are tasks.py's problems in those tasks' own columns."""
+    """lm_eval's results and samples of gsm8k and logiqa, whose data are tasks.py's problems in those tasks' columns."""
     folder = tmp_path_factory.mktemp("lm_eval")
     rows = [
         {"question": problem.prompt.removeprefix("Question: ").removesuffix("\nAnswer:"), "answer": problem.solution}
@@ -243,53 +253,32 @@ def lm_evaluated(tmp_path_factory):
         for problem in problems(4)
     ]
     local_data(folder, {"train": rows[:6], "test": rows}, {"train": choices, "validation": choices, "test": choices})
-    made = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "harness.py",
-            "run",
-            "--model",
-            "masked_diffusion",
-            "--device",
-            "cpu",
-            "--batch_size",
-            "8",
-            "--model_args",
-            f"pretrained={TINY},gen_length=40,block_length=8,use_mixed_precision=no",
-            "--tasks",
-            "gsm8k,logiqa",
-            "--num_fewshot",
-            "0",
-            "--output_path",
-            "out",
-            "--log_samples",
-        ],
-        cwd=folder,
-        env=os.environ | ENV | {"HF_HOME": str(folder / "hf")},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    command = [sys.executable, ROOT / "evaluate.py", "lm_eval", "run", "--model", "masked_diffusion"]
+    command += [
+        "--model_args",
+        f"pretrained={TINY},gen_length=40,block_length=8,use_mixed_precision=no",
+        "--log_samples",
+    ]
+    command += flags(device="cpu", batch_size=8, tasks="gsm8k,logiqa", num_fewshot=0, output_path="out")
+    env = os.environ | ENV | {"HF_HOME": str(folder / "hf")}
+    made = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert made.returncode == 0, made.stderr[-3000:]
     [results] = folder.glob("out/*/results_*.json")
-    samples = {
-        task: [json.loads(line) for line in next(folder.glob(f"out/*/samples_{task}_*.jsonl")).read_text().splitlines()]
-        for task in ("gsm8k", "logiqa")
-    }
+    samples = {task: lines(next(folder.glob(f"out/*/samples_{task}_*.jsonl"))) for task in ("gsm8k", "logiqa")}
     return json.loads(results.read_text()), samples, folder
 
 
 @needs_lm_eval
 def test_lm_eval_gsm8k(lm_evaluated, tiny):
-    """What lm_eval counts with its own task, prompt, filter and metric is what tasks.verify says of the sampler's text."""
+    """lm_eval's own task, prompt, filter and metric count what tasks.verify counts of the sampler's texts."""
     results, samples, _ = lm_evaluated
     right = 0
     for problem, row in zip(problems(30), sorted(samples["gsm8k"], key=lambda row: row["doc_id"])[::2]):
         sample = config.SampleArguments(
             model_name_or_path=str(TINY), use_mixed_precision="no", device="cpu", gen_length=40, block_length=8
         )
-        sampler.check(sample)
-        ids = prompts.prompt_ids(tiny.tokenizer, {"prompt": problem.prompt}, "here", "none")
+        arguments.check(sample)
+        ids = prompt_ids(tiny.tokenizer, {"prompt": problem.prompt}, "here", "none")
         text = sampler.respond(tiny.model, tiny.tokenizer, [ids], sample)[0].text
         assert row["arguments"]["gen_args_0"]["arg_0"] == problem.prompt and row["resps"] == [[text]]
         right += tasks.verify(problem, text)
@@ -309,67 +298,40 @@ def test_lm_eval_logiqa(lm_evaluated, tiny):
 
 
 @needs_lm_eval
-def test_evaluate_runs_lm_evals_tasks_side_by_side(lm_evaluated, tiny, tiny_dir):
-    """The same verdicts as lm_eval's command line, two models on the same documents beside a task of ours; kept, so that it goes on."""
+def test_evaluate_runs_lm_evals_tasks_side_by_side(lm_evaluated, tiny_dir, monkeypatch, capsys):
+    """The verdicts of lm_eval's command line; two models on the same documents beside a task of ours; resumed."""
+    import datasets
+
     _, samples, folder = lm_evaluated
-    shutil.copytree(tiny_dir, folder / "other")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf" / "datasets")
+    shutil.copytree(tiny_dir, "other")
+    argv = flags(model=TINY, compare="other", device="cpu", gen_length=40, block_length=8, use_mixed_precision="no")
+    argv += flags(tasks="arithmetic,lm_eval:gsm8k,lm_eval:logiqa", limit=20, num_fewshot=0, output_dir="compared")
 
     def evaluated():
-        made = subprocess.run(
-            [
-                sys.executable,
-                ROOT / "evaluate.py",
-                "--model",
-                TINY,
-                "--compare",
-                "other",
-                "--device",
-                "cpu",
-                "--gen_length",
-                "40",
-                "--block_length",
-                "8",
-                "--use_mixed_precision",
-                "no",
-                "--tasks",
-                "arithmetic,lm_eval:gsm8k,lm_eval:logiqa",
-                "--limit",
-                "20",
-                "--num_fewshot",
-                "0",
-                "--output_dir",
-                "compared",
-            ],
-            cwd=folder,
-            env=os.environ | ENV | {"HF_HOME": str(folder / "hf")},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        return made.returncode, made.stdout + made.stderr
+        """What the command says, on both streams."""
+        capsys.readouterr()
+        assert call(evaluate.main, *argv) == 0
+        return "".join(capsys.readouterr())
 
-    code, said = evaluated()
-    assert code == 0 and "generating" in said and "scoring" in said, said[-3000:]
+    said = evaluated()
+    assert "generating" in said and "scoring" in said, said[-3000:]
     table = json.loads((folder / "compared" / "results.json").read_text())["table"]
     assert [(line["task"], line["n"]) for line in table] == [
         (task, n) for task, n in (("arithmetic", 20), ("lm_eval:gsm8k", 20), ("lm_eval:logiqa", 4)) for _ in range(2)
     ]
     for task, metric in (("gsm8k", "exact_match"), ("logiqa", "acc")):
         theirs = {row["doc_id"]: row[metric] for row in samples[task] if row["filter"] == samples[task][0]["filter"]}
-        rows = [
-            json.loads(line)
-            for line in next((folder / "compared").glob(f"*tiny-lm_eval-{task}.jsonl")).read_text().splitlines()
-        ]
-        assert [row["correct"] for row in rows] == [theirs[int(row["id"]) - 1] for row in rows] and rows[0][
-            "metric"
-        ] == metric
+        rows = lines(next((folder / "compared").glob(f"*tiny-lm_eval-{task}.jsonl")))
+        assert [row["correct"] for row in rows] == [theirs[int(row["id"]) - 1] for row in rows]
+        assert rows[0]["metric"] == metric
         assert all(row["prompt"] and row["answer"] and isinstance(row["response"], str) for row in rows)
-    assert [row["response"] == row["answer"] for row in rows] == [
-        row["correct"] for row in rows
-    ]  # logiqa: texts of choices
+    answered = [row["response"] == row["answer"] for row in rows]  # logiqa: texts of choices
+    assert answered == [row["correct"] for row in rows]
     results = (folder / "compared" / "results.json").read_bytes()
-    code, said = evaluated()
-    assert code == 0 and "generating" not in said and "scoring" not in said
+    said = evaluated()
+    assert "generating" not in said and "scoring" not in said
     assert (folder / "compared" / "results.json").read_bytes() == results
 
 

@@ -1,42 +1,23 @@
-"""Tests of make_prefs.py: what is paired with what, by hand and on the embedded model; jobs that were stopped; refusals.
+"""Tests of make_prefs.py: what is paired with what, by hand and on the embedded model; stopped jobs; refusals.
 
-.venv/bin/python -m pytest -q tests/test_make_prefs.py
+bash tests/run.sh tests/reasoning/test_make_prefs.py
 """
 
 import json
 import random
 
 import pytest
-from small import ROOT, call, refusal
+from small import ROOT, call, flags, refusal
 
 import data_prep
-import generate
 import make_prefs
-from make_prefs import Pairing
 from preferences import packed
 from reasoning import sampler, tasks
+from reasoning.pairing import Pairing
 
 TINY = ROOT / "examples" / "tiny"
-SAMPLE = [
-    "--model",
-    TINY,
-    "--use_mixed_precision",
-    "no",
-    "--device",
-    "cpu",
-    "--gen_length",
-    40,
-    "--block_length",
-    8,
-    "--temperature",
-    1,
-    "--batch_size",
-    32,
-    "--k",
-    4,
-    "--seed",
-    3,
-]
+SAMPLE = flags(model=TINY, use_mixed_precision="no", device="cpu", gen_length=40, block_length=8, temperature=1)
+SAMPLE += flags(batch_size=32, k=4, seed=3)
 
 
 def read(path):
@@ -129,14 +110,12 @@ def test_sample_goes_on(sampled, tmp_path, monkeypatch):
     out, path = tmp_path / "prefs.jsonl", tmp_path / "prefs.jsonl.samples.jsonl"
     path.write_bytes(b"".join(lines[:257]) + lines[257][:40])  # eight batches of 32, and a torn line of the next
     asked, respond = [], sampler.respond
-    monkeypatch.setattr(
-        generate,
-        "respond",
-        lambda model, tokenizer, prompts, *rest, **more: (
-            asked.append(len(prompts)),
-            respond(model, tokenizer, prompts, *rest, **more),
-        )[1],
-    )
+
+    def counted(model, tokenizer, prompts, *rest, **more):
+        asked.append(len(prompts))
+        return respond(model, tokenizer, prompts, *rest, **more)
+
+    monkeypatch.setattr(sampler, "respond", counted)
     command = ["--task", "arithmetic", *SAMPLE, "--out", out]
     call(make_prefs.main, *command, "--num", 70)
     assert asked == [280 - 256] and out.read_bytes() == sampled.read_bytes()
@@ -303,13 +282,8 @@ def test_problem_rows(tmp_path, capsys, row, words):
 
 
 def test_samples_that_are_not_ours(tmp_path, capsys):
-    argv = [
-        "--in",
-        write(tmp_path / "p.jsonl", [{"prompt": "Q", "answer": 8}]),
-        *SAMPLE,
-        "--out",
-        tmp_path / "out.jsonl",
-    ]
+    source = write(tmp_path / "p.jsonl", [{"prompt": "Q", "answer": 8}])
+    argv = ["--in", source, *SAMPLE, "--out", tmp_path / "out.jsonl"]
     for text in ("[1]\n", "no json\n", '{"model": 1}\n{"numbers": 2}\n', "a file of someone's"):
         (tmp_path / "out.jsonl.samples.jsonl").write_text(text)
         assert "expected samples of an earlier run" in refusal(make_prefs.main, capsys, *argv)
@@ -317,7 +291,7 @@ def test_samples_that_are_not_ours(tmp_path, capsys):
 
 
 def test_label_leaves_out_what_did_not_end(tmp_path, capsys):
-    """evaluate.py's rows: `correct` is the score; the cut-off response makes no pair, one that no judge scored neither."""
+    """evaluate.py's rows: `correct` is the score; a response that is cut off or without a score makes no pair."""
     rows = [
         {"prompt": "Q", "response": text, "correct": correct, "ended": ended}
         for text, correct, ended in (("yes", True, True), ("no", False, True), ("never", False, False))

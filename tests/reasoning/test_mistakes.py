@@ -1,6 +1,6 @@
-"""Tests of mistakes.py: versions written by hand; on real solutions, each equation worked again by this file's own sums.
+"""Tests of mistakes.py: versions written by hand; real solutions, each equation worked again by this file's own sums.
 
-.venv/bin/python -m pytest -q tests/test_mistakes.py
+bash tests/run.sh tests/reasoning/test_mistakes.py
 """
 
 import json
@@ -104,10 +104,9 @@ def test_a_number_of_the_question_is_no_result():
 def equations(text):
     """Every "a op b = c" on its own, by eval: [(whether it is true)]."""
     number = r"\d[\d,]*(?:\.\d+)?|\.\d+"
-    for match in re.finditer(
-        rf"(?<![\d.,+*/×÷x=-])(?<![+*/×÷x=-] )({number}) *([-+*/×÷x]) *\$?({number}) *= *\$?({number})(?! *[-+*/x=×÷.\d])",
-        text,
-    ):
+    before, after = r"(?<![\d.,+*/×÷x=-])(?<![+*/×÷x=-] )", r"(?! *[-+*/x=×÷.\d])"
+    equation = rf"{before}({number}) *([-+*/×÷x]) *\$?({number}) *= *\$?({number}){after}"
+    for match in re.finditer(equation, text):
         a, b, c = (float(match[i].replace(",", "")) for i in (1, 3, 4))
         op = {"×": "*", "x": "*", "÷": "/"}.get(match[2], match[2])
         if not (op == "/" and b == 0):
@@ -115,7 +114,7 @@ def equations(text):
 
 
 def test_real_solutions(shared):
-    """GSM8K: what comes before the error stands as it was; no other equation has become false; the answer is another."""
+    """GSM8K: what comes before the error is unchanged; no other equation becomes false; the answer is another."""
     rows = [json.loads(line) for line in (shared / "gsm8k" / "train.jsonl").read_text().splitlines()][:1500]
     some = 0
     for row in rows:

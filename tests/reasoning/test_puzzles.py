@@ -1,6 +1,6 @@
 """Tests of puzzles.py: each question is solved from its text alone, by brute force, and each planted error is checked.
 
-.venv/bin/python -m pytest -q tests/test_puzzles.py
+bash tests/run.sh tests/reasoning/test_puzzles.py
 """
 
 import hashlib
@@ -10,7 +10,6 @@ from collections import Counter
 from itertools import permutations, product
 
 import pytest
-from small import ROOT  # noqa: F401  (puts the project on the path)
 
 from reasoning import arithmetic, puzzles, tasks
 
@@ -290,9 +289,7 @@ def check_constraints(problem, right, wrong, said, kind, place):
     people = list(has)
     assert has[people[place]] != true[people[place]]
     taken = [has[person] for person in people[: place + 1]]
-    for i, person in enumerate(
-        people[place + 1 :], place + 1
-    ):  # from there on, every line follows or is the only one left
+    for person in people[place + 1 :]:  # from there on, every line follows or is the only one left
         excluded = re.findall(rf"{person} does not have (.*?)\.", problem.prompt)
         excluded = re.findall(r"the (\w+)", excluded[0]) if excluded else []
         told = f"{person} has the {has[person]}." in problem.prompt

@@ -1,6 +1,6 @@
 """Tests of tasks.py: every claim is checked by a parser of this file's own, from the text alone.
 
-.venv/bin/python -m pytest -q tests/test_tasks.py
+bash tests/run.sh tests/reasoning/test_tasks.py
 """
 
 import hashlib
@@ -49,7 +49,7 @@ def is_true(step):
 def blank(prompt):
     """The prompt without its names, pronouns and things: what the split must keep apart."""
     words = {"he": "@he", "she": "@he", "him": "@him", "her": "@him"}
-    words.update({thing: "@things" for thing in arithmetic.THINGS})
+    words |= dict.fromkeys(arithmetic.THINGS, "@things")
     people = {}
 
     def replace(match):

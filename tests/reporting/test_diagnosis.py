@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from written import HOSTILE, Reader, change_log, page_of, score_row, write_run
 
-import evaluate
 import files
+from reasoning import comparison
 from reporting import charts, diagnosis, history
 
 
@@ -245,7 +245,7 @@ def test_evaluation(tmp_path, capsys):
         for model in ("new", "old")
     }
     table = [
-        evaluate.summary("lm_eval:t", model, rows[model], rows["new"] if model == "old" else None)
+        comparison.summary("lm_eval:t", model, rows[model], rows["new"] if model == "old" else None)
         | {"file": f"{model}-lm_eval-t.jsonl"}
         for model in rows
     ]
