@@ -1,38 +1,22 @@
-"""Tests of checkpoint.py: strict loading, fingerprints, LLaDA's chat template, saving all or nothing.
+"""Tests of checkpoint.py: strict loading, saving all or nothing.
 
-.venv/bin/python -m pytest -q tests/test_checkpoint.py
+bash tests/run.sh tests/models/test_checkpoint.py
 """
 
 import json
 import os
-import shutil
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 import transformers
+from originals import edit_json, refused
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from sentencepiece import sentencepiece_model_pb2
+from safetensors.torch import save_file
 
-from files import InputError
-from models import architecture, checkpoint, folders, tokenization
+from models import checkpoint, folders, tokenization
 
 BLOCK = "model.transformer.blocks.1."
-# LLaDA's own: bos once, contents trimmed, and the assistant's header always at the end, asked for or not
-TEMPLATE = (
-    "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-    "{{ message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-)
-
-
-def refused(call, *words):
-    with pytest.raises(InputError) as error:
-        call()
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
 
 
 def load(folder):
@@ -42,10 +26,6 @@ def load(folder):
 def weights_of(folder):
     with safe_open(folder / "model.safetensors", "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}
-
-
-def edit_json(path, **change):
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
 # --- loading ----------------------------------------------------------------------------------------------
@@ -213,198 +193,6 @@ def test_dropout_is_zero(monkeypatch, tmp_path):
     modules = checkpoint.load_model(str(tmp_path), torch.float32).modules()
     dropouts = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
     assert len(dropouts) > 2 and not any(dropouts)
-
-
-# --- fingerprints -----------------------------------------------------------------------------------------
-
-
-def test_model_fingerprint(make_llada, tmp_path):
-    make_llada(tmp_path)
-    path, first = tmp_path / "model.safetensors", folders.model_fingerprint(str(tmp_path))
-    assert first == folders.model_fingerprint(str(shutil.copytree(tmp_path, tmp_path / "copy")))
-    whole = path.read_bytes()
-    start = 8 + int.from_bytes(whole[:8], "little")
-    for place in (start, start + 1, (start + len(whole)) // 2, len(whole) - 1):  # one bit of a weight
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert folders.model_fingerprint(str(tmp_path)) != first
-    path.write_bytes(whole + b"\0")
-    assert folders.model_fingerprint(str(tmp_path)) != first
-    path.write_bytes(whole)
-    for change, same in (
-        ({"transformers_version": "9", "torch_dtype": "bfloat16", "_name_or_path": "x"}, True),
-        ({"rope_theta": 101.0}, False),
-    ):
-        edit_json(tmp_path / "config.json", **change)
-        assert (folders.model_fingerprint(str(tmp_path)) == first) == same
-
-
-def test_model_fingerprint_of_a_larger_file(make_llada, tmp_path):
-    """Beyond the sampled 4 MiB: a change of every weight shows, as any training makes it; so does the last byte."""
-    make_llada(tmp_path, d_model=480, mlp_hidden_size=960)
-    path, first = tmp_path / "model.safetensors", folders.model_fingerprint(str(tmp_path))
-    assert path.stat().st_size > 3 * 64 * 65536 / 2
-    whole = bytearray(path.read_bytes())
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert folders.model_fingerprint(str(tmp_path)) != first
-    save_file({name: tensor * 1.0001 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
-    assert folders.model_fingerprint(str(tmp_path)) != first
-
-
-def test_tokenizer_fingerprint(tiny_dir, chat):
-    def of(change=lambda tokenizer: None, folder=tiny_dir):
-        tokenizer = tokenization.load_tokenizer(str(folder))
-        change(tokenizer)
-        return tokenization.tokenizer_fingerprint(tokenizer)
-
-    prints = [
-        of(),
-        of(lambda t: t.add_tokens(["<new>"])),
-        of(lambda t: t.add_tokens(["7 + 5"], special_tokens=True)),
-        of(lambda t: setattr(t, "chat_template", TEMPLATE)),
-        of(lambda t: setattr(t, "chat_template", TEMPLATE + " ")),
-        of(folder=chat),
-    ]
-    assert len(set(prints)) == len(prints) and prints[0] == of() and prints[-1] == of(folder=chat)
-
-
-def test_mask_token_id(tiny_dir):
-    tokenizer = tokenization.load_tokenizer(str(tiny_dir))
-    config = architecture.load_config(str(tiny_dir))
-    assert tokenization.mask_token_id(config, tokenizer) == 3
-    config.mask_token_id = 0
-    assert tokenization.mask_token_id(config, tokenizer) == 0  # config.json wins; 0 is an id
-    config.mask_token_id = None
-    assert tokenization.mask_token_id(config, tokenizer) == 3
-    tokenizer.mask_token = None
-    refused(lambda: tokenization.mask_token_id(config, tokenizer), "mask_token_id")
-
-
-# --- text -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_dir, tmp_path_factory):
-    """The tiny tokenizer with LLaDA's template and special tokens."""
-    folder = tmp_path_factory.mktemp("chat")
-    for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(tiny_dir / name, folder)
-    edit_json(
-        folder / "tokenizer_config.json",
-        chat_template=TEMPLATE,
-        bos_token="<|startoftext|>",
-        add_bos_token=True,
-        additional_special_tokens=["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    )
-    return folder
-
-
-def test_prompt_text(chat):
-    tokenizer = tokenization.load_tokenizer(str(chat))
-    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    want = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n7 + 5?<|eot_id|>" + header
-    for template in ("auto", "chat"):
-        assert tokenization.prompt_text(tokenizer, " 7 + 5?\n", template) == want
-    assert tokenization.prompt_text(tokenizer, " 7 + 5?\n", "none") == " 7 + 5?\n"
-    talk = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]
-    text = tokenization.prompt_text(tokenizer, talk, "auto")
-    assert text.count("assistant") == 2 and text.endswith("\n\nu<|eot_id|>" + header)
-
-    ids = tokenization.encode(tokenizer, want)
-    special = {
-        name: tokenizer.convert_tokens_to_ids(name)
-        for name in ("<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    }
-    assert len(set(special.values())) == 4
-    got = [{id: name for name, id in special.items()}.get(id) for id in ids]
-    assert [name for name in got if name] == [
-        "<|startoftext|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|eot_id|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-    ]
-    assert got[0] == "<|startoftext|>" and tokenizer.decode(ids) == want  # one bos, at the start
-
-
-def test_prompt_text_without_template(tiny_dir, chat):
-    tokenizer = tokenization.load_tokenizer(str(tiny_dir))
-    assert tokenization.prompt_text(tokenizer, "7 + 5", "auto") == "7 + 5"
-    refused(lambda: tokenization.prompt_text(tokenizer, "7 + 5", "chat"), "--template chat", "--template none")
-    refused(lambda: tokenization.prompt_text(tokenizer, [{"role": "user", "content": "x"}], "auto"), "chat template")
-    strict = tokenization.load_tokenizer(str(chat))
-    strict.chat_template = "{{ raise_exception('users speak first') }}"
-    refused(lambda: tokenization.prompt_text(strict, "x", "auto"), "users speak first")
-
-
-def test_end_token_id(tiny_dir, chat):
-    """The template's token after an answer, where it is a special one; else eos."""
-    tokenizer, plain = (tokenization.load_tokenizer(str(folder)) for folder in (chat, tiny_dir))
-    eot = tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    assert [tokenization.end_token_id(tokenizer, template) for template in ("auto", "chat", "none")] == [eot, eot, 2]
-    assert tokenization.end_token_id(plain, "auto") == 2 != eot
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
-    assert tokenization.end_token_id(tokenizer, "auto") == 2
-
-
-def test_tokenizer_without_eos(tiny_dir, tmp_path):
-    folder = shutil.copytree(tiny_dir, tmp_path / "model")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
-    refused(lambda: tokenization.load_tokenizer(str(folder)), "eos_token")
-
-
-@pytest.mark.parametrize("legacy", [True, False])
-def test_response_tokenizer(shared, make_llada, tmp_path, legacy):
-    """A response follows other text: the ids that sentencepiece gives when its dummy prefix is switched off.
-
-    No two spaces in a row here: transformers 5.23 builds such pieces first, whatever score tokenizer.model gives them.
-    """
-    make_llada(tmp_path)
-    model = shared / "tokenizers" / "llama_32k_tokenizer.model"
-    shutil.copy(model, tmp_path / "tokenizer.model")
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "LlamaTokenizer",
-                "legacy": legacy,
-                "eos_token": "</s>",
-                "bos_token": "<s>",
-                "unk_token": "<unk>",
-            }
-        )
-    )
-    tokenizer = tokenization.load_tokenizer(str(tmp_path))
-    response = tokenization.response_tokenizer(str(tmp_path), tokenizer)
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model.read_bytes())
-    golden = []
-    for prefix in (True, False):
-        proto.normalizer_spec.add_dummy_prefix = prefix
-        golden.append(sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString()))
-    for text in ("Hello world", "1,234 + 5 = 1239\n#### 1239", "\nx y", "é漢<x>"):
-        assert tokenization.encode(tokenizer, text) == golden[0].encode(text) != golden[1].encode(text), text
-        for follows in (text, " " + text):
-            assert tokenization.encode(response, follows) == golden[1].encode(follows), follows
-
-
-def test_response_tokenizer_of_tiny(tiny_dir, tmp_path):
-    """No dummy prefix to begin with: the same object, digits one by one. With one: loaded again without it."""
-    tokenizer = tokenization.load_tokenizer(str(tiny_dir))
-    assert tokenization.response_tokenizer(str(tiny_dir), tokenizer) is tokenizer
-    assert tokenizer.convert_ids_to_tokens(tokenization.encode(tokenizer, "1239")) == ["1", "2", "3", "9"]
-    folder = shutil.copytree(tiny_dir, tmp_path / "prefixed")
-    edit_json(folder / "tokenizer_config.json", add_prefix_space=True)
-    prefixed = tokenization.load_tokenizer(str(folder))
-    response = tokenization.response_tokenizer(str(folder), prefixed)
-    assert prefixed.convert_ids_to_tokens(tokenization.encode(prefixed, "7 + 5")) == [
-        "\u2581",
-        "7",
-        "\u2581+",
-        "\u2581",
-        "5",
-    ]
-    assert response.convert_ids_to_tokens(tokenization.encode(response, "7 + 5")) == ["7", "\u2581+", "\u2581", "5"]
 
 
 # --- saving -----------------------------------------------------------------------------------------------

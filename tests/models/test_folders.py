@@ -5,11 +5,14 @@ bash tests/run.sh tests/models/test_folders.py
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 
 import huggingface_hub
 import pytest
+from originals import edit_json
+from safetensors.torch import load_file, save_file
 from small import ROOT, refusal
 
 from models import architecture, families, folders
@@ -72,3 +75,38 @@ def test_a_failed_download(monkeypatch, capsys, error, words):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     said = refusal(lambda _: folders.model_folder("org/name"), capsys)
     assert said.startswith("error: " + words.format(home=huggingface_hub.constants.HF_HOME)), said
+
+
+# --- fingerprint --------------------------------------------------------------------------------------------
+
+
+def test_model_fingerprint(make_llada, tmp_path):
+    make_llada(tmp_path)
+    path, first = tmp_path / "model.safetensors", folders.model_fingerprint(str(tmp_path))
+    assert first == folders.model_fingerprint(str(shutil.copytree(tmp_path, tmp_path / "copy")))
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in (start, start + 1, (start + len(whole)) // 2, len(whole) - 1):  # one bit of a weight
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert folders.model_fingerprint(str(tmp_path)) != first
+    path.write_bytes(whole + b"\0")
+    assert folders.model_fingerprint(str(tmp_path)) != first
+    path.write_bytes(whole)
+    for change, same in (
+        ({"transformers_version": "9", "torch_dtype": "bfloat16", "_name_or_path": "x"}, True),
+        ({"rope_theta": 101.0}, False),
+    ):
+        edit_json(tmp_path / "config.json", **change)
+        assert (folders.model_fingerprint(str(tmp_path)) == first) == same
+
+
+def test_model_fingerprint_of_a_larger_file(make_llada, tmp_path):
+    """Beyond the sampled 4 MiB: a change of every weight shows, as any training makes it; so does the last byte."""
+    make_llada(tmp_path, d_model=480, mlp_hidden_size=960)
+    path, first = tmp_path / "model.safetensors", folders.model_fingerprint(str(tmp_path))
+    assert path.stat().st_size > 3 * 64 * 65536 / 2
+    whole = bytearray(path.read_bytes())
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert folders.model_fingerprint(str(tmp_path)) != first
+    save_file({name: tensor * 1.0001 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    assert folders.model_fingerprint(str(tmp_path)) != first

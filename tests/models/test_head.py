@@ -1,6 +1,6 @@
-"""Tests of head.py: log-probabilities of targets and their gradients against float64 log_softmax, in chunks of any size.
+"""Tests of head.py: log-probabilities of targets and their gradients against float64, in chunks of any size.
 
-.venv/bin/python -m pytest -q tests/test_head.py
+bash tests/run.sh tests/models/test_head.py
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """Tests of llada.py: the original's logits, and a forward pass of this file's own, in float64, one number at a time.
 
-.venv/bin/python -m pytest -q tests/test_llada.py
+bash tests/run.sh tests/models/test_llada.py
 """
 
 import json

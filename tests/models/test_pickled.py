@@ -1,6 +1,6 @@
 """Tests of pickled.py: weights of PyTorch's pickles become safetensors, code in them does not run.
 
-.venv/bin/python -m pytest -q tests/test_pickled.py
+bash tests/run.sh tests/models/test_pickled.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """Tests of quantized.py: 4-bit bases through the engine, against plain torch on the unpacked weights.
 
-.venv/bin/python -m pytest -q tests/test_quantized.py        # skipped without requirements-4bit.txt
+bash tests/run.sh tests/models/test_quantized.py        # skipped without requirements-4bit.txt
 """
 
 import math
@@ -55,21 +55,10 @@ def trained(home):
         )
         first.append((stage, "train_dpo", argv))
         rest.append((f"{stage}-rest", "train_dpo", argv))
-    low = [
-        "--use_mixed_precision",
-        "bf16",
-        "--max_steps",
-        2,
-        "--deepspeed",
-        home.folder / "zero0.json",
-        "--output_dir",
-        home.folder / "low",
-    ]
-    did = run_jobs(
-        home.folder / "out",
-        None,
-        [("score", "score", base), ("score-low", "score", base + low[:2])] + first + [("low", "train_dpo", base + low)],
-    )
+    low_score = base + flags(use_mixed_precision="bf16")
+    low = low_score + flags(max_steps=2, deepspeed=home.folder / "zero0.json", output_dir=home.folder / "low")
+    scores = [("score", "score", base), ("score-low", "score", low_score)]
+    did = run_jobs(home.folder / "out", None, [*scores, *first, ("low", "train_dpo", low)])
     for stage in STAGES:
         shutil.move(home.folder / stage / "final", home.folder / f"{stage}-final")
     did |= run_jobs(home.folder / "out", None, rest)
@@ -95,7 +84,7 @@ def logits(model, ids):
 
 @needs_bitsandbytes
 def test_forward(home):
-    """The packed model is the plain one on the unpacked weights, in a quarter of their bytes; embedding and head stay whole."""
+    """The 4-bit model is the plain one on the unpacked weights; embedding and head are not quantized."""
     ids = torch.randint(4, 500, (2, 19), generator=torch.Generator().manual_seed(0))
     model, plain = checkpoint.load_model(str(home.model), torch.float32, load_in_4bit=True), unpacked(home.model)
     assert (logits(model, ids) - logits(plain, ids)).abs().max() < 1e-5
@@ -122,14 +111,11 @@ def test_bytes():
 @needs_bitsandbytes
 @pytest.mark.parametrize("stage", STAGES)
 def test_training(trained, stage):
-    """Margin 0 at first; adapters alone are trained and saved; a resumed run ends in the same bits; both stages end alike."""
+    """Margin 0 at first; adapters alone are trained and saved; both stages and a resumed run end alike."""
     lines = log(trained / stage)
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert (
-        abs(lines[0]["rewards/margins"]) < 1e-4
-        and lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-        and lines[2]["loss"] < math.log(2)
-    )
+    assert abs(lines[0]["rewards/margins"]) < 1e-4 and lines[2]["loss"] < math.log(2)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     first, resumed, other = (
         load_file(folder / "adapter_model.safetensors")
         for folder in (trained / f"{stage}-final", trained / stage / "final", trained / f"{STAGES[0]}-final")
@@ -143,15 +129,13 @@ def test_training(trained, stage):
 def test_bf16(trained):
     lines = log(trained / "low")
     assert abs(lines[0]["rewards/margins"]) < 0.05 and lines[1]["loss"] != lines[0]["loss"]
-    assert all(
-        value.dtype == torch.bfloat16
-        for value in load_file(trained / "low" / "final" / "adapter_model.safetensors").values()
-    )
+    tensors = load_file(trained / "low" / "final" / "adapter_model.safetensors")
+    assert all(value.dtype == torch.bfloat16 for value in tensors.values())
 
 
 @needs_bitsandbytes
 def test_the_trained_policy_is_what_is_loaded(home, trained, capsys):
-    """The adapter beside the packed base, not added and packed again, which would lose most of it; generate.py samples from it."""
+    """The adapter is loaded beside the 4-bit base: merged and quantized again, most of it would be lost."""
     adapter, ids = trained / "zero0-final", torch.randint(4, 500, (2, 19), generator=torch.Generator().manual_seed(0))
     loaded, plain = checkpoint.load_model(str(adapter), torch.float32, load_in_4bit=True), unpacked(home.model)
     base = logits(plain, ids)
@@ -172,9 +156,7 @@ def test_refusals(home, trained, capsys, tmp_path):
     assert "--load_in_4bit" in said and "--lora_r 16" in said
     zero3 = ds_config(tmp_path / "zero3.json", "zero3_offload_4080")
     assert "ds_configs/zero0.json" in refusal(train_dpo.main, capsys, *run, "--deepspeed", zero3)
-    said = refusal(
-        train_dpo.main, capsys, *run, "--load_in_4bit", "false"
-    )  # scores of the packed reference are not this one's
+    said = refusal(train_dpo.main, capsys, *run, "--load_in_4bit", "false")  # the scores are a 4-bit reference's
     assert "load_in_4bit is True there and False in this run" in said
     pytest.raises(InputError, checkpoint.load_model, str(home.folder / "nowhere"), torch.float32, load_in_4bit=True)
 
