@@ -1,34 +1,31 @@
-"""Reference scores: a model's stepwise denoising scores of packed pairs, to disk. The score and its segmented gradient are here.
+"""The score, its gradient, and the reference job: a model's stepwise denoising scores of packed pairs, to disk.
 
     packed/ + model -> packed/ref-<key>/ (noise and reference scores; replayed by train_dpo.py)
     python data_prep.py --in examples/prefs.jsonl
     python score.py --data packed --use_mixed_precision no
 
-S(x, y) = 1/R sum_r sum_s sum_{i: reveal_step_r[i] = s} log p(y_i | state before s, x)      (the guide's S_theta, rotated)
+S(x, y) = 1/R sum_r sum_s sum_{i: reveal_step_r[i] = s} log p(y_i | state before s, x)   (the guide's S_theta, rotated)
 
-What is revealed is spread over all that is hidden, which has the same mean; scoring/noise.py has the estimators' weights.
+By default a state's share is spread evenly over all tokens that it hides, which has the same mean; scoring/noise.py has
+the weights of each estimator.
 
-B rows of a forward, L length, n response tokens, V vocabulary, T denoising steps, R trajectories, S states.
+B rows of a forward pass, L length, n response tokens, V vocabulary, T denoising steps, R trajectories, S states.
 """
 
-import shutil
+import os
+import shlex
 import sys
 import time
-import zipfile
-import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import config
 from cli import exits
 from cli.parser import names
 from scoring import reference
 
-UNUSED = names(config.DataArguments, config.TrainArguments) - {"data"} | {
-    "end_token_id",
-    "gradient_checkpointing",
-    "lora_r",
-    "lora_alpha",
-    "lora_targets",
-}  # by this script, of the arguments that it accepts
+UNUSED = {"end_token_id", "gradient_checkpointing", "lora_r", "lora_alpha", "lora_targets"}
+UNUSED |= names(config.DataArguments, config.TrainArguments) - {"data"}
 
 
 def read_arguments(argv=None):
@@ -65,224 +62,258 @@ from tqdm import tqdm
 
 import files
 from files import InputError
-from preferences.packed import longest
-from scoring.recipe import SAME, draw, replay, state_count
-from scoring.reference import sets_of
+from preferences.packed import Packed, longest
+from scoring.recipe import draw, replay, state_count
 from scoring.states import backward_passes, response_states, sizes
 from training import deepspeed_config, engine, memory, stopping
 from training.streaming import load
 
-CHUNK = 8  # pairs per chunk of the reference job: what a kill can lose, per rank
+CHUNK = 8  # pairs that the reference job writes at once: what a kill can lose, per rank
+
+
+# --- the score and its gradient ---------------------------------------------------------------------------
 
 
 def weighted_logps(model, states, rows, device):
-    """sum(weight * log p(target | input)) of each of `rows`: (B,) float32, in one forward with the head at scored tokens."""
-    inputs, targets, weight = (array[rows] for array in states[:3])  # (B, L)
-    positions = np.flatnonzero(weight)
-    if not len(positions):
-        positions = np.zeros(1, np.int64)  # weight 0: a forward for the other ranks' sake
-    send = lambda array: engine.send(array, device)  # noqa: E731
-    where = send(positions)
-    logps = model(input_ids=send(inputs), positions=where, targets=send(targets.ravel()[positions]))  # (N,) float32
-    grid = torch.zeros(inputs.size, dtype=torch.float32, device=device)  # no atomics: the same sum at every run
-    return grid.index_put((where,), logps * send(weight.ravel()[positions])).view(len(inputs), -1).sum(-1)
+    """sum over a row's tokens of weight * log p(target | input), for each of `rows`: (B,) float32.
+
+    One forward pass; the head computes log-probabilities at scored tokens alone.
+    """
+    inputs, targets, weight = states.inputs[rows], states.targets[rows], states.weight[rows]  # (B, L)
+    scored = np.flatnonzero(weight)  # (N,) places b * L + i
+    if not len(scored):
+        scored = np.zeros(1, np.int64)  # a token of weight 0: every rank must make the same forward passes
+    positions = engine.send(scored, device)
+    logps = model(
+        input_ids=engine.send(inputs, device), positions=positions, targets=engine.send(targets.ravel()[scored], device)
+    )  # (N,) float32
+    logps = logps * engine.send(weight.ravel()[scored], device)
+    grid = torch.zeros(inputs.size, dtype=torch.float32, device=device)
+    grid = grid.index_put((positions,), logps)  # without atomic additions: the same sum in every run
+    return grid.view(len(inputs), -1).sum(-1)
 
 
 def state_scores(model, states, states_per_forward, device):
-    """Per-state scores (S,) float32, `states_per_forward` rows at a time; a graph is kept if gradients are enabled."""
-    parts = torch.zeros(len(states.inputs), dtype=torch.float32, device=device)
+    """The score of each state, (S,) float32, `states_per_forward` at a time. With gradients enabled it has a graph."""
+    scores = torch.zeros(len(states.inputs), dtype=torch.float32, device=device)
     for rows in states.segments(states_per_forward):
-        parts = parts.index_put((engine.send(rows, device),), weighted_logps(model, states, rows, device))
-    return parts
+        scores = scores.index_put((engine.send(rows, device),), weighted_logps(model, states, rows, device))
+    return scores
 
 
 def diffusion_score(model, prompt, response, masked, weight, mask_id, states_per_forward=4, device="cpu"):
-    """The stepwise denoising score of one response, per state.
+    """The stepwise denoising score of one response, per state: (S,) float32, whose sum is S(x, y). Differentiable.
 
-    prompt (P,), response (n,) ids; masked (S, n) bool and weight (S, n) as diffusion.state_masks and
-    state_weights make them. Returns (S,) float32; their sum is S(x, y). Differentiable.
+    prompt (P,), response (n,): token ids. masked (S, n) bool, weight (S, n): see state_masks and state_weights of
+    scoring/noise.py.
     """
-    return state_scores(model, response_states(prompt, response, masked, weight, mask_id), states_per_forward, device)
+    states = response_states(prompt, response, masked, weight, mask_id)
+    return state_scores(model, states, states_per_forward, device)
 
 
 def score_and_backward(model, responses, objective, states_per_forward, device, backward):
-    """The gradient of objective([S(response) ...]) at constant memory in the number of states.
+    """Add the gradient of objective([S of each response]) at constant memory in the number of states.
 
-    objective: list of scalar scores -> scalar loss. backward(loss): adds d loss / d weights to the gradient. When every
-    response fits one forward, one joint backward; else the scores are taken without a graph, the loss's derivative by
-    each score is one number, and each segment's score times that number is sent backward by itself (the chain rule).
-    Exact, but where States.graph leaves states out of the gradient: then unbiased, with the exact number.
-    Returns the loss and each response's per-state scores, detached, on the device: nothing here waits for it.
+    responses: States of each. objective: list of scalar scores -> scalar loss. backward(loss): adds d loss / d weights
+    to the gradient. Returns the loss () and each response's scores (S,), detached and on the device: nothing here waits
+    for a GPU.
+
+    By the chain rule d loss / d weights is the sum over responses of d loss / d S times d S / d weights, and S is a sum
+    over states: the gradient is exact. Where only some states carry it (--backprop_steps) it is unbiased.
     """
-    counts, carrying = zip(*((len(states.inputs), len((states.graph or states).inputs)) for states in responses))
+    # 1. If everything fits one forward pass, so does its graph: one backward pass
+    counts = [len(states.inputs) for states in responses]
+    carrying = [len(states.with_gradient.inputs) for states in responses]
     if backward_passes(counts, carrying, states_per_forward) == 1:
         scores = [state_scores(model, states, states_per_forward, device) for states in responses]
         loss = objective([score.sum() for score in scores])
         backward(loss)
         return loss.detach(), [score.detach() for score in scores]
+
+    # 2. Else the scores without a graph
     with torch.no_grad():
         scores = [state_scores(model, states, states_per_forward, device) for states in responses]
+
+    # 3. The loss's derivative by each score: one number per response
     totals = [score.sum().requires_grad_() for score in scores]
     loss = objective(totals)
-    for states, slope in zip(responses, torch.autograd.grad(loss, totals)):
-        states = states.graph or states
-        for rows in states.segments(states_per_forward):
-            backward(slope * weighted_logps(model, states, rows, device).sum())
+    slopes = torch.autograd.grad(loss, totals)
+
+    # 4. A few states at a time again, with a graph, times that number
+    for states, slope in zip(responses, slopes):
+        for rows in states.with_gradient.segments(states_per_forward):
+            backward(slope * weighted_logps(model, states.with_gradient, rows, device).sum())
     return loss.detach(), scores
 
 
+# --- the reference job ------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """What one rank of the reference job works with."""
+
+    model: Any
+    packed: Packed
+    mask_id: int
+    folder: Path  # packed/ref-<key>
+    noise_args: config.NoiseArguments
+    states_per_forward: int
+    ranks: engine.Ranks
+    stop: stopping.Stop
+
+
+@torch.no_grad()
 def fit_reference(model, packed, noise_args, mask_id, ranks):
     """states_per_forward of the reference job, tried on the longest response."""
     index, side = longest(packed)
-    states = replay(
-        packed[index][0], packed[index][1 + side], draw(packed, index, side, noise_args, 0), noise_args, mask_id
-    )
-    trial = lambda size: state_scores(model, states.first(size), size, ranks.device)  # noqa: E731
-    return memory.grow(sizes(state_count(noise_args)), lambda size: size, trial, ranks)[0]
+    prompt, *responses = packed[index]
+    states = replay(prompt, responses[side], draw(packed, index, side, noise_args, 0), noise_args, mask_id)
+
+    def trial(size):
+        state_scores(model, states.first(size), size, ranks.device)
+
+    def load_of(size):
+        return size
+
+    return memory.grow(sizes(state_count(noise_args)), load_of, trial, ranks)[0]
 
 
-def score_chunk(model, packed, pairs, noise_args, noise_set, mask_id, states_per_forward, device, stop):
-    """Noise and scores of `pairs`: bits uint8 (their response tokens, ceil(S/8)), scores float32 (pairs, 2, S); None if told to stop."""
-    bits, scores = [], []
+@torch.no_grad()
+def score_pairs(job, pairs, noise_set):
+    """Noise and scores of `pairs`; None if told to stop.
+
+    Returns masks uint8 (their response tokens, ceil(S/8)) and scores float32 (pairs, 2, S).
+    """
+    masks, scores = [], []
     for index in pairs:
-        prompt, *responses = packed[index]
+        prompt, *responses = job.packed[index]
         for side, response in enumerate(responses):
-            masked = draw(packed, index, side, noise_args, noise_set)
-            states = replay(prompt, response, masked, noise_args, mask_id)
-            scores.append(state_scores(model, states, states_per_forward, device).cpu().numpy())
-            bits.append(reference.pack_masks(masked))
+            masked = draw(job.packed, index, side, job.noise_args, noise_set)
+            states = replay(prompt, response, masked, job.noise_args, job.mask_id)
+            masks.append(reference.pack_masks(masked))
+            scores.append(state_scores(job.model, states, job.states_per_forward, job.ranks.device).cpu().numpy())
         if not np.isfinite(scores[-2:]).all():
             raise InputError(
-                f"{packed.folder}: the reference score of pair {index} is not finite; the model is broken "
+                f"{job.packed.folder}: the reference score of pair {index} is not finite; the model is broken "
                 "or its numbers overflow (try --use_mixed_precision no)",
                 local=True,
             )
-        if stop.asked():
+        if job.stop.asked():
             return None
-    return np.concatenate(bits), np.stack(scores).reshape(len(pairs), 2, -1)
+    return np.concatenate(masks), np.stack(scores).reshape(len(pairs), 2, -1)
 
 
-def reference_set(model, packed, folder, noise_args, noise_set, mask_id, states_per_forward, ranks, stop):
-    """Score every pair under one noise set: chunks dealt over the ranks, each renamed into place, assembled at the end.
-    False if told to stop."""
-    work = folder / f"chunks-{noise_set}"
-    work.mkdir(parents=True, exist_ok=True)
-    names = {
-        first: work / f"{first:09d}-{min(first + CHUNK, len(packed)):09d}.npz" for first in range(0, len(packed), CHUNK)
-    }
-    todo = ranks.broadcast([first for first, path in names.items() if not readable(path)])
-    S = state_count(noise_args)
-    lengths = np.diff(packed.bounds, axis=1)  # (pairs, 3)
-    cost = S * (2 * lengths[:, 0] + lengths[:, 1] + lengths[:, 2])  # tokens through the model, per pair
-    bar = tqdm(
-        total=sum(int(cost[first : first + CHUNK].sum()) for first in todo),
+def reference_set(job, noise_set):
+    """Score every pair under one noise set and write its two arrays. False if told to stop.
+
+    Each rank scores a chunk of pairs at a time, which is written under a temporary name and renamed: a job that was
+    killed resumes after its last complete chunk.
+    """
+    # 1. The chunks that are not on disk yet
+    paths = reference.chunk_paths(job.folder, noise_set, len(job.packed), CHUNK)
+    todo = job.ranks.broadcast([chunk for chunk, path in paths.items() if not reference.is_readable(path)])
+
+    # 2. Score them, one chunk per rank at a time
+    prompts, chosen, rejected = np.diff(job.packed.bounds, axis=1).T
+    tokens = state_count(job.noise_args) * (2 * prompts + chosen + rejected)  # (pairs,) through the model
+    with progress(sum(int(tokens[chunk].sum()) for chunk in todo), noise_set, job.ranks) as bar:
+        for turn in range(0, len(todo), job.ranks.world):
+            in_turn = todo[turn : turn + job.ranks.world]
+            mine = in_turn[job.ranks.rank] if job.ranks.rank < len(in_turn) else range(0)
+            idle = 0 if job.ranks.world == 1 else CHUNK - len(mine)
+            fillers = [0] * idle  # scored and thrown away: ranks must make the same forward passes
+            scored = score_pairs(job, [*mine, *fillers], noise_set)
+            if scored is None:
+                return False
+            if mine:
+                reference.write_chunk(paths[mine], job.packed, mine, *scored)
+            bar.update(sum(int(tokens[chunk].sum()) for chunk in in_turn))
+
+    # 3. Put the chunks together
+    dist.barrier()
+    if job.ranks.first:
+        reference.assemble(job.folder, noise_set, paths.values())
+    dist.barrier()
+    return True
+
+
+def progress(tokens, noise_set, ranks):
+    """A progress bar over so many tokens through the model; in a log file a line now and then."""
+    return tqdm(
+        total=tokens,
         unit="tok",
         unit_scale=True,
         desc=f"reference scores, noise set {noise_set}",
         disable=not ranks.first,
         mininterval=1 if sys.stderr.isatty() else 30,
-    )  # a log file gets a line now and then
-    for turn in range(0, len(todo), ranks.world):
-        mine = todo[turn + ranks.rank : turn + ranks.rank + 1]
-        pairs = list(range(mine[0], min(mine[0] + CHUNK, len(packed)))) if mine else []
-        idle = (
-            [0] * (CHUNK - len(pairs)) if ranks.world > 1 else []
-        )  # scored and thrown away: equal forwards on every rank
-        did = score_chunk(
-            model, packed, pairs + idle, noise_args, noise_set, mask_id, states_per_forward, ranks.device, stop
-        )
-        if did is None:
-            bar.close()
+    )
+
+
+def score_all(job, first_set, wanted, model_name):
+    """Score the noise sets from `first_set` on, and write meta.json after each. False if told to stop."""
+    made_by = {
+        "model_name_or_path": model_name,
+        "device": str(job.ranks.device),
+        "ranks": job.ranks.world,
+        "torch": torch.__version__,
+        "states_per_forward": job.states_per_forward,
+    }
+    for noise_set in range(first_set, job.noise_args.noise_sets):
+        if not reference_set(job, noise_set):
             return False
-        bits, scores = did
-        if mine:
-            kept = (packed.noise_bounds[pairs, 2] - packed.noise_bounds[pairs, 0]).sum()
-            with files.replacing(names[mine[0]], "wb") as file:
-                np.savez(file, noise=bits[:kept], scores=scores[: len(pairs)])
-        bar.update(sum(int(cost[first : first + CHUNK].sum()) for first in todo[turn : turn + ranks.world]))
-    bar.close()
-    dist.barrier()
-    if ranks.first:
-        chunks = [np.load(path, allow_pickle=False) for path in names.values()]
-        files.write_array(folder / f"noise-{noise_set}.npy", np.concatenate([chunk["noise"] for chunk in chunks]))
-        files.write_array(folder / f"ref_scores-{noise_set}.npy", np.concatenate([chunk["scores"] for chunk in chunks]))
-        shutil.rmtree(work)
-    dist.barrier()
+        if job.ranks.first:
+            counts = {"pairs": len(job.packed), "states": state_count(job.noise_args)}
+            reference.write_meta(job.folder, wanted, noise_set + 1, counts | made_by)
     return True
 
 
-def readable(path):
-    try:
-        with np.load(path, allow_pickle=False) as chunk:
-            return (
-                chunk["noise"].dtype == np.uint8 and chunk["scores"].dtype == np.float32
-            )  # read whole: its checksums are compared
-    except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):  # EOFError: an empty file
-        return False
-
-
 def main(argv=None):
+    # 1. What is to be scored
     groups = data_args, model_args, noise_args, _ = read_arguments(argv)
-    deepspeed_config.read_ds_config(model_args.deepspeed)  # what is wrong in it is said before hours of work
+    deepspeed_config.read_ds_config(model_args.deepspeed)  # a mistake in it is reported before hours of work
     if reason := nothing_to_score(groups):
         print(reason, flush=True)
         return 0
     packed, mask_id, wanted, folder = reference.prepare(data_args, model_args, noise_args)
+    source = model_args.model_name_or_path
+
+    # 2. One job at a time; another may have made some of it while this one waited
     ranks, have = engine.start(), 0
     if ranks.first:
         folder.mkdir(exist_ok=True)
-        lock = files.wait_for(folder / ".lock", f"the same reference scores, {folder}")  # noqa: F841  ours until this process ends
-        have = sets_of(folder)
+        lock = files.wait_for(folder / ".lock", f"the same reference scores, {folder}")
+        have = reference.sets_of(folder)
     have = ranks.broadcast(have)
-    if have >= noise_args.noise_sets:  # whom we waited for has made them
+    if have >= noise_args.noise_sets:
         return engine.leave()
+
+    # 3. The model, and as many states in a forward pass as fit
     if ranks.first:
         if ranks.device.type == "cpu" and model_args.use_mixed_precision == "bf16":
-            print(
-                "warning: bfloat16 is several times slower than float32 on a CPU; --use_mixed_precision no", flush=True
-            )
-        print(f"{packed.folder}, {model_args.model_name_or_path} -> {folder}", flush=True)
+            print("warning: bfloat16 is several times slower than float32 on a CPU; --use_mixed_precision no")
+        print(f"{packed.folder}, {source} -> {folder}", flush=True)
     stop = stopping.Stop(ranks)
     model, began = load(model_args, ranks), time.time()
-    with torch.no_grad():
-        if model_args.states_per_forward == "auto":
-            model_args.states_per_forward = fit_reference(model, packed, noise_args, mask_id, ranks)
-        for noise_set in range(have, noise_args.noise_sets):
-            if not reference_set(
-                model, packed, folder, noise_args, noise_set, mask_id, model_args.states_per_forward, ranks, stop
-            ):
-                if ranks.first:
-                    print(
-                        f"stopped; what is scored is kept (but for {CHUNK} pairs at most); go on with: {exits.command()}",
-                        flush=True,
-                    )
-                return engine.leave()
-            if ranks.first:
-                names = [f"{kind}-{k}.npy" for kind in ("noise", "ref_scores") for k in range(noise_set + 1)]
-                files.write_json(
-                    folder / "meta.json",
-                    files.sealed(
-                        {
-                            "depends_on": wanted,
-                            "noise_sets": noise_set + 1,
-                            "files": {name: files.file_sha256(folder / name) for name in names},
-                            "pairs": len(packed),
-                            "states": state_count(noise_args),
-                            "model_name_or_path": model_args.model_name_or_path,
-                            "device": str(ranks.device),
-                            "ranks": ranks.world,
-                            "torch": torch.__version__,
-                            "states_per_forward": model_args.states_per_forward,
-                        }
-                    ),
-                )
+    size = model_args.states_per_forward
+    if size == "auto":
+        size = fit_reference(model, packed, noise_args, mask_id, ranks)
+
+    # 4. The scores
+    job = Job(model, packed, mask_id, folder, noise_args, size, ranks, stop)
+    is_done = score_all(job, have, wanted, source)
+
+    # 5. What to do next
     if ranks.first:
-        print(
-            f"{folder}: {len(packed)} pairs, {noise_args.noise_sets} noise set(s), {state_count(noise_args)} states a response, "
-            f"{model_args.states_per_forward} a forward, {time.time() - began:.0f} s\n"
-            f"next: python train_dpo.py --data {packed.folder} {config.flags(SAME, model_args, noise_args)}",
-            flush=True,
-        )
+        lock.close()
+        if is_done:
+            words = sys.argv[1:] if argv is None else argv
+            states = f"{state_count(noise_args)} states per response, {size} in a forward pass"
+            seconds = time.time() - began
+            print(f"{folder}: {len(packed)} pairs, {noise_args.noise_sets} noise set(s), {states}, {seconds:.0f} s")
+            if not os.environ.get("LAUNCH_COMMAND"):  # launch.sh goes on by itself
+                print(f"next: {shlex.join(['python', 'train_dpo.py', *words])}")
+        else:
+            print(f"stopped; all scores but of {CHUNK} pairs at most are kept. To resume, run: {exits.command()}")
     return engine.leave()
 
 

@@ -6,7 +6,7 @@ from files import InputError
 from models import folders
 from scoring import recipe
 
-STEP_PAIRS = 16
+STEP_PAIRS = 16  # pairs of an optimizer step, whose own noise a bias is compared with
 
 
 def key(packed, model_args):
@@ -22,6 +22,7 @@ def key(packed, model_args):
 
 
 def place(packed, model_args):
+    """The path of the calibration of these pairs and this model."""
     return packed.folder / f"calibration-{files.fingerprint(key(packed, model_args))}.json"
 
 
@@ -33,16 +34,20 @@ def settle(packed, model_args, noise_args):
         raise InputError(f"--diffusion_steps auto: {packed.folder} holds no calibration of this model; run: {mend}")
     rows = files.read_json(path, mend)["rows"]
     best = recommend([row for row in rows if noise_args.estimator in ("auto", row["estimator"])])
-    noise_args.estimator, noise_args.diffusion_steps, noise_args.trajectories = (
-        best["estimator"],
-        best["diffusion_steps"],
-        best["trajectories"],
-    )
+    for name in ("estimator", "diffusion_steps", "trajectories"):
+        setattr(noise_args, name, best[name])
 
 
 def recommend(rows):
-    """The row of least noise at equal cost, of those with little bias of the margin; of least bias where there is none."""
-    fair = [
-        row for row in rows if row["margin_bias"] ** 2 <= (row["between_pairs"] + row["margin_variance"]) / STEP_PAIRS
-    ]
-    return min(fair, key=lambda row: row["noise_x_cost"]) if fair else min(rows, key=lambda row: row["margin_bias"])
+    """The row with the least noise at equal cost among those with a small bias; if there is none, with the least bias.
+
+    Small: below the standard error of the mean margin of a step of STEP_PAIRS pairs, which that step has in any case.
+    """
+    fair = []
+    for row in rows:
+        variance_of_step = (row["between_pairs"] + row["margin_variance"]) / STEP_PAIRS
+        if row["margin_bias"] ** 2 <= variance_of_step:
+            fair.append(row)
+    if fair:
+        return min(fair, key=lambda row: row["noise_x_cost"])
+    return min(rows, key=lambda row: row["margin_bias"])

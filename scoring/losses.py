@@ -1,19 +1,34 @@
-"""The losses on a pair's margin. Add another loss here."""
+"""The losses on a pair's margin. To add one: a function here, its name in LOSSES, and in config.py under loss_type.
+
+margin: () float32, (S(w) - S_ref(w)) - (S(l) - S_ref(l)) of the chosen response w and the rejected one l. Each function
+returns the loss of one pair, ().
+"""
 
 import torch
 from torch.nn.functional import logsigmoid
 
 
-def preference_loss(margin, beta, loss_type="sigmoid", label_smoothing=0.0):
-    """The loss of one pair; margin: () float32, (S(w) - S_ref(w)) - (S(l) - S_ref(l)).
+def sigmoid(margin, beta, label_smoothing):
+    """-log sigmoid(beta * margin): DPO, arXiv 2305.18290, equation 7.
 
-    sigmoid: -log sigmoid(beta * margin), arXiv 2305.18290 equation 7; with label smoothing e, (1 - e) of it and e of its
-        mirror (conservative DPO).
-    hinge: max(0, 1 - beta * margin), as SLiC (arXiv 2305.10425) and RSO (2309.06657) use it on the same margin.
-    ipo: (margin - 1 / (2 beta))^2, arXiv 2310.12036 equation 17; `margin` is then of scores per token, as in TRL.
+    With label smoothing e, (1 - e) of it and e of its mirror image (conservative DPO).
     """
-    if loss_type == "hinge":
-        return torch.relu(1 - beta * margin)
-    if loss_type == "ipo":
-        return (margin - 1 / (2 * beta)) ** 2
     return -(1 - label_smoothing) * logsigmoid(beta * margin) - label_smoothing * logsigmoid(-beta * margin)
+
+
+def hinge(margin, beta, _):
+    """max(0, 1 - beta * margin), as SLiC (arXiv 2305.10425) and RSO (2309.06657) use it on the same margin."""
+    return torch.relu(1 - beta * margin)
+
+
+def ipo(margin, beta, _):
+    """(margin - 1 / (2 beta))^2, arXiv 2310.12036, equation 17. Its margin is of scores per token, as in TRL."""
+    return (margin - 1 / (2 * beta)) ** 2
+
+
+LOSSES = {"sigmoid": sigmoid, "hinge": hinge, "ipo": ipo}  # by --loss_type
+
+
+def preference_loss(margin, beta, loss_type="sigmoid", label_smoothing=0.0):
+    """The loss of one pair, by its name. Raises KeyError for a name without a function."""
+    return LOSSES[loss_type](margin, beta, label_smoothing)

@@ -1,16 +1,18 @@
-"""The noise of a masked diffusion language model: trajectories, masks, weights. Pure functions, CPU only.
+"""The noise of a masked diffusion language model: trajectories, masks, weights. Pure functions on the CPU.
 
 Every estimator has one form: masked (S, n) booleans say which response tokens are hidden in each state, weight (S, n)
 how much each token's log-probability counts there; the score is sum(weight * logp).
 
     stepwise         trajectories; a token counts in the state that reveals it (the guide's S_theta)
-    spread           trajectories; what a state reveals is spread evenly over all that it hides. The tokens that random order
-                     reveals next are any of the hidden ones, so the mean is the same, and the noise is less
-    elbo             iid levels l ~ U{1..n}, l random tokens hidden, each with weight n/l (arXiv 2505.19223; 2502.09992, eq. 6)
+    spread           trajectories; the weight of what a state reveals is spread evenly over all that it hides. In random
+                     order any of the hidden tokens may be next, so the mean is the same, with less noise
+    elbo             iid levels l ~ U{1..n}, l random tokens hidden, each with weight n/l (arXiv 2505.19223; 2502.09992,
+                     equation 6)
     elbo_stratified  the same with one level in each T-th of 1..n
 
-n response tokens, T denoising steps, R trajectories, K noise sets. S states: 1 + R(T-1) of trajectories; state 0 is all masks
-and belongs to every trajectory, state 1 + r(T-1) + (s-1) is trajectory r before step s = 1..T-1. RT of elbo: T levels, R masks each.
+n response tokens, T denoising steps, R trajectories, K noise sets, S states. Trajectories have S = 1 + R(T-1): state 0
+is all masks and belongs to every trajectory, state 1 + r(T-1) + (s-1) is trajectory r before step s = 1..T-1. elbo has
+S = RT: T levels with R masks each.
 """
 
 import hashlib
@@ -24,8 +26,8 @@ EPSILON = 1e-3  # SFT masks with probability (1 - EPSILON) t + EPSILON (LLaDA's 
 def generator(noise_seed, tokens, side, noise_set=0):
     """The one source of randomness: Philox keyed by content, the same on any machine, in any order.
 
-    tokens: the ids that identify the example (prompt, chosen, rejected); side: "pair", "chosen", "rejected" or "sft", and
-    what else is drawn for it.
+    tokens: the ids that identify the example (prompt, chosen, rejected). side: what is drawn, such as "pair", "chosen",
+    "rejected" or "sft".
     """
     digest = hashlib.sha256(np.ascontiguousarray(tokens, dtype="<u4").tobytes())
     digest.update(f"|{noise_seed}|{side}|{noise_set}".encode())
@@ -38,12 +40,18 @@ def automatic_estimator(order):
 
 
 def side_of(estimator, side):
-    """The name of the noise of side 0, chosen, or 1, rejected. Trajectories are the pair's: what stands at the same places in
-    both responses is hidden alike, so that the difference of their scores has less noise."""
-    return ("chosen", "rejected")[side] if estimator.startswith("elbo") else "pair"
+    """The name of the noise of side 0 (chosen) or 1 (rejected), for generator().
+
+    Both responses of a pair share their trajectories: the same places are hidden in both, so that the difference of
+    their scores has less noise.
+    """
+    if estimator.startswith("elbo"):
+        return ("chosen", "rejected")[side]
+    return "pair"
 
 
 def state_count(estimator, T, R):
+    """S."""
     return T * R if estimator.startswith("elbo") else 1 + R * (T - 1)
 
 
@@ -78,30 +86,31 @@ def state_weights(masked, estimator, T, R):
 
 def elbo_masks(n, T, R, rng, stratified):
     """T levels l in 1..n, R masks of l random tokens each: masked (RT, n) bool."""
-    level = ((np.arange(T) + rng.random(T)) / T * n).astype(np.int64) + 1 if stratified else rng.integers(1, n + 1, T)
+    if stratified:
+        level = ((np.arange(T) + rng.random(T)) / T * n).astype(np.int64) + 1
+    else:
+        level = rng.integers(1, n + 1, T)
     rank = rng.random((T * R, n)).argsort(1).argsort(1)
     return rank < level.repeat(R)[:, None]
 
 
 def gradient_states(masked, weight, k, rng):
-    """Which k of the S states carry the gradient, and by how much more each then counts: factor (S,) float32.
+    """Which k of the S states carry the gradient, and how much more each of them counts: factor (S,) float32.
 
-    Systematic sampling along the trajectory (states by falling number of masks, random among equals), with chances in
-    proportion to the states' weight, as far as 1: sum_s factor_s grad_s has the mean of sum_s grad_s. At most k factors are
-    not 0; fewer where fewer states have weight.
+    Systematic sampling along the trajectory: states by falling number of masks, random among equals, with chances in
+    proportion to their weight, at most 1. So sum_s factor_s grad_s has the mean of sum_s grad_s. At most k factors are
+    not 0; fewer if fewer states have weight.
     """
     mass = weight.sum(1, dtype=np.float64)  # (S,)
     if (mass > 0).sum() <= k:
         return (mass > 0).astype(np.float32)
     chance = k * mass / mass.sum()
-    while (sure := chance > 1).any():  # these are taken in any case, the rest share what is left of k
+    while (sure := chance > 1).any():  # these are taken for certain, and the others share what is left of k
         sure |= chance == 1
         chance = np.where(sure, 1, (k - sure.sum()) * mass / mass[~sure].sum())
     order = np.lexsort((rng.permutation(len(mass)), -masked.sum(1)))
-    ends = np.floor(
-        chance[order].cumsum() + rng.random() - 1e-9
-    )  # a state is taken where its stretch holds a whole number
-    taken = order[np.diff(ends, prepend=0) > 0]
+    ends = np.floor(chance[order].cumsum() + rng.random() - 1e-9)
+    taken = order[np.diff(ends, prepend=0) > 0]  # those whose interval contains a whole number
     factor = np.zeros(len(mass), np.float32)
     factor[taken] = 1 / chance[taken]
     return factor
@@ -110,9 +119,10 @@ def gradient_states(masked, weight, k, rng):
 def trajectories(n, T, R, rng, block_length=None):
     """Draw R rotated trajectories of T steps over n tokens, in random order or, given a block_length, block by block.
 
-    Returns reveal_step (R, n) int64 in 0..T-1. A token of rank k is revealed at the step s with n*s//T <= k < n*(s+1)//T;
-    trajectory r shifts every rank by r*n//R, so a token revealed early in one is revealed late in another. Blocks stand
-    from left to right, as the semi-autoregressive sampler fills them, and ranks are random and shift inside each.
+    Returns reveal_step (R, n) int64 in 0..T-1. A token of rank k is revealed at the step s with
+    n*s//T <= k < n*(s+1)//T. Trajectory r shifts every rank by r*n//R, so a token revealed early in one is revealed
+    late in another. Blocks go from left to right, as the semi-autoregressive sampler fills them, and ranks are random
+    and shift inside each.
 
     >>> trajectories(4, 2, 2, generator(0, [1], "chosen")).sum(0).tolist()   # early once, late once
     [1, 1, 1, 1]
@@ -120,7 +130,7 @@ def trajectories(n, T, R, rng, block_length=None):
     [[0, 0, 1, 1]]
     """
     b = block_length or n
-    start = np.arange(n) // b * b  # (n,) where the token's block starts
+    start = np.arange(n) // b * b  # (n,) first token of the token's block
     size = np.minimum(b, n - start)  # (n,) tokens of that block
     order = np.lexsort((rng.random(n), start))  # tokens by rank; a shorter response takes the first of the same numbers
     inside = np.argsort(order) - start  # (n,) rank within the block
@@ -146,9 +156,8 @@ def trajectory_weights(masked, T, R):
     if S != 1 + R * (T - 1):
         raise ValueError(f"{S} states do not make {R} trajectories of {T} steps ({1 + R * (T - 1)} states)")
     hidden = masked[1:].reshape(R, T - 1, n)
-    path = np.concatenate(
-        (np.broadcast_to(masked[0], (R, 1, n)), hidden, np.zeros((R, 1, n), bool)), axis=1
-    )  # (R, T+1, n)
+    all_hidden, none_hidden = np.broadcast_to(masked[0], (R, 1, n)), np.zeros((R, 1, n), bool)
+    path = np.concatenate((all_hidden, hidden, none_hidden), axis=1)  # (R, T+1, n)
     if not masked[0].all() or (path[:, 1:] & ~path[:, :-1]).any():
         raise ValueError("masks are not trajectories: a shown token is hidden again, or the first state shows one")
     reveal = (path[:, :-1] & ~path[:, 1:]).astype(np.float32) / R  # (R, T, n)

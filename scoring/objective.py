@@ -1,7 +1,7 @@
-"""What one training step scores, and the loss it makes of the scores: DPO on a pair, SFT on a batch of rows.
+"""What a training step scores, and the loss of those scores: a preference loss on a pair, SFT on a batch of rows.
 
 margin = (S(w) - S_ref(w)) - (S(l) - S_ref(l)),  L = -log sigmoid(beta * margin)     (Rafailov et al., arXiv 2305.18290,
-with S the stepwise denoising score of score.py). Noise and S_ref are replayed from disk. Another loss: preference_loss.
+with S the stepwise denoising score of score.py). Noise and S_ref are replayed from disk. The losses: scoring/losses.py.
 
 n response tokens, S states.
 """
@@ -13,10 +13,10 @@ import torch
 
 from files import InputError, fingerprint
 from scoring import noise, recipe
-from scoring.losses import preference_loss
+from scoring.losses import LOSSES
 from scoring.states import States, response_states
 
-# TRL's names; SFT has the first only
+# TRL's names; SFT has the first alone
 METRICS = (
     "loss",
     "rewards/chosen",
@@ -29,30 +29,34 @@ METRICS = (
 
 
 def counts(args, states):
-    """(states of each response of a pair, those that carry the gradient); a third is the SFT row of --sft_weight."""
+    """(states of each response of a pair, those that carry the gradient); a third entry is the row of --sft_weight."""
     if not 0 <= args.backprop_steps <= states:
         raise InputError(
             f"--backprop_steps is {args.backprop_steps}, expected at most the {states} states of a response (0: all)"
         )
-    extra = [1] if args.sft_weight else []
-    return [states, states] + extra, [args.backprop_steps or states] * 2 + extra
+    sft_row = [1] if args.sft_weight else []
+    carrying = args.backprop_steps or states
+    return [states, states, *sft_row], [carrying, carrying, *sft_row]
 
 
 def split(packed, eval_fraction, seed):
-    """(train, held out) pair indices; a prompt is on one side only. The prompts with the smallest hashes are held out."""
+    """(training, held out) pair indices, each (pairs,) int64. The prompts with the smallest hashes are held out.
+
+    All pairs of a prompt are on the same side.
+    """
     key = [fingerprint(packed[index][0], seed) for index in range(len(packed))]
     prompts = sorted(set(key))
-    held = set(prompts[: math.ceil(eval_fraction * len(prompts))])
-    train = np.array([index for index, name in enumerate(key) if name not in held], np.int64)
-    if not len(train):
+    held_out = set(prompts[: math.ceil(eval_fraction * len(prompts))])
+    is_held_out = np.array([name in held_out for name in key], bool)
+    if is_held_out.all():
         raise InputError(f"{packed.folder}: --eval_fraction {eval_fraction} leaves no pair to train on")
-    return train, np.array([index for index, name in enumerate(key) if name in held], np.int64)
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 class Stream:
-    """Endless order of the training pairs: epoch after epoch, each a permutation of its own. A place in it is one number.
+    """The order of the training pairs, epoch after epoch without end, each with its own permutation: stream[place].
 
-    With `lengths` (SFT), pairs of like prompt length stand together in blocks of `block`, so that little is padded.
+    With `lengths` (SFT) pairs of similar prompt length are next to each other in blocks of `block`, for little padding.
     """
 
     def __init__(self, train, seed, block=1, lengths=None):
@@ -67,30 +71,32 @@ class Stream:
         return int(self.order[offset]), epoch
 
     def shuffle(self, rng):
+        """The order of one epoch: a permutation; with lengths sorted within pools of 32 blocks, the blocks permuted."""
         order = rng.permutation(self.train)
         if self.lengths is None:
             return order
         pool = 32 * self.block
-        near = np.concatenate(
-            [
-                part[np.argsort(self.lengths[part], kind="stable")]
-                for part in np.split(order, range(pool, len(order), pool))
-            ]
-        )
-        blocks = np.split(near, range(self.block, len(near), self.block))
+        pools = np.split(order, range(pool, len(order), pool))
+        order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in pools])
+        blocks = np.split(order, range(self.block, len(order), self.block))
         return np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
 
 
 class Preference:
-    """DPO on pairs: a piece of work is (pair index, epoch), scored by itself."""
+    """A preference loss on pairs: a piece of work is (pair index, epoch), scored by itself."""
 
     def __init__(self, args, noise_args, packed, reference, mask_id):
-        self.args, self.noise, self.packed, self.reference, self.mask_id = args, noise_args, packed, reference, mask_id
-        self.metrics, self.lengths, self.lines = METRICS, None, packed.lines()
+        self.args, self.noise, self.mask_id = args, noise_args, mask_id
+        self.packed, self.reference = packed, reference
+        self.metrics = METRICS
+        self.lengths = None
+        self.lines = packed.lines()
+        self.loss_of_margin = LOSSES[args.loss_type]  # a name of config.py without a function fails here, at once
+        self.is_per_token = args.loss_type == "ipo"  # whose target 1 / (2 beta) is meant for means over tokens
         self.counts, self.carrying = counts(args, recipe.state_count(noise_args))
 
     def work(self, batch):
-        """Pieces of a micro-batch [(pair, epoch)] that are scored one after the other, each with its share of the loss."""
+        """The pieces of a micro-batch [(pair, epoch)], scored one after the other, each with its share of the loss."""
         return [(item, 1 / len(batch)) for item in batch]
 
     def responses(self, item):
@@ -99,78 +105,91 @@ class Preference:
         prompt, *sides = self.packed[index]
         masks = self.reference.masks(index, epoch % self.noise.noise_sets)
         states = [recipe.replay(prompt, side, masked, self.noise, self.mask_id) for side, masked in zip(sides, masks)]
-        if (
-            self.carrying != self.counts
-        ):  # drawn anew each epoch: no noise set's gradient rests on the same states for ever
-            k, parts = self.args.backprop_steps, []
-            for masked, side in zip(masks, states):  # by the same numbers: the same states of both
-                rng = noise.generator(self.noise.noise_seed, self.packed.content(index), "pair gradient", epoch)
-                parts.append(side.carrying(noise.gradient_states(masked, side.weight, k, rng), k))
-            states = parts
-        return states + (
-            [sft_rows([item], self.packed, 0, self.noise.noise_seed, self.mask_id)] if self.args.sft_weight else []
-        )
+        if self.carrying != self.counts:
+            states = [self.with_gradient_states(side, masked, item) for side, masked in zip(states, masks)]
+        if self.args.sft_weight:
+            states.append(sft_rows([item], self.packed, 0, self.noise.noise_seed, self.mask_id))
+        return states
+
+    def with_gradient_states(self, states, masked, item):
+        """`states` of which --backprop_steps carry the gradient.
+
+        Drawn anew in each epoch, so that no noise set's gradient always comes from the same states; by the same numbers
+        for both responses, so that the same states of both carry it.
+        """
+        (index, epoch), k = item, self.args.backprop_steps
+        rng = noise.generator(self.noise.noise_seed, self.packed.content(index), "pair gradient", epoch)
+        return states.carrying(noise.gradient_states(masked, states.weight, k, rng), k)
 
     def ref_scores(self, item):
         """S_ref of chosen and rejected, (2,) float32."""
         index, epoch = item
         return self.reference.scores[epoch % self.noise.noise_sets][index].sum(-1)
 
-    def per(self, item):
-        """What the scores of chosen and rejected are divided by: sums over the response count, but for ipo, whose target
-        1 / (2 beta) is meant for means over its tokens."""
-        return [len(side) for side in self.packed[item[0]][1:]] if self.args.loss_type == "ipo" else [1, 1]
+    def divisors(self, item):
+        """What the scores of chosen and rejected are divided by: 1, or their numbers of tokens for a loss per token."""
+        return [len(side) for side in self.packed[item[0]][1:]] if self.is_per_token else [1, 1]
 
     def chosen_tokens(self, pairs):
-        """Mean tokens of the chosen of `pairs`; 1 where rewards are per token."""
-        return 1 if self.args.loss_type == "ipo" else float(np.diff(self.packed.bounds[pairs, 1:3]).mean())
+        """Mean number of tokens of the chosen responses of `pairs`; 1 if rewards are per token."""
+        return 1 if self.is_per_token else float(np.diff(self.packed.bounds[pairs, 1:3]).mean())
 
     def loss(self, item):
         """The function from the pair's scores [S(w), S(l)(, -NLL)] to its loss."""
-        ref_scores, tokens = [float(score) for score in self.ref_scores(item)], self.per(item)
+        ref_scores, tokens = [float(score) for score in self.ref_scores(item)], self.divisors(item)
 
-        def of(scores):
+        def loss_of(scores):
             chosen, rejected = ((score - ref) / n for score, ref, n in zip(scores, ref_scores, tokens))
-            loss = preference_loss(chosen - rejected, self.args.beta, self.args.loss_type, self.args.label_smoothing)
-            return loss - self.args.sft_weight * scores[2] if self.args.sft_weight else loss
+            loss = self.loss_of_margin(chosen - rejected, self.args.beta, self.args.label_smoothing)
+            if self.args.sft_weight:
+                loss = loss - self.args.sft_weight * scores[2]
+            return loss
 
-        return of
+        return loss_of
 
     def measure(self, item, loss, scores):
-        """The pair's METRICS, and 1 for the pair; rewards = beta * (policy - reference), of the loss's scores (ipo: per token);
-        logps summed per completion."""
-        logps = [state.sum().double() for state in scores[:2]]
-        rewards = [
-            self.args.beta * (logp - float(ref)) / n
-            for logp, ref, n in zip(logps, self.ref_scores(item), self.per(item))
-        ]
-        return numbers(loss, *rewards, rewards[0] - rewards[1], rewards[0] > rewards[1], *logps, torch.ones_like(loss))
+        """The pair's METRICS, and 1 for the pair, (metrics + 1,) float64.
+
+        rewards = beta * (policy - reference), of the scores that the loss takes (ipo: per token); logps are sums over
+        the response.
+        """
+        chosen, rejected = (states.sum().double() for states in scores[:2])
+        ref, tokens, beta = self.ref_scores(item), self.divisors(item), self.args.beta
+        chosen_reward = beta * (chosen - float(ref[0])) / tokens[0]
+        rejected_reward = beta * (rejected - float(ref[1])) / tokens[1]
+        return numbers(
+            loss,
+            chosen_reward,
+            rejected_reward,
+            chosen_reward - rejected_reward,
+            chosen_reward > rejected_reward,
+            chosen,
+            rejected,
+            torch.ones_like(loss),
+        )
 
     def entry(self, item, scores):
-        """What scores.jsonl has of a pair: its place, its line in the source, each state's score of [chosen, rejected], the reference's."""
+        """A pair's line of scores.jsonl: its index, its line in the source, each state's score of both responses."""
         index, epoch = item
         policy = torch.stack(scores[:2]).double().cpu().numpy()  # (2, S)
-        return {
-            "pair": index,
-            "line": int(self.lines[index]),
-            "policy": finite(policy),
-            "ref": finite(self.reference.scores[epoch % self.noise.noise_sets][index].astype(np.float64)),
-        }
+        ref = self.reference.scores[epoch % self.noise.noise_sets][index].astype(np.float64)  # (2, S)
+        return {"pair": index, "line": int(self.lines[index]), "policy": finite(policy), "ref": finite(ref)}
 
     def tokens(self):
         """(pairs,) through the model for each pair."""
         prompt, chosen, rejected = np.diff(self.packed.bounds.astype(np.int64), axis=1).T
-        return self.counts[0] * (2 * prompt + chosen + rejected) + bool(self.args.sft_weight) * (prompt + chosen)
+        tokens = self.counts[0] * (2 * prompt + chosen + rejected)
+        return tokens + prompt + chosen if self.args.sft_weight else tokens
 
 
 class SFT:
-    """Masked-diffusion NLL of the chosen response: a piece of work is a whole micro-batch, scored in one forward."""
+    """Masked-diffusion NLL of the chosen response: a piece of work is a micro-batch, scored in one forward pass."""
 
     def __init__(self, args, noise_args, packed, mask_id):
         self.args, self.noise, self.packed, self.mask_id = args, noise_args, packed, mask_id
         self.metrics = METRICS[:1]
-        # Rows of a micro-batch have prompts of like length. Their responses must not matter: were rows alike in prompt and
-        # response together, the room after a prompt would tell the model how long its response is, which it must not know.
+        # Rows of a micro-batch have prompts of similar length. Their responses must not matter: if rows were alike in
+        # prompt and response together, the padding would tell the model how long its response is.
         self.lengths = np.diff(packed.bounds[:, :2].astype(np.int64), axis=1)[:, 0]
         self.counts = self.carrying = [1]  # one backward pass, however many rows
 
@@ -190,26 +209,30 @@ class SFT:
         return numbers(loss * len(item), torch.full_like(loss, len(item)))
 
     def tokens(self):
-        """(pairs,) through the model for each row, before rows are padded to the longest beside them."""
+        """(pairs,) through the model for each row, before rows are padded to the longest of their micro-batch."""
         prompt, response, _ = np.diff(self.packed.bounds.astype(np.int64), axis=1).T
         return prompt + np.maximum(response, self.args.sft_pad_to)
 
 
 def finite(array):
-    """An array as lists of numbers with four decimals; None for what JSON has no number for."""
-    return [[round(float(value), 4) + 0.0 if math.isfinite(value) else None for value in row] for row in array]
+    """A 2-D array as lists of numbers with four decimals, for JSON; None where it is not finite."""
+
+    def plain(value):
+        return round(float(value), 4) + 0.0 if math.isfinite(value) else None  # + 0.0: no minus zero
+
+    return [list(map(plain, row)) for row in array]
 
 
 def numbers(*values):
-    """Scalar tensors as one float64 tensor, left on the device: only what is logged is waited for."""
+    """Scalar tensors as one float64 tensor (values,), on their device: only logging waits for them."""
     return torch.stack([value.detach().double() for value in values])
 
 
 def sft_rows(rows, packed, pad_to, noise_seed, mask_id):
-    """States of SFT: one row per (pair, epoch), one draw of noise each; its score is minus the NLL per response token.
+    """The States of SFT: a row per (pair, epoch) with its own draw of noise; a row's score is -NLL per response token.
 
-    Responses are padded to `pad_to` tokens, and to the longest row, with end tokens that are masked and counted like any
-    other, so that the model learns to stop (LLaDA's GUIDELINES.md).
+    Responses are padded to `pad_to` tokens, and to the longest row, with end tokens that are masked and counted like
+    any other token, so that the model learns to stop (LLaDA's GUIDELINES.md).
     """
     pairs = [packed[index] for index, _ in rows]
     length = max(len(prompt) + max(len(chosen), pad_to) for prompt, chosen, _ in pairs)
@@ -217,8 +240,11 @@ def sft_rows(rows, packed, pad_to, noise_seed, mask_id):
     for (index, epoch), (prompt, chosen, _) in zip(rows, pairs):
         padding = length - len(prompt) - len(chosen)
         response = np.pad(chosen, (0, padding), constant_values=packed.meta["pad_token_id"])
-        masked, weight = noise.sft_noise(
-            len(response), noise.generator(noise_seed, packed.content(index), "sft", epoch)
-        )
+        rng = noise.generator(noise_seed, packed.content(index), "sft", epoch)
+        masked, weight = noise.sft_noise(len(response), rng)
         parts.append(response_states(prompt, response, masked[None], weight[None], mask_id))
-    return States(*(np.concatenate(arrays) for arrays in zip(*(part[:3] for part in parts))))
+    return States(
+        inputs=np.concatenate([part.inputs for part in parts]),
+        targets=np.concatenate([part.targets for part in parts]),
+        weight=np.concatenate([part.weight for part in parts]),
+    )

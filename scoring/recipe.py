@@ -1,4 +1,7 @@
-"""What a score depends on: the arguments and their checks, the fields of ref-<key>, drawing and replaying noise."""
+"""What a score depends on: the arguments and their checks, the fields of ref-<key>, how noise is drawn and replayed.
+
+n response tokens, S states, T denoising steps.
+"""
 
 import config
 from files import InputError
@@ -7,6 +10,7 @@ from preferences.reuse import known_tokenizer
 from scoring import noise
 from scoring.states import response_states
 
+# Names of the arguments that reference scores depend on: a run must have the same
 SAME = (
     "model_name_or_path",
     "shift_logits",
@@ -19,11 +23,11 @@ SAME = (
     "block_length",
     "noise_sets",
     "noise_seed",
-)  # of the arguments: what reference scores are made with
+)
 
 
 def depends_on(packed, model_args, noise_args):
-    """What reference scores depend on: they are replayed only in a run that says the same."""
+    """What reference scores depend on: only a run where all of this is the same may use them."""
     model_config = folders.plain_config(model_args.model_name_or_path)
     return {
         "data": packed.meta["fingerprint"],
@@ -43,24 +47,28 @@ def depends_on(packed, model_args, noise_args):
 
 
 def state_count(noise_args):
+    """S, the states of a response."""
     return noise.state_count(noise_args.estimator, noise_args.diffusion_steps, noise_args.trajectories)
 
 
 def block_length(noise_args):
-    """None for random order, whose noise no block length changes."""
+    """None for random order, whose noise does not depend on a block length."""
     return noise_args.block_length if noise_args.order == "blocks" else None
 
 
 def check(packed, model_args, noise_args):
-    """Fill in what is auto; refuse arguments that make no score, and arrays that another tokenizer made. Returns the mask id."""
+    """Fill in what is auto, and return the mask's token id.
+
+    Raises InputError for arguments that make no score, and for arrays that another tokenizer made.
+    """
     model_args.model_name_or_path = model_args.model_name_or_path or packed.meta["model_name_or_path"]
-    if noise_args.estimator == "auto" and noise_args.diffusion_steps != "auto":  # else the calibration says it, too
+    if noise_args.estimator == "auto" and noise_args.diffusion_steps != "auto":  # else it comes from the calibration
         noise_args.estimator = noise.automatic_estimator(noise_args.order)
     if noise_args.order == "blocks" and noise_args.diffusion_steps == "auto":
         raise InputError("--diffusion_steps auto is measured in random order; give --order blocks a number")
     if noise_args.order == "blocks" and noise_args.estimator not in ("stepwise", "auto"):
         raise InputError(
-            f"--estimator {noise_args.estimator} counts on random order; --order blocks goes with stepwise"
+            f"--estimator {noise_args.estimator} works in random order only; --order blocks goes with stepwise"
         )
     config.check_scoring(model_args, noise_args)
     tokenizer = known_tokenizer(packed.meta, model_args.model_name_or_path, model_args.trust_remote_code)
@@ -69,21 +77,21 @@ def check(packed, model_args, noise_args):
             f"{packed.folder}: packed with another tokenizer than {model_args.model_name_or_path}'s; run: "
             f"{packed.remake} --model_name_or_path {model_args.model_name_or_path}"
         )
-    mask_id = packed.meta["mask_token_id"]  # data_prep.py settled it
+    mask_id = packed.meta["mask_token_id"]
     if model_args.mask_token_id not in (None, mask_id):
         raise InputError(
             f"{packed.folder}: packed with the mask {mask_id}, not --mask_token_id {model_args.mask_token_id}; "
-            "give that flag to data_prep.py, too"
+            "give data_prep.py that flag too"
         )
     return mask_id
 
 
 def draw(packed, index, side, noise_args, noise_set):
-    """masked (S, n) of one response of a pair; side 0 is chosen, 1 rejected."""
+    """masked (S, n) bool of one response of a pair; side 0 is chosen, 1 rejected."""
     name = noise.side_of(noise_args.estimator, side)
     rng = noise.generator(noise_args.noise_seed, packed.content(index), name, noise_set)
-    n, T = len(packed[index][1 + side]), noise_args.diffusion_steps
-    return noise.state_masks(n, noise_args.estimator, T, noise_args.trajectories, rng, block_length(noise_args))
+    n, T, R = len(packed[index][1 + side]), noise_args.diffusion_steps, noise_args.trajectories
+    return noise.state_masks(n, noise_args.estimator, T, R, rng, block_length(noise_args))
 
 
 def replay(prompt, response, masked, noise_args, mask_id):

@@ -1,6 +1,6 @@
-"""Tests of diffusion.py against loops of this file's own and numbers worked out by hand.
+"""Tests of scoring/noise.py against this file's own loops and numbers worked out by hand.
 
-.venv/bin/python -m pytest -q tests/test_diffusion.py
+bash tests/run.sh tests/scoring/test_noise.py
 """
 
 import itertools
@@ -98,19 +98,24 @@ def test_against_loops(T, R):
         assert not weight[~masked].any()
 
 
+def step_of(k, n, T):
+    """The step that reveals the k-th of n tokens."""
+    return max(s for s in range(T) if n * s // T <= k)
+
+
 @pytest.mark.parametrize("b", [1, 3, 8, 50])
 @pytest.mark.parametrize("T, R", GRID)
 def test_blocks(T, R, b):
-    """Blocks from left to right, each by the rule of a whole response: its ranks are drawn alone and shift inside it."""
+    """Blocks from left to right, each by the rule of a whole response: its ranks shift inside it."""
     for n in (1, 2, 7, 16, 23):
         rank = np.random.default_rng(n).permutation(n).tolist()
-        place = [[None] * n for _ in range(R)]  # what is revealed as the how-many-eth
+        place = [[None] * n for _ in range(R)]  # each token's place in the order of revealing
         for r in range(R):
             for first in range(0, n, b):
                 tokens = list(range(first, min(first + b, n)))
                 for k, i in enumerate(sorted(tokens, key=lambda i: rank[i])):
                     place[r][i] = first + (k + r * len(tokens) // R) % len(tokens)
-        naive = [[max(s for s in range(T) if n * s // T <= k) for k in row] for row in place]
+        naive = [[step_of(k, n, T) for k in row] for row in place]
         reveal_step = trajectories(n, T, R, Ranks(rank), b)
         assert reveal_step.tolist() == naive
         blocks = [reveal_step[:, first : first + b] for first in range(0, n, b)]
@@ -118,9 +123,8 @@ def test_blocks(T, R, b):
         weight = trajectory_weights(trajectory_masks(reveal_step, T), T, R)
         np.testing.assert_allclose(weight.sum(0), 1, atol=1e-6)
     for n in (1, 5, 8):  # one block is random order
-        assert (
-            trajectories(n, T, R, generator(0, [n], "chosen"), 8) == trajectories(n, T, R, generator(0, [n], "chosen"))
-        ).all()
+        one_block, random_order = (trajectories(n, T, R, generator(0, [n], "chosen"), size) for size in (8, None))
+        assert (one_block == random_order).all()
 
 
 @pytest.mark.parametrize("R", [1, 4])
@@ -162,15 +166,10 @@ def test_a_pair_shares_its_noise():
         one, other = (trajectories(length, length, 1, generator(0, [1], "pair"))[0] for length in (n, m))
         both = min(n, m)
         assert (np.argsort(one[:both]) == np.argsort(other[:both])).all()
-    assert (
-        [noise.side_of("spread", side) for side in (0, 1)]
-        == ["pair", "pair"]
-        == [noise.side_of("stepwise", s) for s in (0, 1)]
-    )
-    assert [noise.side_of("elbo_stratified", side) for side in (0, 1)] == [
-        "chosen",
-        "rejected",
-    ]  # VRPO's are independent
+    for estimator in ("spread", "stepwise"):
+        assert [noise.side_of(estimator, side) for side in (0, 1)] == ["pair", "pair"]
+    sides = [noise.side_of("elbo_stratified", side) for side in (0, 1)]
+    assert sides == ["chosen", "rejected"]  # VRPO's are independent
 
 
 # --- what is spread, what is drawn by levels, which states carry the gradient -------------------------------
@@ -204,7 +203,7 @@ def test_spread_has_the_mean_of_stepwise():
 @pytest.mark.parametrize("estimator", ["elbo", "elbo_stratified"])
 @pytest.mark.parametrize("n, N, R", [(1, 4, 1), (7, 4, 3), (20, 5, 1), (3, 8, 2)])
 def test_elbo(estimator, n, N, R):
-    """Each hidden token counts n/l / (N R); levels are of 1..n and, stratified, one of each N-th; masks favour no token."""
+    """Each hidden token counts n/l / (N R); levels are of 1..n, stratified one of each N-th; masks favour no token."""
     levels, hidden = [], np.zeros(n)
     for key in range(400):
         masked = noise.state_masks(n, estimator, N, R, generator(0, [key], "chosen"))
@@ -247,9 +246,8 @@ def test_gradient_states_spread_along_the_trajectory():
     """Of 8 states of like weight 4 are drawn: one of every two neighbours by number of masks."""
     masked = trajectory_masks(trajectories(8, 8, 1, generator(0, [1], "chosen")), 8)
     for key in range(50):
-        factor = noise.gradient_states(
-            masked, trajectory_weights(masked, 8, 1), 4, generator(key, [1], "chosen gradient")
-        )
+        rng = generator(key, [1], "chosen gradient")
+        factor = noise.gradient_states(masked, trajectory_weights(masked, 8, 1), 4, rng)
         assert (factor.reshape(4, 2) > 0).sum(1).tolist() == [1] * 4 and set(factor) == {0, 2}
 
 
@@ -275,9 +273,8 @@ def test_noise_never_changes():
         masked = noise.state_masks(9, name, 4, 1, generator(0, [1], "chosen"))
         assert ["".join(map(str, row)) for row in masked.astype(int)] == want.split()
     masked = noise.state_masks(9, "spread", 4, 2, generator(0, [1], "chosen"))
-    factor = noise.gradient_states(
-        masked, noise.state_weights(masked, "spread", 4, 2), 3, generator(0, [1], "chosen gradient")
-    )
+    weight = noise.state_weights(masked, "spread", 4, 2)
+    factor = noise.gradient_states(masked, weight, 3, generator(0, [1], "chosen gradient"))
     assert factor.tolist() == pytest.approx([0.0, 0.0, 0.0, 0.0, 3.0, 3.0, 2.0])
 
 

@@ -1,10 +1,12 @@
-"""Tests of objective.py: the losses, the split, the order of the data, and the gradient against the formula in plain.py.
+"""Tests of scoring/objective.py and losses.py: losses, split, order of the data, the gradient against plain.py.
 
-.venv/bin/python -m pytest -q tests/test_objective.py
+bash tests/run.sh tests/scoring/test_objective.py
 """
 
+import dataclasses
 import math
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import plain
@@ -77,6 +79,16 @@ def test_other_losses(loss_type, margin, want):
     assert float(losses.preference_loss(torch.tensor(margin), 0.5, loss_type)) == pytest.approx(want)
 
 
+def test_every_loss_type_has_a_function():
+    """A name of config.py without one fails before training, instead of training as sigmoid."""
+    [loss_type] = [item.type for item in dataclasses.fields(config.TrainArguments) if item.name == "loss_type"]
+    assert {*losses.LOSSES, "sft"} == {*get_args(loss_type)}
+    packed = SimpleNamespace(lines=lambda: None)
+    args = config.TrainArguments(loss_type="another")
+    with pytest.raises(KeyError, match="another"):
+        objective.Preference(args, config.NoiseArguments(estimator="spread"), packed, None, MASK)
+
+
 @pytest.mark.parametrize("loss_type", ["hinge", "ipo"])
 def test_other_losses_of_a_pair(home, loss_type):
     """hinge takes sums over the response, ipo means over its tokens; chosen and rejected differ in length."""
@@ -130,18 +142,21 @@ def test_gradient(home, index, epoch, smoothing, sft_weight):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(moved[name])
+    backwards = []
+
+    def backward(loss):
+        backwards.append(loss)
+        loss.backward()
+
     for states_per_forward in (1, 2, 3, 5, 16):
         model.zero_grad()
-        backwards = []
-
-        def backward(loss):
-            backwards.append(loss)
-            loss.backward()
-
+        backwards.clear()
         loss, scores = score.score_and_backward(
             model, made.responses(item), made.loss(item), states_per_forward, "cpu", backward
         )
-        planned = 1 if states_per_forward >= 5 else 2 * -(-5 // states_per_forward) + bool(sft_weight)
+        planned = 2 * math.ceil(5 / states_per_forward) + (1 if sft_weight else 0)
+        if states_per_forward >= 5:
+            planned = 1
         assert len(backwards) == backward_passes(made.counts, made.carrying, states_per_forward) == planned
         assert float(loss) == pytest.approx(want.item(), rel=1e-5)
         got = torch.cat([dict(model.named_parameters())[name].grad.flatten().double() for name in moved])
@@ -176,8 +191,10 @@ def test_measure(home):
 
 @pytest.mark.parametrize("k, sft_weight", [(1, 0.0), (3, 0.3), (4, 0.0)])
 def test_gradient_of_part_of_the_states(home, k, sft_weight):
-    """backprop_steps: the loss is that of all states; the gradient is the sum over the states drawn, as the factors say, and
-    so many states a forward change nothing."""
+    """backprop_steps: the loss is that of all states, the gradient the sum over the drawn states times their factors.
+
+    The number of states per forward pass changes nothing.
+    """
     item, index, epoch = (2, 3), 2, 3
     made = preference(home, "--beta", 0.5, "--backprop_steps", k, "--sft_weight", sft_weight)
     whole = preference(home, "--beta", 0.5, "--sft_weight", sft_weight)
@@ -186,6 +203,11 @@ def test_gradient_of_part_of_the_states(home, k, sft_weight):
         for parameter in model.parameters():  # off the reference: the two slopes are not one half
             parameter.mul_(1.1)
     passes = []
+
+    def backward(loss):
+        passes.append(loss)
+        loss.backward()
+
     loss, scores = score.score_and_backward(model, whole.responses(item), whole.loss(item), 1, "cpu", lambda loss: None)
     factors = []
     for masked, states in zip(made.reference.masks(index, epoch % 2), whole.responses(item)):
@@ -202,29 +224,18 @@ def test_gradient_of_part_of_the_states(home, k, sft_weight):
     want = torch.autograd.grad(weighted, list(model.parameters()))
     for states_per_forward in (1, 2, 5):
         model.zero_grad()
-        passes = []
-
-        def backward(loss):
-            passes.append(loss)
-            loss.backward()
-
+        passes.clear()
         got, _ = score.score_and_backward(
             model, made.responses(item), made.loss(item), states_per_forward, "cpu", backward
         )
         assert float(got) == pytest.approx(float(loss), rel=1e-5)
-        assert (
-            len(passes)
-            == backward_passes(made.counts, made.carrying, states_per_forward)
-            == 2 * -(-k // states_per_forward) + (sft_weight > 0)
-        )
+        planned = 2 * math.ceil(k / states_per_forward) + (1 if sft_weight else 0)
+        assert len(passes) == backward_passes(made.counts, made.carrying, states_per_forward) == planned
         for parameter, true in zip(model.parameters(), want):
             torch.testing.assert_close(parameter.grad, true, rtol=1e-4, atol=1e-5 * float(true.abs().max()))
-    again, next_epoch = (made.responses((2, epoch))[0].graph.inputs for epoch in (3, 5))
-    assert (made.responses(item)[0].graph.inputs == again).all()
-    assert k == 4 or any(
-        (made.responses((2, 3))[0].graph.inputs != made.responses((2, 3 + 2 * i))[0].graph.inputs).any()
-        for i in range(1, 5)
-    ), next_epoch
+    drawn, again, *later = (made.responses((2, epoch))[0].graph.inputs for epoch in (3, 3, 5, 7, 9, 11))
+    assert (drawn == again).all()
+    assert k == 4 or any((drawn != other).any() for other in later)
 
 
 def test_replayed_states(home):
@@ -234,16 +245,15 @@ def test_replayed_states(home):
         for states, side, reveal in zip(
             made.responses((index, epoch)), home.pairs[index][1:], home.reveal[epoch % 2][index]
         ):
-            start = len(home.pairs[index][0])
-            rows = [plain.hidden([step >= 0 for step in reveal[0]], home.pairs[index][0], side)]
-            rows += [
-                plain.hidden([step >= s for step in steps], home.pairs[index][0], side)
-                for steps in reveal
-                for s in (1, 2)
-            ]
+            prompt = home.pairs[index][0]
+            start = len(prompt)
+            rows = [plain.hidden([True] * len(side), prompt, side)]
+            for steps in reveal:
+                for s in (1, 2):
+                    rows.append(plain.hidden([step >= s for step in steps], prompt, side))
             assert states.inputs.tolist() == rows
-            n = len(side)  # what state 0 reveals, over all
-            assert np.allclose(states.weight[0, start:], sum(step == 0 for steps in reveal for step in steps) / R / n)
+            revealed = sum(steps.count(0) for steps in reveal)  # from state 0, which hides all of them
+            assert np.allclose(states.weight[0, start:], revealed / R / len(side))
 
 
 def test_work():
@@ -293,7 +303,10 @@ def test_split_is_stable():
     """Pairs of known prompts change nothing; new prompts push out few: at most as many as came in."""
     rng = np.random.default_rng(1)
     prompts = [rng.integers(4, 500, 6).tolist() for _ in range(100)]
-    held = lambda rows: {tuple(rows[i]) for i in objective.split(Rows(rows), 0.2, 42)[1]}  # noqa: E731
+
+    def held(rows):
+        return {tuple(rows[i]) for i in objective.split(Rows(rows), 0.2, 42)[1]}
+
     before = held(prompts)
     assert held(prompts + prompts[:30]) == before
     after = held(prompts + [rng.integers(4, 500, 6).tolist() for _ in range(5)])
@@ -304,7 +317,10 @@ def test_split_is_stable():
 def test_stream(lengths, block):
     train = np.array([3, 5, 7, 8, 10, 11, 20, 21, 22, 23])
     lengths = np.random.default_rng(0).integers(1, 90, 30) if lengths else None
-    make = lambda seed=0: objective.Stream(train, seed, block, lengths)  # noqa: E731
+
+    def make(seed=0):
+        return objective.Stream(train, seed, block, lengths)
+
     stream = make()
     places = [stream[place] for place in range(40)]
     epochs = [[pair for pair, epoch in places if epoch == e] for e in range(4)]
@@ -333,7 +349,7 @@ def test_sft_rows(home):
     for pad_to, longest in ((0, 16), (20, 29)):
         states = objective.sft_rows(rows, data, pad_to, 0, MASK)
         assert states.inputs.shape == (3, longest)
-        for row, (index, epoch) in enumerate(rows):
+        for row, (index, _) in enumerate(rows):
             prompt, chosen, _ = home.pairs[index]
             start = len(prompt)
             response = chosen + [EOS] * (longest - start - len(chosen))
@@ -347,9 +363,8 @@ def test_sft_rows(home):
     padded = [objective.sft_rows([(3, epoch)], data, 60, 0, MASK) for epoch in range(20)]
     assert any((states.inputs[0, 8:] == MASK).any() for states in padded)  # an end token is masked
     assert len({states.inputs.tobytes() for states in padded}) == 20  # each epoch draws its own noise
-    assert (
-        objective.sft_rows([(3, 7)], data, 0, 0, MASK).inputs == objective.sft_rows([(3, 7)], data, 0, 0, MASK).inputs
-    ).all()
+    one, other = (objective.sft_rows([(3, 7)], data, 0, 0, MASK).inputs for _ in range(2))
+    assert (one == other).all()
 
 
 def test_sft_does_not_give_the_length_away(home, tmp_path):
@@ -379,10 +394,10 @@ def test_expected_nll(home):
 
     response = chosen + [EOS] * 2
     want = np.mean([-logp[len(prompt) + i, token] for i, token in enumerate(response)])
-    draws = [
-        -float(score.state_scores(model, objective.sft_rows([(4, epoch)], data, 32, 0, MASK), 1, "cpu").sum())
-        for epoch in range(4000)
-    ]
+    draws = []
+    for epoch in range(4000):
+        rows = objective.sft_rows([(4, epoch)], data, 32, 0, MASK)
+        draws.append(-float(score.state_scores(model, rows, 1, "cpu").sum()))
     assert np.mean(draws) == pytest.approx(want, abs=4 * np.std(draws) / 4000**0.5)
     assert np.std(draws) / 4000**0.5 < 0.02 * want
 

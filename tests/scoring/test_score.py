@@ -1,6 +1,6 @@
 """Tests of score.py: the score against the formula in plain.py, and the reference job's real command line.
 
-    .venv/bin/python -m pytest -q tests/test_score.py
+    bash tests/run.sh tests/scoring/test_score.py
 
 n response tokens, V vocabulary, T denoising steps, R trajectories, S states.
 """
@@ -38,7 +38,7 @@ import score
 import train_dpo
 from files import InputError
 from models import checkpoint, folders
-from scoring import noise
+from scoring import noise, reference
 from scoring.states import response_states
 
 NOISE = flags(diffusion_steps=4, trajectories=2)  # S = 7
@@ -114,12 +114,9 @@ def test_by_hand():
     assert got.tolist() == pytest.approx(want, abs=1e-6)
     assert float(got.sum()) == pytest.approx(-math.log(51200) / 2, abs=1e-6)
     got = scored(fake_model(table), [0], [1, 2, 1], [[0, 1, 0], [1, 0, 1]], 2, estimator="spread")
-    want = [
-        math.log(1 / 2 * 1 / 4 * 1 / 8) / 2,
-        math.log(1 / 10) / 2,
-        math.log(1 / 5 * 1 / 16) / 2,
-    ]  # state 0: (2 + 1) / 3 of each
-    assert got.tolist() == pytest.approx(want, abs=1e-6)  # the others reveal all that they hide
+    # state 0 has (2 + 1) / 3 of each token; the others reveal all that they hide
+    want = [math.log(1 / 2 * 1 / 4 * 1 / 8) / 2, math.log(1 / 10) / 2, math.log(1 / 5 * 1 / 16) / 2]
+    assert got.tolist() == pytest.approx(want, abs=1e-6)
 
 
 # More denoising steps than tokens, one token, 200 tokens, one step, one trajectory
@@ -208,27 +205,22 @@ def jobs(model_dir, tmp_path_factory):
             ("bf16", "plain", flags(use_mixed_precision="bf16")),
             ("stream", "stream", FP32 + stream),
         ):
-            rows.append(
-                (
-                    name,
-                    "score",
-                    ["--data", folder / f"{data}-{world}", *NOISE, *flags(states_per_forward=world + 1), *more],
-                )
-            )
+            argv = ["--data", folder / f"{data}-{world}", *NOISE, *flags(states_per_forward=world + 1), *more]
+            rows.append((name, "score", argv))
         done[world] = run_jobs(folder / f"out-{world}", world, rows)
         for name, ranks in done[world].items():
             assert [rank["error"] for rank in ranks] == [""] * world, (name, ranks)
     return folder, done
 
 
-def reference(packed, dtype="no"):
+def read_reference(packed, dtype="no"):
     [sets], [scores] = plain.read_reference(packed, dtype=dtype)
     return sets, scores
 
 
 def test_reference_is_the_formula(jobs, weights):
     folder, _ = jobs
-    pairs, (reveal, scores) = plain.read_packed(folder / "plain-1"), reference(folder / "plain-1")
+    pairs, (reveal, scores) = plain.read_packed(folder / "plain-1"), read_reference(folder / "plain-1")
     assert scores.shape == (19, 2, 7) and scores.dtype == np.float32
     for (prompt, *sides), masks, got in zip(pairs, reveal, scores):
         for side, steps, parts in zip(sides, masks, got):
@@ -243,7 +235,7 @@ def test_world_size(jobs, data, dtype):
     """1 and 2 ranks, and 2 and 3 states a forward: equal noise and scores; streamed = plain."""
     folder, done = jobs
     (noise, scores), (same_noise, same), (_, wanted) = (
-        reference(folder / name, dtype) for name in (f"{data}-1", f"{data}-2", "plain-1")
+        read_reference(folder / name, dtype) for name in (f"{data}-1", f"{data}-2", "plain-1")
     )
     assert noise == same_noise
     np.testing.assert_allclose(same.sum(-1), scores.sum(-1), rtol=1e-5 if dtype == "no" else 1e-3)
@@ -257,10 +249,8 @@ def test_world_size(jobs, data, dtype):
 
 def test_meta(jobs, model_dir):
     folder, _ = jobs
-    metas = {
-        meta["depends_on"]["dtype"]: meta
-        for meta in (json.loads(path.read_text()) for path in (folder / "plain-2").glob("ref-*/meta.json"))
-    }
+    found = [json.loads(path.read_text()) for path in (folder / "plain-2").glob("ref-*/meta.json")]
+    metas = {meta["depends_on"]["dtype"]: meta for meta in found}
     data = json.loads((folder / "plain-2" / "meta.json").read_text())
     assert metas["no"]["depends_on"] == {
         "data": data["fingerprint"],
@@ -288,13 +278,13 @@ def test_neighbours(jobs, model_dir, tmp_path):
     pairs = make_pairs(LENGTHS)
     pack(tmp_path / "packed", [pairs[i] for i in order], model_dir)
     assert call(score.main, "--data", tmp_path / "packed", *NOISE, *FP32, "--states_per_forward", 16) == 0
-    (noise, scores), (whole_noise, whole) = reference(tmp_path / "packed"), reference(folder / "plain-1")
+    (noise, scores), (whole_noise, whole) = read_reference(tmp_path / "packed"), read_reference(folder / "plain-1")
     assert noise == [whole_noise[i] for i in order]
     np.testing.assert_allclose(scores.sum(-1), whole[order].sum(-1), rtol=1e-5)
 
 
 def test_noise_differs(model_dir, tmp_path):
-    """Between noise sets, pairs and seeds; not between equal sides of a pair, nor with the run's seed or the data type."""
+    """Between noise sets, pairs and seeds; not between equal sides of a pair, nor with --seed or the data type."""
     prompt, side = [5, 6, 7], list(range(10, 60))
     pack(tmp_path, [(prompt, side, side), (prompt[1:], side, side)], model_dir)
     for more in (["--noise_sets", 2], ["--noise_seed", 1], ["--seed", 7, "--use_mixed_precision", "bf16"]):
@@ -356,7 +346,7 @@ def test_killed_job(model_dir, tmp_path, monkeypatch):
         removed.append(shutil.rmtree(path))
 
     removed = []
-    monkeypatch.setattr(score, "shutil", SimpleNamespace(rmtree=remove))
+    monkeypatch.setattr(reference, "shutil", SimpleNamespace(rmtree=remove))
     assert call(score.main, *command[1:]) == 0 and removed
     assert files(killed) == files(whole) and len(files(whole)) == 2
 
@@ -367,7 +357,8 @@ def test_more_noise_sets(model_dir, tmp_path, capsys):
     argv = ["--data", tmp_path, *NOISE, *FP32]
     call(score.main, *argv)
     before = files(tmp_path)
-    capsys.readouterr()
+    given = " ".join(map(str, argv))
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: python train_dpo.py {given}"
     call(score.main, *argv)
     assert "up to date" in capsys.readouterr().out and files(tmp_path) == before
     call(score.main, *argv, "--noise_sets", 3)
