@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -153,16 +154,28 @@ def check_rows(lines, outcome, reader):
 
 def check_refusal(lines, sentence, source, stop):
     """What is wrong with a refusal; lines: None where the file cannot be read."""
-    if str(source) not in sentence or "\n" in sentence:
+    if str(source) not in sentence or "\n" in sentence and " rows are malformed " not in sentence:
         yield f"the sentence does not name the file, or is more than one: {sentence}"
     if lines is None:
         return
     bad = [number for number, row in enumerate(lines, 1) if "malformed" in row.reasons]
     free = [number for number, row in enumerate(lines, 1) if row.free]
-    where = f"{source}:" if source.suffix == ".jsonl" else f"{source}: row "
-    allowed = [number for number in [*bad[:1], *free] if not bad or number <= bad[0]] if stop else []
-    if not any(sentence.startswith(f"{where}{number}: ") for number in allowed):
+    count, named = malformed_rows(sentence, source)
+    first = [number for number in bad if number <= max(named, default=0)]
+    if not (stop and len(bad) <= count <= len(bad) + len(free) and len(named) == min(count, 10)):
         yield f"refused: {sentence}"
+    elif not {*first} <= {*named} <= {*bad, *free} or named != sorted(named):
+        yield f"names rows {named}, expected {first} and perhaps some of {free}: {sentence}"
+
+
+def malformed_rows(sentence, source):
+    """(how many malformed rows a refusal counts, the numbers of those that it names)."""
+    place = "line" if source.suffix == ".jsonl" else "row"
+    if several := re.match(rf"{re.escape(str(source))}: (\d+) rows are malformed .*; the first \d+:\n", sentence):
+        return int(several[1]), [int(number) for number in re.findall(rf"^  {place} (\d+): ", sentence, re.M)]
+    place = ":" if source.suffix == ".jsonl" else ": row "
+    one = re.match(rf"{re.escape(str(source))}{place}(\d+): ", sentence)
+    return (1, [int(one[1])]) if one else (0, [])
 
 
 def check(lines, outcome, source, reader, stop):

@@ -5,6 +5,7 @@ A command calls run(main) last. Above its heavy imports it calls early(check), w
 """
 
 import contextlib
+import ctypes
 import os
 import shlex
 import sys
@@ -101,3 +102,8 @@ def cannot_write(path, error, kept):
 def command():
     """The command line that started this process, or the launch.sh that did."""
     return os.environ.get("LAUNCH_COMMAND", "").strip() or shlex.join(["python", *sys.argv])
+
+
+def when_the_parent_ends(number):
+    """Have the system send this process a signal when the one that started it ends, however it ends."""
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG of linux/prctl.h

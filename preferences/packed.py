@@ -1,11 +1,12 @@
-"""The arrays on disk: packed preferences and the reference's noise and scores. Written under a temporary name, renamed.
+"""The arrays of packed/ on disk. Each file is written under a temporary name and renamed.
 
-packed/            tokens.npy uint32 (tokens,), bounds.npy int64 (pairs, 4) = start, prompt end, chosen end, rejected end
-                   (SFT data: the response is chosen, and rejected is empty),
-                   meta.json (what they were made of), rejects.jsonl (rows left out, with reasons)
-packed/ref-<key>/  noise-k.npy uint8 (response tokens, ceil(S/8)), ref_scores-k.npy float32 (pairs, 2, S), meta.json
+tokens.npy      uint32 (tokens,): all pairs, prompt, chosen, rejected
+bounds.npy      int64 (pairs, 4): start, prompt end, chosen end, rejected end; the rejected of an SFT row is empty
+lines.npy       int64 (pairs,): the line of the source that a pair came from, or its place in the list of a .json
+meta.json       what they were made of
+rejects.jsonl   the rows left out, with reasons
 
-S states, K noise sets. Response tokens are in file order: chosen then rejected, pair by pair.
+scoring/reference.py has the reference's noise and scores, in packed/ref-<key>/.
 """
 
 import shlex
@@ -16,6 +17,14 @@ import numpy as np
 from files import InputError, fingerprint, open_array, read_json, sealed, unharmed, write_array, write_json
 
 FORMAT = 2
+
+
+def command(folder, task="preferences", source=None, model=None):
+    """The command that packs `source` into `folder`."""
+    sft = task == "sft"
+    words = ["python", "data_prep.py", *(["--task", "sft"] if sft else [])]
+    words += ["--in", source or ("sft.jsonl" if sft else "prefs.jsonl"), "--out", folder]
+    return shlex.join(map(str, words + (["--model_name_or_path", model] if model else [])))
 
 
 def write_packed(folder, pairs, meta):
@@ -38,8 +47,13 @@ def write_packed(folder, pairs, meta):
     bounds = np.asarray(bounds, np.int64).reshape(-1, 4)
     write_array(folder / "tokens.npy", tokens)
     write_array(folder / "bounds.npy", bounds)
-    data = fingerprint(tokens, bounds, meta["tokenizer"], meta["end_token_id"])
+    data = content_fingerprint(tokens, bounds, meta)
     write_json(folder / "meta.json", sealed({"format": FORMAT, "fingerprint": data, "pairs": len(bounds), **meta}))
+
+
+def content_fingerprint(tokens, bounds, meta):
+    """What scores are keyed by: the tokens, and what they mean; not where they came from."""
+    return fingerprint(tokens, bounds, meta["tokenizer"], meta["end_token_id"])
 
 
 class Packed:
@@ -47,20 +61,16 @@ class Packed:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        mend = f"python data_prep.py --in prefs.jsonl --out {folder}"
+        mend = command(folder)
         self.meta = read_json(self.folder / "meta.json", mend)
         if self.meta.get("format") != FORMAT:
             raise InputError(f"{folder}/meta.json: format {self.meta.get('format')}, expected {FORMAT}; run: {mend}")
         unharmed(self.meta, self.folder / "meta.json", mend)
-        if self.task == "sft":
-            mend = f"python data_prep.py --task sft --in sft.jsonl --out {folder}"
+        mend = command(folder, self.task)
         self.tokens, self.bounds = (open_array(self.folder / f"{name}.npy", mend) for name in ("tokens", "bounds"))
         if self.bounds.shape != (self.meta["pairs"], 4) or len(self.bounds) and self.bounds[-1, 3] != len(self.tokens):
             raise InputError(f"{folder}: tokens.npy, bounds.npy and meta.json disagree; run: {mend}")
-        if (
-            fingerprint(self.tokens, self.bounds, self.meta["tokenizer"], self.meta["end_token_id"])
-            != self.meta["fingerprint"]
-        ):
+        if content_fingerprint(self.tokens, self.bounds, self.meta) != self.meta["fingerprint"]:
             raise InputError(f"{folder}: tokens.npy or bounds.npy is not as it was written; run: {mend}")
         if not len(self.bounds):
             raise InputError(f"{folder}: holds no pair; run: {mend}")
@@ -70,14 +80,13 @@ class Packed:
 
     @property
     def task(self):
-        """ "preferences" or "sft"; a folder that does not say holds preferences."""
+        """The task, "preferences" or "sft"; a folder that does not name one holds preferences."""
         return self.meta.get("task", "preferences")
 
     @property
     def remake(self):
-        """The command that packs the same source anew."""
-        task = " --task sft" if self.task == "sft" else ""
-        return f"python data_prep.py{task} --in {shlex.quote(str(self.meta['source']))} --out {shlex.quote(str(self.folder))}"
+        """The command that packs the same source again."""
+        return command(self.folder, self.task, self.meta["source"])
 
     def need_pairs(self):
         """Refuse SFT data where preferences are needed."""
@@ -103,7 +112,7 @@ class Packed:
         return tuple(self.tokens[a:b] for a, b in zip((start, *ends), ends))
 
     def content(self, index):
-        """All ids of a pair, what its noise is keyed by."""
+        """All ids of a pair, which its noise is keyed by."""
         return self.tokens[self.bounds[index, 0] : self.bounds[index, 3]]
 
 

@@ -4,17 +4,15 @@ A tokenizer is loaded only if its files are not those that packed the folder.
 """
 
 import os
-import shlex
 from pathlib import Path
 from typing import NamedTuple
 
 from files import InputError, read_json
 from models import folders
-from preferences.packed import Packed
-from preferences.rows import parse_columns
+from preferences.forms import parse_columns
+from preferences.packed import Packed, command
 from preferences.sources import source_sha256
 
-COLUMNS = {"preferences": ("prompt", "chosen", "rejected"), "sft": ("prompt", "response")}  # of a row, by --task
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny"  # the model when none is given
 
 
@@ -31,27 +29,26 @@ def known_tokenizer(meta, model, trust_remote_code=False):
         return Tokenizer(meta["tokenizer"], meta["has_chat_template"])
     from models import tokenization  # imports transformers, which takes seconds
 
-    tokenizer = tokenization.load_tokenizer(model, trust_remote_code)
+    return known(tokenization.load_tokenizer(model, trust_remote_code))
+
+
+def known(tokenizer):
+    """The Tokenizer of a loaded tokenizer."""
+    from models import tokenization
+
     return Tokenizer(tokenization.tokenizer_fingerprint(tokenizer), bool(tokenizer.chat_template))
 
 
-def said_of(task):
+def rows_of(task):
     """What rows of --task are called."""
     return "SFT rows" if task == "sft" else "preferences"
 
 
-def command(task, folder, model):
-    """The command that packs `folder`."""
-    source = "--task sft --in sft.jsonl" if task == "sft" else "--in prefs.jsonl"
-    place, name = shlex.quote(str(folder)), shlex.quote(str(model))
-    return f"python data_prep.py {source} --out {place} --model_name_or_path {name}"
-
-
 def default_model(folder, reuse):
-    """The model when none is given: the one that packed the folder, if it is to be used again, else the embedded one."""
+    """The model when none is given: the one that packed the folder if that is reused, else the embedded one."""
     meta = Path(folder) / "meta.json"
     if reuse and meta.exists():
-        return read_json(meta, command("preferences", folder, "M")).get("model_name_or_path")
+        return read_json(meta, command(folder, model="M")).get("model_name_or_path")
     return os.path.relpath(EXAMPLE) if EXAMPLE.is_dir() else None
 
 
@@ -61,12 +58,12 @@ def up_to_date(args, model_args):
     None if it has to be made. Raises InputError if there is no source to make it of.
     """
     source, model = args.preference_data_path, model_args.model_name_or_path
-    remake = command(args.task, args.data, model)
     if not (Path(args.data) / "meta.json").exists():
         if source:
             return None
         raise InputError(
-            f"{args.data}: no packed {said_of(args.task)} there, and no preference_data_path given; run: {remake}"
+            f"{args.data}: holds no packed {rows_of(args.task)}, and --in was not given; "
+            f"run: {command(args.data, args.task, model=model)}"
         )
     try:
         packed = Packed(args.data)
@@ -79,7 +76,13 @@ def up_to_date(args, model_args):
     if not source:
         check_without_source(packed, args, tokenizer, model)
         return packed
-    return packed if made_of_the_same(packed, args, model_args, tokenizer) else None
+    wanted = depends_on(args, tokenizer)
+    for name in ("mask_token_id", "end_token_id"):
+        if getattr(model_args, name) is not None:
+            wanted[name] = getattr(model_args, name)
+    meta = packed.meta | {"task": packed.task}
+    same = all(meta.get(name) == value for name, value in wanted.items())
+    return packed if same and meta.get("source_sha256") == source_sha256(source, args.split) else None
 
 
 def check_without_source(packed, args, tokenizer, model):
@@ -87,29 +90,22 @@ def check_without_source(packed, args, tokenizer, model):
     if packed.meta["tokenizer"] != tokenizer.fingerprint:
         raise InputError(
             f"{args.data}: made with another tokenizer, that of {packed.meta.get('model_name_or_path')}; "
-            f"run: {command(packed.task, args.data, model)}"
+            f"run: {command(args.data, packed.task, model=model)}"
         )
     if args.task == "sft" != packed.task:
         raise InputError(
             f"{args.data}: holds preferences, and --task sft was given; leave it out, "
-            f"or run: {command(args.task, args.data, model)}"
+            f"or run: {command(args.data, args.task, model=model)}"
         )
 
 
-def made_of_the_same(packed, args, model_args, tokenizer):
-    """Whether meta.json agrees with the arguments, and with the source as it is now."""
+def depends_on(args, tokenizer):
+    """The entries of meta.json, beside the source and given token ids, that make other arrays if they change."""
     chat = args.template != "none" and tokenizer.has_chat_template
-    wanted = {
+    return {
         "task": args.task,
         "tokenizer": tokenizer.fingerprint,
-        "max_length": args.max_length,
-        "columns": parse_columns(args.columns, COLUMNS[args.task]),
         "template": "chat" if chat else "none",
+        "columns": parse_columns(args.columns, args.task),
+        "max_length": args.max_length,
     }
-    for name in ("mask_token_id", "end_token_id"):
-        if getattr(model_args, name) is not None:
-            wanted[name] = getattr(model_args, name)
-    have = packed.meta | {"task": packed.task}
-    if any(have.get(name) != value for name, value in wanted.items()):
-        return False
-    return have.get("source_sha256") == source_sha256(args.preference_data_path, args.split)

@@ -1,7 +1,7 @@
-"""Where rows come from: a .jsonl, .json or .parquet file, or a data set of the hub ("org/name"), through `datasets`.
+"""Where rows come from: a .jsonl, .json or .parquet file, or a data set of the Hub ("org/name"), through `datasets`.
 
-Every row of a source becomes a Row; one that is no JSON is marked malformed, so that it can be listed with its line. What cannot
-be read at all is refused in one sentence. What a row must hold is rows.py's and demonstrations.py's.
+Every row of a source becomes a Row. A row that is not JSON is marked malformed, so that it can be listed with its line.
+A source that cannot be read is refused. forms.py and rows.py say what a row must hold.
 """
 
 import json
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import jsonlines
 
-from files import InputError, each_once, file_sha256, shorten
+from files import InputError, each_once, file_sha256, no_room, shorten
+from models.folders import downloading
 
 ENDINGS = (".jsonl", ".json", ".parquet")
 KINDS = {
@@ -33,8 +34,22 @@ class Row:
     value: object  # the parsed JSON, or the raw text if it is not JSON
     reason: str = ""  # why it is left out
     detail: str = ""
-    parts: tuple = ()  # prompt (a string or messages), chosen, rejected
-    ids: tuple = ()  # the same as arrays of ids, uint32
+    parts: tuple = ()  # prompt (a string or messages), list of responses
+    ids: tuple = ()  # prompt, chosen, rejected as arrays of ids, uint32
+
+    def leave_out(self, reason, detail=""):
+        self.reason, self.detail = reason, detail
+
+
+class LeftOut(Exception):
+    """LeftOut(reason, detail): a row is not packed. The reason is counted, the detail is listed."""
+
+
+class Malformed(LeftOut):
+    """Malformed("expected ..., found ..."): a row is not of the form of its file."""
+
+    def __init__(self, detail):
+        super().__init__("malformed", detail)
 
 
 def kind(value):
@@ -42,58 +57,59 @@ def kind(value):
 
 
 def as_text(value):
-    """A value as JSON, parquet's dates too. One that was nested almost too deep to be read may be too deep to be written."""
+    """A value as JSON, parquet's dates too. A value that could just be read may be nested too deep to be written."""
     try:
         return json.dumps(value, default=str)
     except RecursionError:
         return f"{kind(value)} nested too deep to be shown"
 
 
-def said_of(error):
-    return shorten(" ".join(str(error).split()), 120)
+def one_line(error, most=120):
+    return shorten(" ".join(str(error).split()), most)
 
 
 def read_rows(path, split="train"):
-    """Every row of the source as a Row, those that are not JSON marked malformed; blank lines are no rows."""
+    """Every row of the source as a Row, those that are not JSON marked malformed. Blank lines are not rows."""
     if not is_file(path):
-        return [Row(number, value) for number, value in enumerate(hub_rows(path, split), 1)]
+        return numbered(hub_rows(path, split))
     readers = {".parquet": read_parquet, ".json": read_json, ".jsonl": read_jsonl}
     if (ending := next((each for each in ENDINGS if path.endswith(each)), None)) is None:
-        raise InputError(f"{path}: expected a file that ends in .jsonl (one object a line), .json (a list) or .parquet")
+        raise InputError(
+            f"{path}: expected a file that ends in .jsonl (one object per line), .json (a list) or .parquet"
+        )
     try:
         return readers[ending](path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({said_of(error)})") from None
+        raise InputError(f"{path}: cannot be read ({one_line(error)})") from None
+
+
+def numbered(values):
+    return [Row(number, value) for number, value in enumerate(values, 1)]
 
 
 def read_parquet(path):
-    import pyarrow.parquet  # here, not above: data_prep --reuse has no need of it
+    import pyarrow.parquet  # here, not above: data_prep --reuse does not need it
 
     try:
-        return [Row(number, value) for number, value in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)]
-    # beside arrow's own errors: strings that are no UTF-8, dates beyond Python's, time zones that are none
+        return numbered(pyarrow.parquet.read_table(path).to_pylist())
+    # beside arrow's own errors: strings that are not UTF-8, dates beyond Python's, unknown time zones
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
-        raise InputError(f"{path}: not a parquet file that can be read ({said_of(error)})") from None
+        raise InputError(f"{path}: not a parquet file that can be read ({one_line(error)})") from None
 
 
 def read_json(path):
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=each_once)
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=each_once)
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path}: not valid JSON ({said_of(error)}); call a file of one object a line .jsonl"
+            f"{path}: not valid JSON ({one_line(error)}); if it holds one object per line, name it .jsonl"
         ) from None
-    if (
-        isinstance(values, dict)
-        and len(
-            lists := [each for each in values.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
-        )
-        == 1
-    ):
-        [values] = lists  # {"data": [...]}
-    if not isinstance(values, list):
-        raise InputError(f"{path}: expected a list of rows, or an object that holds one, found {kind(values)}")
-    return [Row(number, value) for number, value in enumerate(values, 1)]
+    if isinstance(value, dict):  # {"data": [...]}
+        tables = [each for each in value.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
+        value = tables[0] if len(tables) == 1 else value
+    if not isinstance(value, list):
+        raise InputError(f"{path}: expected a list of rows, or an object that holds one, found {kind(value)}")
+    return numbered(value)
 
 
 def read_jsonl(path):
@@ -109,7 +125,7 @@ def read_jsonl(path):
             except jsonlines.InvalidLineError as error:
                 text = error.line if isinstance(error.line, str) else error.line.decode("utf-8", "replace")
                 if text.strip():
-                    found = said_of(error.__cause__)
+                    found = one_line(error.__cause__)
                     rows.append(Row(number, text, "malformed", f"expected a JSON object, found invalid JSON ({found})"))
 
 
@@ -118,7 +134,7 @@ def parse(text):
 
 
 def is_file(path):
-    """False for what can be the name of a data set; refuses what is neither."""
+    """False for what may be the name of a data set. Raises InputError for what is neither."""
     try:
         path.encode()  # it goes into meta.json
     except UnicodeEncodeError:
@@ -131,27 +147,24 @@ def is_file(path):
         raise InputError(f"{path}: is a pipe or a device, and rows are read twice; write them to a file")
     if path.endswith(ENDINGS) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise InputError(
-            f"{path}: no such file; expected rows as .jsonl, .json or .parquet, or a data set of the hub, org/name"
+            f"{path}: no such file; expected rows as .jsonl, .json or .parquet, or a data set of the Hub, org/name"
         )
     return False
 
 
 def hub_rows(name, split):
-    """The rows of a data set of the hub."""
+    """The rows of a data set of the Hub."""
     import datasets
 
-    try:
+    with downloading(f"{name} is not a file and could not be loaded from the Hub with split '{split}'"):
         return datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"{name}: neither a file nor a data set of the hub with a split '{split}' that can be read "
-            f"({shorten(' '.join(str(error).split()), 200)})"
-        ) from None
 
 
 def source_sha256(path, split="train"):
-    """What tells whether a source has changed: a file's hash, or a data set's fingerprint."""
+    """A value that changes when a source does: a file's hash, or a data set's fingerprint."""
     try:
         return file_sha256(path) if is_file(path) else hub_rows(path, split)._fingerprint
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({said_of(error)})") from None
+        if no_room(error):
+            raise
+        raise InputError(f"{path}: cannot be read ({one_line(error)})") from None

@@ -21,8 +21,8 @@ ELSEWHERE = "## Symptoms"  # from here on the page is about what others print, o
 HOLE = "\0"  # in a message, what is filled in when it is said
 
 # who is handed a user's sentence, and as which argument
-SAYERS = {"InputError": 0, "Malformed": 0, "Tie": 0, "ValueError": 0, "cannot_check": 0, "downloading": 0}
-SAYERS["refuse_or_leave_out"] = 3
+SAYERS = {"InputError": 0, "Malformed": 0, "LeftOut": 0, "leave_out": 0, "ValueError": 0, "cannot_check": 0}
+SAYERS |= {"downloading": 0, "refuse_or_leave_out": 3}
 INTERNAL = ("diffusion.py", "tasks.py")  # their ValueErrors are ours to hear, not a user's
 # functions that make the words of a print(f"warning: {words}"), by the file that prints them; None: a sayer of SAYERS makes them
 WORDS_OF = {"tracking.py": ("guard.py", "falling"), "plan.py": ("plan.py", "stuck")}
@@ -95,26 +95,6 @@ def of_function(function, functions):
                 yield from ((node.lineno, each) for each in (text, *inside(node, local, functions)))
 
 
-def reasons(tree):
-    """Yields (line, reason): why a row is left out."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and len(node.value.elts) == 3:
-            pairs = [(ast.Name("reason"), node.value.elts[0])]
-        elif isinstance(node, ast.Assign):
-            target = node.targets[0]
-            both = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
-            pairs = zip(target.elts, node.value.elts) if both else [(target, node.value)]
-        else:
-            continue
-        for target, value in pairs:
-            if (
-                getattr(target, "attr", getattr(target, "id", "")) == "reason"
-                and isinstance(value, ast.Constant)
-                and value.value
-            ):
-                yield node.lineno, value.value
-
-
 @functools.cache
 def messages():
     """{"FILE:LINE": [text]} of everything that the scripts say to their users in anger."""
@@ -144,9 +124,6 @@ def messages():
                     )
                     for text in [text for each in made for text in texts(each) if len(words(text)) > 5]:
                         add(path, node.lineno, text)
-        if path.name in ("data_prep.py", "rows.py", "sources.py", "demonstrations.py"):
-            for line, text in reasons(tree):
-                add(path, line, text)
     for path in SHELLS:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             line = re.sub(r"\$\((?:[^()]|\([^()]*\))*\)|\$\{[^}]*\}|\$[\w*]+", HOLE, line)

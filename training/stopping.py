@@ -1,6 +1,5 @@
 """Stop in good order: after the first SIGTERM or SIGINT what is in hand is finished and kept; the second ends the process at once."""
 
-import ctypes
 import os
 import signal
 
@@ -11,11 +10,6 @@ from cli import exits
 from files import InputError
 
 
-def when_the_parent_ends(number):
-    """Have the system send this process a signal when the one that started it ends, however it ends."""
-    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG of linux/prctl.h
-
-
 class Stop:
     """Listens from now on. asked() is a question to all ranks together: each must ask it equally often."""
 
@@ -24,7 +18,7 @@ class Stop:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.hear)
         if "LAUNCH_COMMAND" in os.environ:  # launch.sh killed: as if it had told us
-            when_the_parent_ends(signal.SIGTERM)
+            exits.when_the_parent_ends(signal.SIGTERM)
 
     def hear(self, number, _):
         if self.signal is not None:

@@ -80,7 +80,8 @@ def test_cli_packs_what_sentencepiece_says(tiny_dir, tmp_path):
     )
     assert [line.split()[0] for line in lines[2:5]] == ["prompt", "chosen", "rejected"]
     assert "|Question|:|" in lines[6] and lines[7].endswith("|</s>|") and "\\n|####|" in lines[7]
-    assert lines[-1] == f"next: python score.py --data {out} --model_name_or_path {tiny_dir}"
+    words = f"--in {tiny_dir.parent / 'prefs.jsonl'} --out {out} --model_name_or_path {tiny_dir}"
+    assert lines[-1] == f"next: bash launch.sh ds_configs/zero3_offload_4080.json {words}"
     assert not (tmp_path / "home").exists() or not any(path.is_file() for path in (tmp_path / "home").rglob("*"))
 
 
@@ -161,10 +162,12 @@ def test_reuse(prep, tiny_dir, llada_chat_dir, tmp_path, capsys):
         capsys.readouterr()
         data_prep.main(["--reuse", "--out", str(folder), "--model_name_or_path", str(model), *flags])
         said = capsys.readouterr().out
-        assert said == f"{folder}: 1 pairs, up to date\n" or "next: " in said
+        assert said == f"{folder}: 1 pairs, up to date\n" or "1 rows, 1 kept" in said
         return "up to date" in said
 
-    with pytest.raises(InputError, match="no packed preferences there.*run: python data_prep.py --in"):
+    with pytest.raises(
+        InputError, match="holds no packed preferences, and --in was not given; run: python data_prep.py --in"
+    ):
         again()
     prep([GOOD])
     given = "--in", str(source)

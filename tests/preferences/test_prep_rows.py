@@ -119,6 +119,28 @@ def test_a_row_that_the_template_refuses_is_malformed(prep, tiny_dir):
     assert [(row["line"], row["reason"]) for row in rejects] == [(2, "malformed")]
 
 
+def test_every_malformed_row_is_counted_and_ten_are_named(prep, tiny_dir, tmp_path):
+    """Those that the chat template refuses, too; nothing is written."""
+    refusing = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('not this') }}{% endif %}" + TEMPLATE
+    model = with_template(tiny_dir, "refusing", refusing)
+    table = [GOOD, GOOD | {"prompt": "no"}, *[GOOD | {"chosen": number} for number in range(11)], "{", GOOD]
+    for name, place in (("prefs.jsonl", "line"), ("prefs.json", "row")):
+        table = table if name.endswith(".jsonl") else [7 if row == "{" else row for row in table]
+        with pytest.raises(InputError) as caught:
+            prep(table, model=model, name=name)
+        first, *named = str(caught.value).splitlines()
+        skip = "(--on_bad_row skip leaves such rows out)"
+        assert first == f"{tmp_path / name}: 13 rows are malformed {skip}; the first 10:"
+        assert named[0] == f"  {place} 2: the chat template refuses these messages (not this)"
+        assert named[1:] == [
+            f"  {place} {number}: expected 'chosen' to be a string or a list of messages, found a number"
+            for number in range(3, 12)
+        ]
+        assert not (tmp_path / "packed").exists()
+    got, rejects = prep(table, "--on_bad_row", "skip", model=model, name="prefs.json")
+    assert len(got) == 1 and Counter(row["reason"] for row in rejects) == {"malformed": 13, "duplicate": 1}
+
+
 # --- rows left out ----------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 .venv/bin/python -m pytest -q tests/test_rows.py
 """
 
+import errno
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from small import call, refusal
 import data_prep
 import files
 from files import InputError
-from preferences import packed, rows
+from preferences import forms, packed, rows
 from preferences.sources import Row, read_rows
 
 USER = [{"role": "user", "content": "Q"}]
@@ -78,8 +79,8 @@ def test_forms(form, chat_dir, tmp_path, capsys):
     """Named in the output and in meta.json; as .jsonl, .json, {"data": [...]} and .parquet the same arrays."""
     row, want = FORMS[form]
     table = [Row(1, row)]
-    columns, found = rows.find_columns(table, {}, "x")
-    assert found == form and rows.preference(row, columns, True) == want
+    columns, found = forms.find_columns("preferences", table, {}, "x")
+    assert found == form and rows.preference(row, columns, True) == (want[0], [*want[1:]])
     other = json.loads(json.dumps(row).replace("good", "very good").replace("first", "the first"))
     sources = {name: tmp_path / name for name in ("a.jsonl", "a.json", "b.json", "a.parquet")}
     sources["a.jsonl"].write_text(json.dumps(row) + "\n\n" + json.dumps(other) + "\n")
@@ -124,8 +125,8 @@ def test_forms(form, chat_dir, tmp_path, capsys):
 )
 def test_ab(names, value, chosen):
     row = {"prompt": "Q", names[0]: "first", names[1]: "second", "preference": value}
-    columns, _ = rows.find_columns([Row(1, row)], {}, "x")
-    assert rows.preference(row, columns, False) == ("Q", *[("first", "second"), ("second", "first")][chosen])
+    columns, _ = forms.find_columns("preferences", [Row(1, row)], {}, "x")
+    assert rows.preference(row, columns, False) == ("Q", [["first", "second"], ["second", "first"]][chosen])
 
 
 @pytest.mark.parametrize(
@@ -140,9 +141,9 @@ def test_ab(names, value, chosen):
 )
 def test_a_system_column_is_part_of_every_forms_prompt(row):
     for system, head in (("S", [{"role": "system", "content": "S"}]), (" ", None), (None, None)):
-        columns, _ = rows.find_columns([Row(1, row | {"system": system})], {}, "x")
-        prompt, chosen, rejected = rows.preference(row | {"system": system}, columns, True)
-        assert (chosen, rejected) == ("good", "bad") and prompt in ([head + USER] if head else ["Q", USER])
+        columns, _ = forms.find_columns("preferences", [Row(1, row | {"system": system})], {}, "x")
+        prompt, responses = rows.preference(row | {"system": system}, columns, True)
+        assert responses == ["good", "bad"] and prompt in ([head + USER] if head else ["Q", USER])
     own = {"prompt": [{"role": "system", "content": "own"}, *USER], "chosen": "good", "rejected": "bad", "system": "S"}
     assert rows.preference(own, {name: name for name in ("prompt", "chosen", "rejected")}, True)[0] == own["prompt"]
 
@@ -155,12 +156,13 @@ def test_history_is_part_of_the_prompt():
         "chosen": "good",
         "rejected": "bad",
     }
-    columns, form = rows.find_columns([Row(1, row)], {}, "x")
+    columns, form = forms.find_columns("preferences", [Row(1, row)], {}, "x")
     prompt, *_ = rows.preference(row, columns, True)
     assert form == "LLaMA-Factory instruction"
     assert [each["content"] for each in prompt] == ["1?", "one", "2?", "two", "And 3?"] and prompt[-1]["role"] == "user"
-    with pytest.raises(rows.Malformed, match="'history' to be a list of"):
+    with pytest.raises(rows.Malformed) as error:
         rows.preference(row | {"history": [["1?"]]}, columns, True)
+    assert "expected 'history' to be a list of" in error.value.args[1]
 
 
 def test_a_prompt_under_another_name_is_not_thrown_away(tmp_path, tiny_dir, capsys):
@@ -176,7 +178,7 @@ def test_a_prompt_under_another_name_is_not_thrown_away(tmp_path, tiny_dir, caps
         "chosen": "\n\nHuman: Q\n\nAssistant: good",
         "rejected": "\n\nHuman: Q\n\nAssistant: bad",
     }
-    assert rows.find_columns([Row(1, beside)], {}, "x")[1] == "implicit prompt"
+    assert forms.find_columns("preferences", [Row(1, beside)], {}, "x")[1] == "implicit prompt"
 
 
 def test_dates_beside_a_row_that_is_left_out(tiny_dir, tmp_path):
@@ -257,8 +259,8 @@ def test_text_parts(chat_dir, tmp_path):
         "chosen": [{"role": "assistant", "content": parts("good")}],
         "rejected": [{"role": "assistant", "content": parts("bad")}],
     }
-    columns, _ = rows.find_columns([Row(1, row)], {}, "x")
-    assert rows.preference(row, columns, True) == ([{"role": "user", "content": "Q and more"}], "good", "bad")
+    columns, _ = forms.find_columns("preferences", [Row(1, row)], {}, "x")
+    assert rows.preference(row, columns, True) == ([{"role": "user", "content": "Q and more"}], ["good", "bad"])
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "no/such.parquet", "nowhere", "a/b/c"])
@@ -276,17 +278,36 @@ def test_hub(chat_dir, tmp_path, monkeypatch):
         (tmp_path / "org" / "prefs" / f"{split}.jsonl").write_text(
             "".join(json.dumps(row | {"prompt": f"Q{i}"}) + "\n" for i in range(count))
         )
-    monkeypatch.setattr("sources.is_file", lambda path: False)  # a folder is no hub name; `datasets` reads it like one
+    monkeypatch.setattr(
+        "preferences.sources.is_file", lambda path: False
+    )  # a folder is no hub name; `datasets` reads it like one
     assert prep("org/prefs", tmp_path / "out", chat_dir)[0]["kept"] == 3
     meta, _ = prep("org/prefs", tmp_path / "test", chat_dir, "--split", "test")
     assert meta["kept"] == 2 and meta["source"] == "org/prefs"
     before = (tmp_path / "out" / "tokens.npy").stat().st_mtime_ns
     prep("org/prefs", tmp_path / "out", chat_dir, "--reuse")
     assert (tmp_path / "out" / "tokens.npy").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="a split 'nothing'"):
+    with pytest.raises(InputError, match="with split 'nothing'"):
         read_rows("org/prefs", "nothing")
-    with pytest.raises(InputError, match="neither a file nor a data set of the hub"):
+    with pytest.raises(InputError, match="is not a file and could not be loaded from the Hub"):
         read_rows("org/absent")
+
+
+def test_a_disk_that_fills_while_a_data_set_downloads(tmp_path, monkeypatch, tiny_dir, capsys):
+    """`datasets` wraps the error of its writer into one that says nothing of a disk."""
+    import datasets
+
+    def fails(*_, **__):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/home/me/.cache/huggingface/datasets/1.arrow")
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError(
+                "An error occurred while generating the dataset"
+            ) from error
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    said = refusal(data_prep.main, capsys, "--in", "org/prefs", "--out", tmp_path, "--model_name_or_path", tiny_dir)
+    assert said.startswith("error: /home/me/.cache/huggingface/datasets/1.arrow: cannot be written (No space left")
 
 
 @pytest.mark.parametrize(

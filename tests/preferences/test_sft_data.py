@@ -11,13 +11,14 @@ import pytest
 import torch
 from small import EOS, MASK, ROOT, call, flags, log, make_model, refusal, run
 
+import calibrate
 import config
 import data_prep
 import score
 import train_dpo
 from files import InputError
 from models import checkpoint
-from preferences import demonstrations, packed
+from preferences import forms, packed, rows
 from preferences.sources import Row
 from reasoning import tasks
 from scoring import noise, objective
@@ -95,8 +96,8 @@ def test_forms(name, chat_dir, tmp_path, capsys):
     import pyarrow.parquet
 
     form, row, want = FORMS[name]
-    columns, found = demonstrations.find_columns([Row(1, row)], {}, "x")
-    assert found == form and demonstrations.demonstration(row, columns, True) == want
+    columns, found = forms.find_columns("sft", [Row(1, row)], {}, "x")
+    assert found == form and rows.demonstration(row, columns, True) == (want[0], [want[1]])
     other = json.loads(json.dumps(row).replace("good", "very good"))
     sources = {name: tmp_path / name for name in ("a.jsonl", "a.json", "a.parquet")}
     write_rows(sources["a.jsonl"], [row, other])
@@ -175,7 +176,9 @@ def test_every_reason_is_listed(tiny_dir, tmp_path):
         GOOD | {"response": " 12"},
     ]
     source = write_rows(tmp_path / "sft.jsonl", table)
-    with pytest.raises(InputError, match="sft.jsonl:8: expected a JSON object, found a list"):
+    with pytest.raises(
+        InputError, match="3 rows are malformed .*\n  line 8: expected a JSON object, found a list\n  line 9"
+    ):
         prep(source, tmp_path / "out", tiny_dir)
     got, listed = prep(source, tmp_path / "out", tiny_dir, "--on_bad_row", "skip", "--max_length", 100)
     assert [(row["line"], row["reason"]) for row in listed] == [
@@ -202,7 +205,7 @@ def test_columns(tiny_dir, tmp_path, capsys):
     want, _ = prep(write_rows(tmp_path / "sft.jsonl", sft), tmp_path / "b", tiny_dir)
     assert (got.tokens == want.tokens).all() and got.meta["fingerprint"] == want.meta["fingerprint"]
     columns = {"response": "turns"}
-    assert demonstrations.find_columns([Row(1, {"turns": SHAREGPT})], columns, "x") == (columns, "--columns")
+    assert forms.find_columns("sft", [Row(1, {"turns": SHAREGPT})], columns, "x") == (columns, "--columns")
     said = refusal(
         data_prep.main, capsys, "--task", "sft", "--in", tmp_path / "sft.jsonl", "--columns", "response=solution"
     )
@@ -240,13 +243,13 @@ def test_reuse_notices_the_task(tiny_dir, tmp_path, capsys):
         return capsys.readouterr().out
 
     given = ["--in", source]
-    assert "next: python score.py" in again(*given)
+    assert "1 rows, 1 kept" in again(*given)
     said = refusal(data_prep.main, capsys, "--reuse", "--task", "sft", "--out", out, "--model_name_or_path", tiny_dir)
     assert f"{out}: holds preferences, and --task sft was given" in said and "--task sft --in sft.jsonl" in said
     assert "1 pairs, up to date" in again(*given)
-    assert "next: python train_dpo.py --loss_type sft" in again(*given, "--task", "sft")
+    assert "1 rows, 1 kept" in again(*given, "--task", "sft")
     assert "1 SFT rows, up to date" in again(*given, "--task", "sft") and "1 SFT rows, up to date" in again()
-    assert "next: python score.py" in again(*given)
+    assert "1 rows, 1 kept" in again(*given)
 
 
 # --- what is trained ---
@@ -312,7 +315,8 @@ def test_scripts_from_rows_to_a_model(model, tmp_path):
     source, out, home = write_rows(tmp_path / "sft.jsonl", pairs_of(30)[1]), tmp_path / "packed", tmp_path / "run"
     said = run([ROOT / "data_prep.py", "--task", "sft", "--in", source, "--out", out, "--model_name_or_path", model])
     assert f"{source}: 30 rows, 30 kept, 0 dropped" in said and "warning: the median" not in said
-    assert f"next: python train_dpo.py --loss_type sft --data {out} --model_name_or_path {model}" in said
+    words = f"--task sft --in {source} --out {out} --model_name_or_path {model}"
+    assert f"next: bash launch.sh ds_configs/zero3_offload_4080.json --loss_type sft {words}" in said
     lines = [line.split()[0] for line in said.splitlines() if line]
     assert lines.count("prompt") == lines.count("response") == 2 and not {"chosen", "rejected"} & set(lines)
     argv = [
@@ -354,8 +358,8 @@ def test_scripts_from_rows_to_a_model(model, tmp_path):
 def test_what_needs_preferences_refuses_sft_data(model, tmp_path, capsys):
     out = prep(write_rows(tmp_path / "sft.jsonl", pairs_of(4)[1]), tmp_path / "packed", model)[0].folder
     before = sorted(path.name for path in out.iterdir())
-    for more in ([], ["--calibrate"], ["--diffusion_steps", "auto"], ["--calibrate", "--loss_type", "sft"]):
-        said = refusal(score.main, capsys, "--data", out, *more)
+    for main, more in ((score.main, []), (score.main, ["--diffusion_steps", "auto"]), (calibrate.main, [])):
+        said = refusal(main, capsys, "--data", out, *more)
         assert said.startswith(f"error: {out}: holds SFT data") and said.endswith(
             "or pack preferences into another folder"
         )

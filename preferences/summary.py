@@ -1,0 +1,74 @@
+"""What data_prep.py prints of the rows that it packed: counts, lengths, one example with its tokens visible."""
+
+from collections import Counter
+
+import numpy as np
+
+from models import tokenization
+from preferences.forms import COLUMNS
+
+
+def summary(args, kept, left_out, tokenizer):
+    """Lines to print of the rows kept and left out; args: DataArguments."""
+    return [
+        *counts(args, kept, left_out),
+        *lengths_table(COLUMNS[args.task], kept),
+        f"example, line {kept[0].number}:",
+        *(f"  {name:<9}{pieces(tokenizer, ids)}" for name, ids in zip(COLUMNS[args.task], kept[0].ids)),
+        *(length_warning(kept) if args.task == "preferences" else ()),
+    ]
+
+
+def counts(args, kept, left_out):
+    """How many rows were kept, and how many left out for each reason."""
+    listed = f", listed in {args.data}/rejects.jsonl" if left_out else ""
+    rows = len(kept) + len(left_out)
+    yield f"{args.preference_data_path}: {rows} rows, {len(kept)} kept, {len(left_out)} dropped{listed}"
+    for reason, count in Counter(row.reason for row in left_out).most_common():
+        yield f"  {count:6d}  {reason}"
+
+
+def lengths(kept):
+    """(pairs, 3) tokens of prompt, chosen and rejected."""
+    return np.array([[len(ids) for ids in row.ids] for row in kept])
+
+
+def lengths_table(names, kept):
+    """Percentiles of the lengths, one line for each name."""
+    yield "tokens    " + "".join(f"{name:>8}" for name in ("min", "50%", "90%", "99%", "max"))
+    for name, column in zip(names, lengths(kept).T):
+        percentiles = np.percentile(column, (0, 50, 90, 99, 100), method="nearest")
+        yield f"{name:<10}" + "".join(f"{length:8d}" for length in percentiles)
+
+
+def length_warning(kept):
+    """A line if one side is a quarter longer than the other."""
+    chosen, rejected = np.median(lengths(kept)[:, 1:], axis=0)
+    if max(chosen, rejected) > 1.25 * min(chosen, rejected):
+        yield (
+            f"warning: the median response has {chosen:.0f} tokens if chosen, {rejected:.0f} if rejected; "
+            "DPO may learn the length instead of the content"
+        )
+
+
+def pieces(tokenizer, ids, most=40):
+    """The ids as text with the boundaries visible; a long one is cut in the middle."""
+    anchor = tokenization.encode(tokenizer, "x")[-1:]  # before each token: decoders strip the first one's space
+    start = len(tokenizer.decode(anchor))
+
+    def piece(number):
+        text = tokenizer.decode([*anchor, int(number)], clean_up_tokenization_spaces=False)[start:]
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+    texts = [piece(number) for number in ids[:most]]
+    if len(ids) > most:
+        half = most // 2
+        texts[half:] = [f" ... ({len(ids) - most} more) ... ", *(piece(number) for number in ids[-half:])]
+    boundary = "·" if any("|" in text for text in texts) else "|"
+    return boundary + boundary.join(texts) + boundary
+
+
+def token(tokenizer, number):
+    """A token's text and id. The mask of some models is not in the tokenizer's vocabulary."""
+    text = tokenizer.convert_ids_to_tokens(number) if number < len(tokenizer) else None
+    return f"{number}" if text is None else f"{text} ({number})"
