@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Does it reason better? base -> sample -> verify -> pairs -> reference scores -> DPO, and SFT on the chosen with as many
-# forward-backward tokens, and stopped early -> accuracy of each on held-out problems, three seeds side by side:
+# Does DPO make the model reason better? Sample, verify, pair, score, train by DPO. For comparison train by SFT on the
+# chosen responses, once with as many forward-backward tokens and once stopped early. Then measure the accuracy of each on
+# held-out problems, for three seeds:
 #
 #   bash examples/improve.sh              # the embedded model and task, no download; ends in runs/improve/results.json
 #   bash examples/improve.sh --rounds 2   # again from the DPO model, which is then the reference; results-2-rounds.json
 #
 # Environment: SEEDS="1 2 3", PROBLEMS=250 to sample, HELD_OUT=300, WORK=runs/improve, JOBS (seeds at a time;
-# default: one a core). Each seed draws its own problems, noise, order and held-out problems. Training and samples that are
-# there are not made again; other PROBLEMS want another WORK.
+# default: one a core). Each seed draws its own problems, noise, order and held-out problems. Run the same command to
+# resume: finished training and samples are kept. Other PROBLEMS need another WORK.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 cd "$here"
@@ -26,15 +27,15 @@ one_seed() {
     for round in $(seq "$rounds"); do
         folder=$WORK/seed-$seed/round-$round
         mkdir -p "$folder"
-        # 1. sample and verify; pairs of right and wrong answers of this very model. Token by token: at temperature 1 that
-        # finds both for twice as many prompts as blocks of 8, where the surest tokens come first and settle the rest
+        # 1. Sample and verify; pair right and wrong answers of this very model. Token by token: at temperature 1 this finds
+        # both for twice as many prompts as blocks of 8, where the most confident tokens come first and decide the rest.
         "$python" make_prefs.py --strategy sample --model "$from" --task arithmetic --num "$PROBLEMS" --k 8 \
             --temperature 1 --pairs_per_prompt 4 --seed "$seed$round" $sampler --block_length 1 --out "$folder/prefs.jsonl"
-        # 2. tokens, noise, reference scores
+        # 2. Tokens, noise, reference scores.
         "$python" data_prep.py --reuse --in "$folder/prefs.jsonl" --out "$folder/packed" --model_name_or_path "$from" $shared
         "$python" score.py --data "$folder/packed" $shared
-        # 3. DPO; from the same start SFT on the chosen, with as many forward-backward tokens (some 12 epochs), and with the
-        # number of steps that served best on the problems of seed 9 (25 of 25, 50, 100, 170 and as many)
+        # 3. DPO; and, from the same start, SFT on the chosen: with as many forward-backward tokens (some 12 epochs), and
+        # with 25 steps, the best of 25, 50, 100, 170 and as many on the problems of seed 9.
         "$python" train_dpo.py --data "$folder/packed" --output_dir "$folder/dpo" $shared \
             --learning_rate 1e-4 --num_train_epochs 1 --gradient_accumulation_steps 16 --eval_fraction 0.1
         for name in sft sft-early; do
@@ -46,11 +47,11 @@ one_seed() {
         compare=("$folder/sft/final" "$folder/sft-early/final" "$from" "${compare[@]}")
         from=$folder/dpo/final
     done
-    # 4. everyone on the same held-out problems, which stop by themselves
+    # 4. All models on the same held-out problems; responses end by themselves.
     "$python" evaluate.py --model "$from" --compare "${compare[@]}" --tasks arithmetic --limit "$HELD_OUT" --seed "$seed" \
         $sampler --block_length 8 --output_dir "$WORK/seed-$seed/evaluate-$rounds"
 }
-run_seed() { # with its log, and without "||" behind it, where bash would go on after a failure
+run_seed() { # with its log; not followed by "||", where bash would continue after a failure
     set -eu
     exec 3>&2 > "$WORK/seed-$1.log" 2>&1
     trap '[ $? = 0 ] || echo "error: seed $1 stopped: $(tail -n 1 "$WORK/seed-$1.log")" >&3' EXIT

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes examples/tiny and examples/prefs.jsonl anew, from nothing but this repository:  bash examples/make_tiny.sh
+# Makes examples/tiny and examples/prefs.jsonl again, from this repository alone:  bash examples/make_tiny.sh
 # A tokenizer, 340,000 generated problems, masked-diffusion SFT from random weights (some three hours on one core).
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 cd "$here"
 work=${WORK:-runs/make-tiny}
 mkdir -p "$work"
-rows() { # name: packs $work/NAME.jsonl with the tokenizer of the first rows
+rows() { # NAME: packs $work/NAME.jsonl with the tokenizer of the first rows
     [ -d "$work/init" ] || "$python" examples/new_tiny.py --in "$work/$1.jsonl" --out "$work/init"
     "$python" data_prep.py --reuse --in "$work/$1.jsonl" --out "$work/$1" --model_name_or_path "$work/init"
 }
@@ -14,9 +14,9 @@ rows() { # name: packs $work/NAME.jsonl with the tokenizer of the first rows
 rows some
 "$python" make_prefs.py --strategy corrupt --task arithmetic --num 250000 --seed 2 --out "$work/more.jsonl"
 rows more
-"$python" examples/hasty.py 29000 "$work/hasty.jsonl" # the model's flaw: it ends too soon
+"$python" examples/hasty.py 29000 "$work/hasty.jsonl" # gives the model its flaw: it ends too soon
 rows hasty
-# Responses are padded to 40 tokens with end tokens that count in the loss, so that the model ends by itself.
+# Responses are padded to 40 tokens with end tokens that count in the loss, so that the model learns to end.
 sft() { # rows, model, output folder, steps, learning rate, seed
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$python" train_dpo.py --loss_type sft --deepspeed ds_configs/zero0.json \
         --data "$work/$1" --model_name_or_path "$2" --output_dir "$3" --max_steps "$4" --learning_rate "$5" \

@@ -17,7 +17,7 @@ import sentencepiece
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from models.llada import LLaDAConfig, LLaDAModelLM  # noqa: E402
+from models.llada import LLaDAConfig, LLaDAModelLM
 
 UNK, BOS, EOS, MASK = 0, 1, 2, 3
 

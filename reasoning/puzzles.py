@@ -70,9 +70,8 @@ def draw_ordering(rng):
     people = tuple(draw_people(rng, count))
     skeleton, prompt = story(sentences, f"Who is {asked}?", **blanks(n=people))
     steps = tuple((people[i], people[i + 1]) for i in told)
-    return skeleton, Problem(
-        prompt, write_order(steps, people, place), people[place], "ordering", steps, (people, place)
-    )
+    solution = write_order(steps, people, place)
+    return skeleton, Problem(prompt, solution, people[place], "ordering", steps, (people, place))
 
 
 def write_order(clues, order, place, answer=None):
@@ -105,11 +104,8 @@ def draw_constraints(rng):
     for i in range(count - 1):
         others = shuffled(rng, pets[i + 1 :])
         has.append(() if told[i] else tuple(others))
-        clues.append(
-            f"{{n{i}}} has the {{p{i}}}."
-            if told[i]
-            else f"{{n{i}}} does not have " + " or ".join(f"the {{p{other}}}" for other in others) + "."
-        )
+        excluded = " or ".join(f"the {{p{other}}}" for other in others)
+        clues.append(f"{{n{i}}} has the {{p{i}}}." if told[i] else f"{{n{i}}} does not have {excluded}.")
     opening = f"{listed('{n%d}', shuffled(rng, pets))} have {listed('a {p%d}', shuffled(rng, pets))}, one each."
     asked = int(rng.random() * count)
     by_name = rng.random() < 0.5
@@ -196,13 +192,8 @@ def lookup_errors(problem):
     links, rows = problem.steps, problem.facts
     for place in range(len(links)):
         for row in rows[1:]:
-            yield (
-                "wrong_row",
-                place,
-                write_links(
-                    (*links[:place], (links[place][0], row[place + 1]), *zip(row[place + 1 :], row[place + 2 :]))
-                ),
-            )
+            there = ((links[place][0], row[place + 1]), *zip(row[place + 1 :], row[place + 2 :]))
+            yield "wrong_row", place, write_links((*links[:place], *there))
     for row in rows[1:]:
         yield "wrong_start", 0, write_links(tuple(zip(row, row[1:])))
     yield "dropped_step", len(links) - 1, write_links(links[:-1])
@@ -211,14 +202,7 @@ def lookup_errors(problem):
 # --- times ------------------------------------------------------------------------------------------------
 
 OUTINGS = ("{n0} leaves at {a}", "{n0} starts at {a}", "{n0} gets up at {a}")
-LEGS = (
-    "walks for {b} minutes",
-    "waits for {b} minutes",
-    "reads for {b} minutes",
-    "works for {b} minutes",
-    "rests for {b} minutes",
-    "drives for {b} minutes",
-)
+LEGS = tuple(f"{verb} for {{b}} minutes" for verb in ("walks", "waits", "reads", "works", "rests", "drives"))
 
 
 def clock(minutes):
@@ -307,9 +291,8 @@ def draw_quantities(rng):
     [name] = draw_people(rng, 1)
     told = [sentence.replace("{a}", str(number)), "Then " + change.replace("{b}", str(other))]
     skeleton, prompt = story(told, ASKED[what], n0=name, he=NAMES[name][0])
-    return skeleton, Problem(
-        prompt, write_sums(steps), str(total + other if op == "+" else total - other), "quantities", steps, taken_for
-    )
+    answer = str(total + other if op == "+" else total - other)
+    return skeleton, Problem(prompt, write_sums(steps), answer, "quantities", steps, taken_for)
 
 
 def write_sums(steps, slips=(0, 0)):
@@ -328,15 +311,12 @@ def quantities_errors(problem):
     """wrong_unit: a dozen taken for ten; wrong_operation; arithmetic_slip; dropped_step."""
     (number, _, each), (total, op, other) = steps = problem.steps
     found = [("wrong_unit", 0, write_sums(((number, "*", wrong), steps[1]))) for wrong in problem.facts]
-    found += [
-        ("wrong_operation", 0, write_sums(((number, "+", each), steps[1]))),
-        ("wrong_operation", 1, write_sums((steps[0], (total, "-" if op == "+" else "+", other)))),
-    ]
-    found += [
-        ("arithmetic_slip", place, write_sums(steps, (slip * (place == 0), slip * (place == 1))))
-        for place in (0, 1)
-        for slip in (-10, -2, -1, 1, 2, 10)
-    ]
+    other_op = "-" if op == "+" else "+"
+    found.append(("wrong_operation", 0, write_sums(((number, "+", each), steps[1]))))
+    found.append(("wrong_operation", 1, write_sums((steps[0], (total, other_op, other)))))
+    slips = (-10, -2, -1, 1, 2, 10)
+    found += [("arithmetic_slip", 0, write_sums(steps, (slip, 0))) for slip in slips]
+    found += [("arithmetic_slip", 1, write_sums(steps, (0, slip))) for slip in slips]
     found += [("dropped_step", 0, write_sums(((number, op, other),))), ("dropped_step", 1, write_sums(steps[:1]))]
     yield from (each for each in found if each[2])
 

@@ -3,6 +3,7 @@
 bash tests/run.sh tests/reasoning/test_benchmarks.py
 """
 
+import errno
 import gzip
 import json
 import sys
@@ -425,3 +426,18 @@ def test_the_hub_is_asked_for_the_right_data_set_and_its_absence_is_one_sentence
     with pytest.raises(InputError, match="--data_dir"):
         read(name)
     assert asked == [benchmarks.BENCHMARKS[name].hub]
+
+
+def test_a_disk_that_a_download_fills_is_no_lack_of_network(monkeypatch):
+    """datasets wraps the error of the write into one of its own."""
+    import datasets
+
+    def load_dataset(*path, split):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/cache/gsm8k.arrow")
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(OSError, match="No space left on device: '/cache/gsm8k.arrow'"):
+        read("gsm8k")

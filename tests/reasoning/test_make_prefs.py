@@ -5,6 +5,8 @@ bash tests/run.sh tests/reasoning/test_make_prefs.py
 
 import json
 import random
+import shlex
+import shutil
 
 import pytest
 from small import ROOT, call, flags, refusal
@@ -103,6 +105,19 @@ def test_sample(sampled):
     assert {row["meta"]["place"] for row in rows} == set(mixed)
 
 
+def test_next_command(sampled, tmp_path, capsys):
+    """It repeats what data_prep.py needs to know of the model, and a file name that a shell would split is quoted."""
+    out = tmp_path / "two words.jsonl"
+    shutil.copy(sampled.with_name("prefs.jsonl.samples.jsonl"), tmp_path / "two words.jsonl.samples.jsonl")
+    argv = [*SAMPLE, *flags(task="arithmetic", num=70, out=out, trust_remote_code="true")]
+    call(make_prefs.main, *argv)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith(f"next: python data_prep.py --in '{out}' ")
+    assert f"--model_name_or_path {TINY}" in last and "--trust_remote_code True" in last and "--seed" not in last
+    words = shlex.split(last.removeprefix("next: python data_prep.py "))
+    call(data_prep.main, *words, "--out", tmp_path / "packed")
+
+
 def test_sample_goes_on(sampled, tmp_path, monkeypatch):
     """A job killed while it wrote: what is whole is kept, the rest is sampled anew, and the file comes out the same."""
     source = sampled.with_name("prefs.jsonl.samples.jsonl")
@@ -159,6 +174,7 @@ def test_sample_from_a_file(tmp_path):
         for i, problem in enumerate(problems)
     ]
     out = tmp_path / "prefs.jsonl"
+    write(tmp_path / "prefs.jsonl.samples.jsonl", [{"model": "another"}])  # begun, and stopped before any response
     call(make_prefs.main, "--in", write(tmp_path / "problems.jsonl", rows), *SAMPLE, "--out", out)
     answers = {problem.prompt: problem.answer for problem in problems}
     assert read(out)
