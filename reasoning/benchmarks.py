@@ -28,10 +28,18 @@ class Item(NamedTuple):
     answer: str  # gold
 
 
+class Asked(NamedTuple):
+    """An Item without its id."""
+
+    question: str
+    prompt: str
+    answer: str
+
+
 class Benchmark(NamedTuple):
     files: tuple  # names under --data_dir, the first that is there; * stands for anything
     hub: tuple  # data set, configuration, split
-    ask: Callable  # row -> (question, prompt, answer); KeyError, TypeError or ValueError if it is not of this benchmark
+    ask: Callable  # row -> Asked; KeyError, TypeError or ValueError if it is not of this benchmark
     extract: Callable  # response -> the answer's text, or None
     correct: Callable  # (extracted, gold) -> bool
 
@@ -48,7 +56,7 @@ def ask_gsm8k(row):
     if answer is None:
         raise ValueError("its answer ends in no number after ####")
     prompt = f"Question: {row['question']}\nSolve it step by step. End with #### and the number alone.\nAnswer:"
-    return row["question"], prompt, answer
+    return Asked(row["question"], prompt, answer)
 
 
 def plain_number(text):
@@ -94,7 +102,7 @@ def lone_number(line):
 
 def ask_math(row):
     prompt = f"Problem: {row['problem']}\nSolve it step by step. Put the final answer in \\boxed{{}}.\nSolution:"
-    return row["problem"], prompt, str(row["answer"])
+    return Asked(row["problem"], prompt, str(row["answer"]))
 
 
 def boxed(text):
@@ -142,7 +150,7 @@ def ask_logiqa(row):
         f"{row['text']}\n\nQuestion: {row['question']}\n{options}\n"
         'Think step by step. End with "The answer is" and the letter.\nAnswer:'
     )
-    return row["text"], prompt, "ABCD"[row["answer"]]
+    return Asked(row["text"], prompt, "ABCD"[row["answer"]])
 
 
 BARE = r"(?<![A-Za-z'])([A-D])(?![A-Za-z'])"  # a letter that is no word's
@@ -195,7 +203,7 @@ def ask_hotpotqa(row):
     context = "".join(f"{title}: {''.join(sentences)}\n\n" for title, sentences in paragraphs)
     question = row["question"]
     prompt = f"{context}Question: {question}\nGive the answer alone, in as few words as possible.\nAnswer:"
-    return question, prompt, row["answer"]
+    return Asked(question, prompt, row["answer"])
 
 
 def short_answer(text):
@@ -266,10 +274,10 @@ def read(name, data_dir=None):
     items = []
     for number, row in enumerate(rows, 1):
         try:
-            texts = BENCHMARKS[name].ask(row)
-            if not all(isinstance(text, str) and text.encode() and text.strip() for text in texts):
+            asked = BENCHMARKS[name].ask(row)
+            if not all(isinstance(text, str) and text.encode() and text.strip() for text in asked):
                 raise ValueError("expected texts that are not empty")
-            items.append(Item(str(number), *texts))
+            items.append(Item(str(number), *asked))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             said = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{place}: row {number} is not one of {name} ({said})") from None
@@ -290,8 +298,9 @@ def local_rows(name, folder):
         )
     try:
         text = found[0].read_text(encoding="utf-8-sig")
-        lines = [line for line in text.split("\n") if line.strip()]
-        return found[0], json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
+        if text.lstrip().startswith("["):
+            return found[0], json.loads(text)
+        return found[0], [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{found[0]}: expected JSON, one object a line or one list ({error})") from None
 

@@ -85,7 +85,7 @@ def test_the_gold_solutions_of_gsm8k_are_right(shared):
         rows = lines(shared / "gsm8k" / f"{name}.jsonl")
         assert len(rows) == count
         for row in rows:
-            gold = benchmarks.ask_gsm8k(row)[2]
+            gold = benchmarks.ask_gsm8k(row).answer
             assert grade("gsm8k", gold, row["answer"])["correct"]
             assert gold == row["answer"].split("#### ")[1].replace(",", "")
 
