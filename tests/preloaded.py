@@ -49,8 +49,8 @@ IMPORTS = (
     "lm_eval.api.model",
 )
 # The first letters of variables that Python and these modules read while they start.
-READ_AT_START = ("CUDA_", "DS_", "HF_", "HOME", "HUGGINGFACE", "LANG", "LC_", "LD_", "MKL_", "ONEDNN_", "PYTHON")
-READ_AT_START += ("TORCH_", "TRANSFORMERS_", "XDG_")
+READ_AT_START = ("CUDA_", "DS_", "HF_", "HOME", "HUGGINGFACE", "LANG", "LC_", "LD_", "MALLOC_", "MKL_", "ONEDNN_")
+READ_AT_START += ("PYTHON", "TORCH_", "TRANSFORMERS_", "XDG_")
 READ_LATER = {"PYTHONUNBUFFERED"}
 INTEGER = 8  # bytes of a number on the socket
 ORPHAN = b"o"  # what a client sends when its parent has ended
@@ -83,11 +83,11 @@ def serve(folder):
         if os.fork() == 0:
             listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            return keep(connection)
+            return keep(connection, folder)
         connection.close()
 
 
-def keep(connection):
+def keep(connection, folder):
     """Fork the command of one request and report on it. Returns the request in the command's process alone."""
     os.setsid()
     header, streams, _, _ = socket.recv_fds(connection, INTEGER, 3)
@@ -96,6 +96,7 @@ def keep(connection):
     if pid == 0:
         connection.close()
         become(request, streams)
+        sys.executable = str(folder / "bin" / "python")  # for what the command starts itself
         return request
     for stream in streams:
         os.close(stream)
@@ -301,7 +302,8 @@ def stand_in(folder, words):
     """Be `python WORDS...` for a shell script: ask the server, pass on signals, end as the command ends."""
     fixed = json.loads((folder / "fixed.json").read_text())
     plain = words and (words[0] in ("-c", "-m", "-") or not words[0].startswith("-"))
-    if not plain or read_at_start(os.environ) != fixed:
+    inherits = "multiproc" in "".join(words[1:2])  # more open files than these three
+    if not plain or inherits or read_at_start(os.environ) != fixed:
         os.execv(sys.executable, [sys.executable, *words])
     import ctypes
 
