@@ -13,7 +13,7 @@ for _name, _value in {
     "OMP_NUM_THREADS": "1",  # tiny tensors: threads only wait for each other where the machine is busy
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
-    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",  # AMX sums bfloat16 products in another order than the original's logits were made in
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",  # AMX sums bfloat16 products in another order than the original's code did
     "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),  # DeepSpeed's CPU Adam, compiled once
 }.items():
     os.environ.setdefault(_name, _value)
@@ -25,21 +25,22 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = ("test_launch.py", "test_kills.py", "test_world.py", "test_bench.py", "test_full_disk.py")
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the tests marked long, too")
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(
-        key=lambda item: item.path.name != "test_launch.py"
-    )  # the longest first: the other workers share the rest
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+def pytest_collection_modifyitems(config, items):
+    """Start with the files that take longest: the other workers share the rest. Skip what cannot or should not run."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+        if "long" in item.keywords and not config.getoption("--all"):
+            item.add_marker(pytest.mark.skip(reason="long: bash tests/run.sh --all runs it"))
 
 
 @pytest.fixture(scope="session")

@@ -248,6 +248,15 @@ def shell(command, folder, fresh=False, **environment):
     return subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True)
 
 
+def copy_of_the_repository(folder):
+    """Copy the files that git tracks, or would if they were added, as they are now."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in filter(lambda name: (ROOT / name).is_file(), names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+
+
 def run_jobs(folder, world, jobs, timeout=600):
     """Run `jobs` (name, script, arguments) one after the other in one worker.py per rank; {name: [what each rank did]}.
 

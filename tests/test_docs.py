@@ -8,25 +8,27 @@ import ast
 import functools
 import importlib
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
-from small import shell
+from small import ROOT, copy_of_the_repository, shell
+from test_structure import COMMANDS, ROOMS
 
-ROOT = Path(__file__).resolve().parent.parent
+import config
+from cli import parser
+
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS, ROOT / "bench" / "README.md", ROOT / "ds_configs" / "README.md"]
-ELSEWHERE = "## Symptoms"  # from here on the page is about what others print, or nobody
-HOLE = "\0"  # in a message, what is filled in when it is said
+ELSEWHERE = "## Symptoms"  # what follows is about messages of others, or about none
+HOLE = "\0"  # stands for what is filled in when a message is printed
 
-# who is handed a user's sentence, and as which argument
-SAYERS = {"InputError": 0, "Malformed": 0, "LeftOut": 0, "leave_out": 0, "ValueError": 0, "cannot_check": 0}
-SAYERS |= {"downloading": 0, "refuse_or_leave_out": 3}
-INTERNAL = ("diffusion.py", "tasks.py")  # their ValueErrors are ours to hear, not a user's
-# functions that make the words of a print(f"warning: {words}"), by the file that prints them; None: a sayer of SAYERS makes them
-WORDS_OF = {"tracking.py": ("guard.py", "falling"), "plan.py": ("plan.py", "stuck")}
-SCRIPTS = sorted(path for path in (*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py")))
+# What is called with a user's sentence: {function or class: which argument the sentence is}
+SAYERS = {"InputError": 0, "Malformed": 0, "Tie": 0, "ValueError": 0, "cannot_check": 0, "downloading": 0}
+SAYERS |= {"refuse_or_leave_out": 3, "Row": 3}
+INTERNAL = ("scoring/noise.py", "reasoning/tasks.py")  # their ValueErrors are for programmers, not for users
+# {a file that prints f"warning: {words}": (the file, the function that makes the words)}
+WORDS_OF = {"training/tracking.py": ("training/guard.py", "falling"), "plan.py": ("training/advice.py", "stuck")}
+REASONS = ("data_prep.py", "preferences/rows.py", "preferences/sources.py", "preferences/demonstrations.py")
+SCRIPTS = sorted(path for folder in (".", "examples", *ROOMS) for path in (ROOT / folder).glob("*.py"))
 SHELLS = sorted((*ROOT.glob("*.sh"), *(ROOT / "examples").glob("*.sh")))
 
 
@@ -50,16 +52,16 @@ def words(text):
     return re.findall(r"[A-Za-z_-]{2,}", text)
 
 
-def whole(tree):
+def strings(tree):
     """The strings of a tree, an f-string as one and not its pieces too."""
-    pieces = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    return [
-        node for node in ast.walk(tree) if isinstance(node, (ast.Constant, ast.JoinedStr)) and id(node) not in pieces
-    ]
+    f_strings = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    pieces = {id(piece) for node in f_strings for piece in node.values}
+    plain = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in pieces]
+    return f_strings + plain
 
 
-def sources_of(function):
-    """[(variable, or "" for what is returned; text)]: the sentences that a function gives to its variables, and gives back."""
+def sentences(function):
+    """[(variable, text)] of the sentences that a function assigns; the variable is "" for what it returns."""
     found = []
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -69,78 +71,108 @@ def sources_of(function):
     return [(name, text) for name, text in found if len(words(text)) > 3 and not text.startswith("python ")]
 
 
-def inside(expression, local, functions):
-    """Sentences that a message takes from variables, and from functions of its file."""
+def inside(expression, function, functions):
+    """Sentences that a message takes from variables of its function, and from what functions of its file return."""
     names = {getattr(node, "id", None) for node in ast.walk(expression)}
-    yield from (text for name, text in local if name in names)
-    yield from (
-        text for function in functions if function.name in names for name, text in sources_of(function) if not name
-    )
+    found = [text for name, text in sentences(function) if name in names]
+    for other in functions:
+        if other.name in names:
+            found += [text for name, text in sentences(other) if not name]
+    return found
 
 
-def of_function(function, functions):
-    """Yields (line, text) of what one function says in a sentence."""
-    local = [(name, text) for name, text in sources_of(function) if name]
+def said_by(function, functions):
+    """Yields (line, text) of the messages of one function; functions: all of its file."""
     for node in ast.walk(function):
-        said = None
         if isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            place = {**SAYERS, "Row": 3}.get(name)
-            said = node.args[place] if place is not None and len(node.args) > place else None
-        if said is not None:
-            yield from ((node.lineno, text) for text in (*texts(said), *inside(said, local, functions)))
-    for node in whole(function):
-        for text in texts(node):
-            if text.startswith("warning: "):
-                yield from ((node.lineno, each) for each in (text, *inside(node, local, functions)))
+            place = SAYERS.get(name, len(node.args))
+            for sentence in node.args[place : place + 1]:
+                for text in [*texts(sentence), *inside(sentence, function, functions)]:
+                    yield node.lineno, text
+    for node in strings(function):
+        for warning in texts(node):
+            if warning.startswith("warning: "):
+                for text in [warning, *inside(node, function, functions)]:
+                    yield node.lineno, text
+
+
+def warnings_made_by(function):
+    """Yields (line, text) of the sentences that a function of WORDS_OF returns, yields or appends."""
+    for node in ast.walk(function):
+        made = node.args if isinstance(node, ast.Call) else []
+        if isinstance(node, (ast.Return, ast.Yield)):
+            made = [node.value]
+        for value in made:
+            for text in texts(value):
+                if len(words(text)) > 5:
+                    yield node.lineno, text
+
+
+def assigned(node):
+    """[(target, value)] of an assignment, tuples taken apart; three returned values are a reason and two others."""
+    if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and len(node.value.elts) == 3:
+        return [(ast.Name("reason"), node.value.elts[0])]
+    if not isinstance(node, ast.Assign):
+        return []
+    target = node.targets[0]
+    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+        return list(zip(target.elts, node.value.elts))
+    return [(target, node.value)]
+
+
+def reasons(tree):
+    """Yields (line, reason): why a row is left out."""
+    for node in ast.walk(tree):
+        for target, value in assigned(node):
+            name = getattr(target, "attr", getattr(target, "id", ""))
+            if name == "reason" and isinstance(value, ast.Constant) and value.value:
+                yield node.lineno, value.value
+
+
+def said_in(path):
+    """Yields (line, text) of the messages of a Python file."""
+    source = path.read_text(encoding="utf-8")
+    tree, lines, name = ast.parse(source), source.splitlines(), str(path.relative_to(ROOT))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    for function in functions:
+        for line, text in said_by(function, functions):
+            if not (name in INTERNAL and "ValueError" in lines[line - 1]):
+                yield line, text
+        if (name, function.name) in WORDS_OF.values():
+            yield from warnings_made_by(function)
+    if name in REASONS:
+        yield from reasons(tree)
+
+
+def said_in_shell(path):
+    """Yields (line, text) of the messages of a shell script."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        line = re.sub(r"\$\((?:[^()]|\([^()]*\))*\)|\$\{[^}]*\}|\$[\w*]+", HOLE, line)
+        for text in re.findall(r'\bdie "([^"]*)"', line):
+            yield number, text.replace("\\", "")
 
 
 @functools.cache
 def messages():
-    """{"FILE:LINE": [text]} of everything that the scripts say to their users in anger."""
+    """{"FILE:LINE": [text]} of every error and warning of the scripts."""
     found = {}
-
-    def add(path, line, text):
-        if len(words(text)) > 1 or text.isalpha():
-            found.setdefault(f"{path.relative_to(ROOT)}:{line}", []).append(" ".join(text.split()))
-
-    makers = [each for each in WORDS_OF.values() if each]
-    for path in SCRIPTS:
-        source = path.read_text(encoding="utf-8")
-        tree, lines = ast.parse(source), source.splitlines()
-        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-        for function in functions:
-            for line, text in of_function(function, functions):
-                if not (path.name in INTERNAL and "ValueError" in lines[line - 1]):
-                    add(path, line, text)
-            if (path.name, function.name) in makers:
-                for node in ast.walk(function):  # said.append(...), return ...
-                    made = (
-                        node.args
-                        if isinstance(node, ast.Call)
-                        else [node.value]
-                        if isinstance(node, ast.Return)
-                        else []
-                    )
-                    for text in [text for each in made for text in texts(each) if len(words(text)) > 5]:
-                        add(path, node.lineno, text)
-    for path in SHELLS:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            line = re.sub(r"\$\((?:[^()]|\([^()]*\))*\)|\$\{[^}]*\}|\$[\w*]+", HOLE, line)
-            for text in re.findall(r'\bdie "([^"]*)"', line):
-                add(path, number, text.replace("\\", ""))
+    for path in [*SCRIPTS, *SHELLS]:
+        for line, text in said_in(path) if path.suffix == ".py" else said_in_shell(path):
+            if len(words(text)) > 1 or text.isalpha():
+                found.setdefault(f"{path.relative_to(ROOT)}:{line}", []).append(" ".join(text.split()))
     return found
 
 
 def entries():
-    """The patterns of docs/troubleshooting.md's tables: the texts in backticks of first cells, <...> for what is filled in."""
+    """The patterns of docs/troubleshooting.md: texts in backticks in the first cells of its tables."""
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     cells = [line.split(" | ")[0] for line in text.partition(ELSEWHERE)[0].splitlines() if line.startswith("| ")]
     return [pattern for cell in cells for pattern in re.findall(r"`([^`]+)`", cell)]
 
 
 def covers(pattern, message):
-    """Whether a pattern is about a message: <...> stands for what is filled in. One of few letters must be all of the message."""
+    """Whether a pattern is about a message. <...> stands for a value; a pattern of few letters must match all of it."""
     parts = re.split(r"(<[^>]*>)", pattern)
     value = f"[\"']?{HOLE}+[\"']?"
     expression = "".join(value if part.startswith("<") else re.escape(part) for part in parts)
@@ -150,7 +182,7 @@ def covers(pattern, message):
 
 
 def lacking(found, patterns):
-    """Lines for an author: where a message is, and the pattern that would be about it."""
+    """For each message without a pattern, the line that its author should add to docs/troubleshooting.md."""
     return [
         f"{place}: | `{text.replace(HOLE, '<...>')}` | when it is said | what to do |"
         for place, said in sorted(found.items())
@@ -172,11 +204,9 @@ def test_what_covers_what():
 
 
 def test_every_message_has_an_entry():
-    """An author who adds a message finds here the row that docs/troubleshooting.md wants; its words may be shortened to those
-    that a reader would search for, ten letters of them."""
-    assert not (lines := lacking(messages(), entries())), f"docs/troubleshooting.md lacks {len(lines)}:\n" + "\n".join(
-        lines
-    )
+    """The failure shows the rows that docs/troubleshooting.md lacks. A row may shorten a message, to ten letters or more."""
+    lines = lacking(messages(), entries())
+    assert not lines, f"docs/troubleshooting.md lacks {len(lines)}:\n" + "\n".join(lines)
 
 
 def test_no_entry_is_about_a_message_that_is_gone():
@@ -186,13 +216,11 @@ def test_no_entry_is_about_a_message_that_is_gone():
 
 def test_a_warning_says_words_that_are_found():
     """print(f"warning: {words}") hides its words from this test: WORDS_OF must name the function that makes them."""
-    bare = {
-        path.name
-        for path in SCRIPTS
-        for node in whole(ast.parse(path.read_text(encoding="utf-8")))
-        for text in texts(node)
-        if re.fullmatch(f"warning: {HOLE}+", text)
-    }
+    bare = set()
+    for path in SCRIPTS:
+        for node in strings(ast.parse(path.read_text(encoding="utf-8"))):
+            if any(re.fullmatch(f"warning: {HOLE}+", text) for text in texts(node)):
+                bare.add(str(path.relative_to(ROOT)))
     assert bare == WORDS_OF.keys()
 
 
@@ -231,66 +259,50 @@ def test_links(page):
 
 # --- commands and flags -----------------------------------------------------------------------------------
 
-FOREIGN = (
-    "pip",
-    "hf",
-    "apt",
-    "find",
-    "trl",
-    "ssh",
-    "nvcc",
-    "deepspeed",
-    "tensorboard",
-)  # commands whose flags are not ours
-# what no parser of ours holds: of launch.sh and examples/improve.sh; lm_eval's own, which evaluate.py passes on
-SHELL_FLAGS = {"--num_gpus", "--setup", "--help", "--rounds", "--reuse"}
+FOREIGN = "pip hf apt find trl ssh nvcc deepspeed tensorboard".split()  # commands whose flags are not ours
+LAUNCH = {"--num_gpus", "--setup", "--help", "--reuse"}  # flags of launch.sh itself
+SHELL = {"examples/improve.sh": {"--rounds"}, "tests/run.sh": {"--all"}}
 LM_EVAL = {"--model", "--model_args", "--tasks", "--limit", "--apply_chat_template", "--use_cache", "--num_fewshot"}
 
 
 class Read(Exception):
-    """The parser of a script, caught in the act."""
+    """Raised instead of reading arguments, with the parser that would have read them."""
 
 
 @pytest.fixture(scope="module")
 def flags():
-    """{script: the flags that its own parser takes}."""
-    import config
+    """{script: the flags that its own parser takes}; lm_eval's flags are passed on by reasoning/harness.py."""
+    found = {"reasoning/harness.py": LM_EVAL} | SHELL
 
-    found = {"launch.sh": set(), "examples/improve.sh": SHELL_FLAGS, "harness.py": LM_EVAL, "tests/run.sh": set()}
-
-    def caught(parser, *_, **__):
-        raise Read(parser)
+    def caught(of_script, *_):
+        raise Read(of_script)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "read", caught)
+        patch.setattr(parser.Parser, "read", caught)
         patch.setattr(argparse.ArgumentParser, "parse_args", caught)
-        for path in ROOT.glob("*.py"):
-            source = path.read_text(encoding="utf-8")
-            if path.name != "harness.py" and 'if __name__ == "__main__"' in source and "def main(argv=None)" in source:
-                try:
-                    importlib.import_module(path.stem).main([*(["--in", "x"] if path.name == "data_prep.py" else [])])
-                except Read as read:
-                    found[path.name] = options(read.args[0])
-    found["launch.sh"] = SHELL_FLAGS | set().union(
-        *(found[name] for name in ("data_prep.py", "score.py", "train_dpo.py"))
-    )
-    found["data_prep.py"] |= {"--reuse"}
+        for name in COMMANDS:
+            with pytest.raises(Read) as read:
+                importlib.import_module(name).main([])
+            found[f"{name}.py"] = options(read.value.args[0])
+    found["launch.sh"] = LAUNCH.union(*(found[name] for name in ("data_prep.py", "score.py", "train_dpo.py")))
     for path in (*ROOT.glob("bench/*.py"), *ROOT.glob("examples/*.py")):
-        found[str(path.relative_to(ROOT))] = set(re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8"))) | {
-            "--help"
-        }
+        named = re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8"))
+        found[str(path.relative_to(ROOT))] = {"--help", *named}
     return found
 
 
-def options(parser):
-    """All flags of a parser, those of its subcommands too."""
-    groups = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    below = [each for choices in groups for each in choices.values()]
-    return {name for action in parser._actions for name in action.option_strings}.union(*map(options, below))
+def options(of_script):
+    """All flags of a parser and of its subcommands."""
+    found = set()
+    for action in of_script._actions:
+        found |= set(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            found = found.union(*map(options, action.choices.values()))
+    return found
 
 
 def spoken(page):
-    """The commands and code spans of a page: the lines of its blocks, and what stands in backticks, on one line each."""
+    """The commands and code spans of a page: the lines of its blocks, and what stands in backticks on one line."""
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"^ *```(?:bash|)\n(.*?)^ *```", text, re.S | re.M)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -311,25 +323,19 @@ def test_flags(page, flags):
 
 def test_yaml_blocks(tmp_path):
     """Every YAML block of the pages is a file for --config_file."""
-    import config
-
     for page in DOCS:
         for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M):
             (tmp_path / "run.yaml").write_text(block)
             config.parse(["--config_file", str(tmp_path / "run.yaml")], "", *config.GROUPS)
 
 
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.long)], ids=["forked", "fresh"])
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
-def test_commands(page, tmp_path):
-    """The commands of a page run, in order, in a copy of the repository as a newcomer has it."""
-    names = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in filter(None, names.stdout.split("\n")):
-        if (ROOT / name).is_file():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+def test_commands(page, fresh, tmp_path):
+    """The commands of a page run, in order, in a copy of the repository."""
+    copy_of_the_repository(tmp_path)
     blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
-    for command in [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]:
-        done = shell(command, tmp_path)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+    for block in blocks:
+        for command in filter(str.strip, block.replace("\\\n", " ").splitlines()):
+            done = shell(command, tmp_path, fresh)
+            assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
