@@ -21,13 +21,12 @@ PAGES = [ROOT / "README.md", *DOCS, ROOT / "bench" / "README.md", ROOT / "ds_con
 ELSEWHERE = "## Symptoms"  # what follows is about messages of others, or about none
 HOLE = "\0"  # stands for what is filled in when a message is printed
 
-# What is called with a user's sentence: {function or class: which argument the sentence is}
-SAYERS = {"InputError": 0, "Malformed": 0, "Tie": 0, "ValueError": 0, "cannot_check": 0, "downloading": 0}
-SAYERS |= {"refuse_or_leave_out": 3, "Row": 3}
+# What is called with a user's sentence: {function or class: the arguments that are sentences}
+SAYERS = dict.fromkeys(("InputError", "Malformed", "Tie", "ValueError", "LeftOut", "cannot_check", "downloading"), (0,))
+SAYERS |= {"leave_out": (0,), "refuse_or_leave_out": (3,), "Row": (3,)}
 INTERNAL = ("scoring/noise.py", "reasoning/tasks.py")  # their ValueErrors are for programmers, not for users
 # {a file that prints f"warning: {words}": (the file, the function that makes the words)}
 WORDS_OF = {"training/tracking.py": ("training/guard.py", "falling"), "plan.py": ("training/advice.py", "stuck")}
-REASONS = ("data_prep.py", "preferences/rows.py", "preferences/sources.py", "preferences/demonstrations.py")
 SCRIPTS = sorted(path for folder in (".", "examples", *ROOMS) for path in (ROOT / folder).glob("*.py"))
 SHELLS = sorted((*ROOT.glob("*.sh"), *(ROOT / "examples").glob("*.sh")))
 
@@ -86,8 +85,7 @@ def said_by(function, functions):
     for node in ast.walk(function):
         if isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            place = SAYERS.get(name, len(node.args))
-            for sentence in node.args[place : place + 1]:
+            for sentence in [node.args[place] for place in SAYERS.get(name, ()) if place < len(node.args)]:
                 for text in [*texts(sentence), *inside(sentence, function, functions)]:
                     yield node.lineno, text
     for node in strings(function):
@@ -109,27 +107,6 @@ def warnings_made_by(function):
                     yield node.lineno, text
 
 
-def assigned(node):
-    """[(target, value)] of an assignment, tuples taken apart; three returned values are a reason and two others."""
-    if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and len(node.value.elts) == 3:
-        return [(ast.Name("reason"), node.value.elts[0])]
-    if not isinstance(node, ast.Assign):
-        return []
-    target = node.targets[0]
-    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-        return list(zip(target.elts, node.value.elts))
-    return [(target, node.value)]
-
-
-def reasons(tree):
-    """Yields (line, reason): why a row is left out."""
-    for node in ast.walk(tree):
-        for target, value in assigned(node):
-            name = getattr(target, "attr", getattr(target, "id", ""))
-            if name == "reason" and isinstance(value, ast.Constant) and value.value:
-                yield node.lineno, value.value
-
-
 def said_in(path):
     """Yields (line, text) of the messages of a Python file."""
     source = path.read_text(encoding="utf-8")
@@ -141,8 +118,6 @@ def said_in(path):
                 yield line, text
         if (name, function.name) in WORDS_OF.values():
             yield from warnings_made_by(function)
-    if name in REASONS:
-        yield from reasons(tree)
 
 
 def said_in_shell(path):
@@ -204,7 +179,7 @@ def test_what_covers_what():
 
 
 def test_every_message_has_an_entry():
-    """The failure shows the rows that docs/troubleshooting.md lacks. A row may shorten a message, to ten letters or more."""
+    """The failure shows the rows that docs/troubleshooting.md lacks. A row may shorten a message to some words."""
     lines = lacking(messages(), entries())
     assert not lines, f"docs/troubleshooting.md lacks {len(lines)}:\n" + "\n".join(lines)
 

@@ -61,7 +61,7 @@ def parse(argv):
         ("beta: 1 2", "invalid float value"),
         ("trust_remote_code: maybe", "expected one of yes/no"),
         ("loss_type: ipoo", "invalid choice: 'ipoo'"),
-        ("diffusion_steps: many", "expected a number or auto"),
+        ("diffusion_steps: many", "neither a number nor auto"),
         ("beta: [1]", "beta holds a list"),
         ("beta: {a: 1}", "beta holds a mapping"),
         ("beta: !!python/object/apply:os.system ['true']", "beta holds a list"),

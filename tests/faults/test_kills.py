@@ -181,7 +181,10 @@ def test_a_full_disk(home, tmp_path):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     said = process.communicate(timeout=120)[0]
     assert (
-        process.returncode == 2 and "Traceback" not in said and "cannot be written" in said and "make room" in said
+        process.returncode == 2
+        and "Traceback" not in said
+        and "cannot be written" in said
+        and "Free some disk space" in said
     ), said
     assert not list((tmp_path / "run" / "checkpoints").glob(".step-*.tmp"))
     newest = runs.Run(tmp_path / "run").start_from(None)

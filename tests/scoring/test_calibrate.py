@@ -175,7 +175,7 @@ def test_refusals(few, home, capsys):
         (["--estimator", "elbo", "--order", "blocks"], "goes with stepwise"),
         (["--calibrate", "--calibrate_policy", "nowhere"], "nowhere"),
         (["--calibrate", "--calibrate_policy", home[1]], "are those of the reference"),
-        (["--diffusion_steps", "some"], "expected a number or auto"),
+        (["--diffusion_steps", "some"], "neither a number nor auto"),
     ):
         assert words in refusal(score.main, capsys, "--data", data, *SMALL[4:], *argv), argv
     said = refusal(train_dpo.main, capsys, "--data", data, "--diffusion_steps", "auto", "--use_mixed_precision", "no")

@@ -123,7 +123,7 @@ def test_edited_scores(home, scored, tmp_path, capsys):
         (["--sft_weight", 1, "--loss_type", "sft"], "leave it out with --loss_type sft"),
         (["--backprop_steps", 6], "expected at most the 5 states"),
         (["--backprop_steps", -1], "--backprop_steps is -1"),
-        (["--states_per_forward", "many"], "expected a number or auto"),
+        (["--states_per_forward", "many"], "neither a number nor auto"),
         (["--states_per_forward", 0], "--states_per_forward is 0"),
         (["--eval_fraction", 0.99], "leaves no pair to train on"),
         (["--resume_from_checkpoint", "latest"], "holds no checkpoint"),
