@@ -1,11 +1,12 @@
-"""A run as pictures: report.html, which loads nothing, and the charts as PNG. Several runs are laid over each other.
+"""A run in words and pictures: report.html, which loads nothing, and its charts as PNG. Several runs share the charts.
 
-    runs/NAME/ (run.json, log.jsonl, scores.jsonl), packed/, evaluate.py's results -> runs/NAME/report/ (report.html, *.png)
+    runs/NAME/ (run.json, log.jsonl, scores.jsonl), packed/, results of evaluate.py
+        -> runs/NAME/report/report.html, *.png; summary.png is the report as one picture
     python report.py runs/tiny
     python report.py runs/tiny runs/other --out runs/compared/report
 
-summary.png is the report as one picture. A run may be going on or have been killed. history.py reads it, diagnosis.py says what is
-worth a sentence, charts.py and poster.py draw, page.py writes.
+The run may still be running, or may have been killed. In reporting/, history.py reads it, diagnosis.py finds the words,
+charts.py lists the charts, poster.py makes summary.png and page.py the page.
 """
 
 import os
@@ -26,7 +27,7 @@ def read_arguments(argv=None):
         "runs",
         nargs="+",
         metavar="RUN",
-        help="folder of a run, the --output_dir of train_dpo.py; several are laid over each other",
+        help="folder of a run, the --output_dir of train_dpo.py; several are drawn in the same charts",
     )
     read.add_argument(
         "--evaluation",
@@ -51,50 +52,72 @@ def read_arguments(argv=None):
 if __name__ == "__main__":
     exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
 
-from files import replacing
-from reporting import charts, diagnosis, history, page, poster
+import tempfile
+
+from files import no_room, replacing
+from reporting import charts, diagnosis, evaluations, history, page, poster, texts
+
+ROOM = 4 << 20  # bytes that a report may take
 
 
 def make_folder(folder):
+    """Make `folder`, and write as much as a report takes into it, before the report is made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM))
     except OSError as error:
-        raise InputError(f"--out {folder}: cannot be made ({error.strerror}); name another folder") from None
+        mend = "free some disk space" if no_room(error) else "name another folder"
+        raise InputError(
+            f"--out {folder}: a report cannot be written there ({error.strerror}); {mend}, then run: {exits.command()}"
+        ) from None
     return folder
 
 
-def main(argv=None):
-    # 1. what is on disk
-    args = read_arguments(argv)
-    runs = [history.read(run) for run in args.runs]
-    evaluations = list({each.path: each for run in runs for each in history.evaluations(run, args.evaluation)}.values())
-    for run in runs:
-        if run.scored and run.packed:
-            history.load_tokenizer(run)
-        print(
-            f"{run.folder}: {run.state}, {len(run.log['step'])} steps in log.jsonl"
-            + (f", {len(run.scored.pair)} {charts.pairs_of(run)}" if run.scored else ""),
-            flush=True,
-        )
-    for each in evaluations:
-        print(f"{os.path.relpath(each.path)}: {len(each.table)} lines", flush=True)
-
-    # 2. charts and page
-    folder = make_folder(Path(args.out) if args.out else runs[0].folder / "report")
+def write_report(folder, runs, found):
+    """Write the charts, summary.png and report.html; found: [Evaluation]. Returns the number of charts."""
     made = charts.make(runs)
-    for name, picture in [("summary", poster.make(runs)), *((chart.name, chart.png) for chart in made)]:
+    pictures = {"summary": poster.make(runs, found)} | {chart.name: chart.png for chart in made}
+    for name, picture in pictures.items():
         with replacing(folder / f"{name}.png", "wb") as file:
             file.write(picture)
     with replacing(folder / "report.html") as file:
-        file.write(page.write(runs, made, evaluations))
+        file.write(page.write(runs, made, found))
+    return len(made)
 
-    # 3. the same in words
+
+def print_findings(run, found):
+    headlines = diagnosis.headlines(run)
+    print(f"{run.name}: " + "; ".join(f"{each.what} {each.figure} ({each.note})" for each in headlines))
+    for words in diagnosis.findings(run):
+        print(f"  {words}")
+    for words in diagnosis.not_measured(run, found):
+        print(f"  {words} Run:\n  {diagnosis.evaluate_command(run)}")
+
+
+def main(argv=None):
+    # 1. Read what is on disk.
+    args = read_arguments(argv)
+    runs = [history.read(run) for run in args.runs]
+    found = {each.path: each for run in runs for each in evaluations.find(run, args.evaluation)}
+    found = list(found.values())
+    folder = make_folder(Path(args.out) if args.out else runs[0].folder / "report")
     for run in runs:
-        print(f"{run.name}: " + "; ".join(f"{what} {figure} ({of})" for what, figure, of in diagnosis.headlines(run)))
-        for words in diagnosis.findings(run):
-            print(f"  {words}")
+        if run.scored and run.packed:
+            texts.load_tokenizer(run)
+        pairs = f", {len(run.scored.pair)} {run.scored.description}" if run.scored else ""
+        print(f"{run.folder}: {run.state}, {len(run.log['step'])} steps in log.jsonl{pairs}", flush=True)
+    for each in found:
+        print(f"{os.path.relpath(each.path)}: {len(each.table)} lines", flush=True)
+
+    # 2. Write the pictures and the page.
+    count = write_report(folder, runs, found)
+
+    # 3. Say the same in words.
+    for run in runs:
+        print_findings(run, found)
     print(
-        f"{folder / 'report.html'}: the report, beside it {len(made)} charts as PNG, and summary.png, one picture of it",
+        f"{folder / 'report.html'}: the report; {count} charts as PNG and summary.png, all in one, are beside it",
         flush=True,
     )
     return 0

@@ -1,61 +1,31 @@
-"""The page of a report: one HTML file that loads nothing, for a phone and a desk, light and dark. Every text is escaped.
+"""The page of a report: one HTML file that loads nothing, for phone and desk, light and dark. Every text is escaped.
 
-write(runs, charts, evaluations) -> the page's text
+    write(runs, charts, evaluations) -> the page's text
+
+page.css has the styles, colours.py the colours.
 """
 
 import os
 import re
 from dataclasses import fields
 from html import escape
+from pathlib import Path
 
 import numpy as np
 
 import config
-from reporting import charts, diagnosis, history
-from training import runs as folders
+from reporting import colours, diagnosis, texts
+from scoring import noise
+from training.runs import without_home
 
-WRONG = 10  # pairs shown of those that the model gets most wrong
-ANSWERED = 8  # items shown of a task
-ROWS = 50  # rows of a table of skipped steps
+WORST_PAIRS = 10  # pairs shown of those that the model gets most wrong
+MOST_ANSWERS = 8  # items shown of a task
+MOST_SKIPPED = 50  # rows of the table of skipped steps
+CSS = Path(__file__).with_name("page.css")
+CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
-STYLE = """
-:root { color-scheme: light dark; %s }
-@media (prefers-color-scheme: dark) { :root { %s } }
-* { box-sizing: border-box }
-html { -webkit-text-size-adjust: 100%%; text-size-adjust: 100%% }
-body { margin: 0; background: var(--back); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
-main { max-width: 1320px; margin: 0 auto; padding: 20px 14px 48px }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere }
-h2 { font-size: 1.2rem; margin: 40px 0 10px; overflow-wrap: anywhere }
-h3 { font-size: 1rem; margin: 20px 0 6px; overflow-wrap: anywhere }
-p { margin: 6px 0; max-width: 75ch; overflow-wrap: anywhere }
-.soft, figcaption, dt, dd small { color: var(--soft) }
-figure, .tile, .notes, .box, details { background: var(--paper); border: 1px solid var(--grid); border-radius: 10px }
-.tiles { display: grid; gap: 10px; margin: 10px 0 0; grid-template-columns: repeat(auto-fit, minmax(min(100%%, 160px), 1fr)) }
-.tile { padding: 10px 12px; margin: 0 }
-.tile dt { font-size: .85rem } .tile dd { margin: 0 } .tile b { font-size: 1.45rem; font-weight: 650; font-variant-numeric: tabular-nums }
-.tile small { display: block; font-size: .8rem; line-height: 1.35 }
-.notes { margin: 12px 0 0; padding: 10px 12px 10px 30px; border-left: 4px solid var(--c1) }
-.notes li { margin: 4px 0; max-width: 85ch; overflow-wrap: anywhere }
-.charts { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%%, 380px), 1fr)) }
-figure { margin: 0; padding: 10px 0 } figure h3 { margin: 0 12px 4px }
-figure svg { display: block; width: 100%%; height: auto; font-family: inherit } figure svg * { stroke-linejoin: round }
-figcaption { font-size: .85rem; line-height: 1.4; margin: 6px 12px 0 }
-.box { overflow-x: auto; width: fit-content; max-width: 100%%; margin: 8px 0 }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: 6px 12px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid) }
-tbody tr:last-child > * { border-bottom: 0 } thead th { color: var(--soft); font-weight: 500 }
-td { max-width: 60ch; overflow-wrap: break-word } .tight td { white-space: nowrap } td.number, th.number { text-align: right; white-space: nowrap }
-details { margin: 8px 0; padding: 0 12px } summary { cursor: pointer; padding: 10px 0; overflow-wrap: anywhere }
-summary b { font-variant-numeric: tabular-nums } details[open] { padding-bottom: 12px }
-.texts { display: grid; gap: 10px; grid-template-columns: repeat(auto-fit, minmax(min(100%%, 300px), 1fr)) }
-.texts > * { min-width: 0 } .whole { grid-column: 1 / -1 }
-h4 { font-size: .85rem; font-weight: 600; margin: 0 0 4px; color: var(--soft); overflow-wrap: anywhere }
-pre { margin: 0; padding: 8px 10px; background: var(--back); border-radius: 6px; font: .85rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
-  white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24rem; overflow-y: auto }
-.key { display: inline-block; width: .8em; height: .8em; border-radius: 50%%; margin-right: .45em }
-footer { margin-top: 40px; font-size: .85rem; color: var(--soft) }
-"""
+
+# --- pieces of HTML ---------------------------------------------------------------------------------------
 
 
 def say(value):
@@ -65,21 +35,30 @@ def say(value):
 
 
 def table(head, rows, kind=""):
-    """A table that scrolls in its box; columns of numbers to the right."""
-    rows = [["" if value is None else str(value) for value in row] for row in rows]
-    number = [
-        any(column) and all(re.fullmatch(r"[-+]?[\d.]*%?", value) for value in column) for column in zip(*rows)
-    ] or [False] * len(head)
-    cells = lambda row: "".join(
-        f"<td{' class=number' if right else ''}>{say(value)}</td>" for value, right in zip(row, number)
-    )  # noqa: E731
+    """A table that scrolls in its box; columns of numbers are on the right."""
+    rows = [list(map(shown, row)) for row in rows]
+    is_number = [is_numeric(column) for column in zip(*rows)] or [False] * len(head)
+
+    def cells(values, tag, attribute=""):
+        classes = [" class=number" if number else "" for number in is_number]
+        return "".join(f"<{tag}{attribute}{cls}>{say(value)}</{tag}>" for value, cls in zip(values, classes))
+
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return (
-        f'<div class="box {kind}" tabindex="0" role="region" aria-label="table"><table><thead><tr>'
-        + "".join(
-            f"<th scope=col{' class=number' if right else ''}>{say(name)}</th>" for name, right in zip(head, number)
-        )
-        + f"</tr></thead><tbody>{''.join(f'<tr>{cells(row)}</tr>' for row in rows)}</tbody></table></div>"
+        f'<div class="box {kind}" tabindex="0" role="region" aria-label="table"><table>'
+        f"<thead><tr>{cells(head, 'th', ' scope=col')}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def shown(value):
+    """The text of a cell."""
+    if value is None:
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def is_numeric(column):
+    return any(column) and all(re.fullmatch(r"[-+]?[\d.]*%?", value) for value in column)
 
 
 def fold(summary, inner, opened=False):
@@ -88,64 +67,89 @@ def fold(summary, inner, opened=False):
 
 
 def block(title, text, place=""):
-    """A text as it is, under a title; a browser leaves out a line's end that a <pre> begins with, so one more is there."""
+    """A text as it is, under a title. A browser drops a newline that a <pre> starts with, so one is added."""
     return f'<div{place}><h4>{say(title)}</h4><pre dir="auto">\n{say(text)}</pre></div>'
 
 
 def opening(text, length=70):
+    """The first words of a text, on one line."""
     words = " ".join(text.split())
     return words if len(words) <= length else words[:length] + " ..."
 
 
-# --- sections ---------------------------------------------------------------------------------------------
+def soft(words):
+    """A paragraph of small print; the words are HTML."""
+    return f'<p class="soft">{words}</p>'
+
+
+def named(run, runs):
+    """A sentence's start that says which of several runs it is about."""
+    return f"{run.name}: " if len(runs) > 1 else ""
+
+
+# --- overview ---------------------------------------------------------------------------------------------
 
 
 def key(r):
-    """The mark of the colour that run r has in the charts."""
-    return f'<span class="key" style="background: var(--c{r})"></span>'
+    """A dot in the colour that run r has in the charts."""
+    return f'<span class="key" style="background: var(--{colours.SERIES[r].name})"></span>'
 
 
 def header(runs):
     if len(runs) > 1:
         return f"<header><h1>{len(runs)} runs</h1></header>"
-    run = runs[0]
-    kind = "SFT" if run.sft else f"DPO ({run.arguments['loss_type']}, beta {run.arguments['beta']:g})"
-    about = [
-        kind,
-        f"model {run.arguments['model_name_or_path']}",
-        f"begun {run.record['starts'][0]['time'][:16].replace('T', ' ')}",
-    ]
-    return f'<header><h1>{say(run.name)}</h1><p class="soft">{say(", ".join(about))}</p></header>'
+    [run] = runs
+    args = run.arguments
+    kind = "SFT" if run.sft else f"DPO ({args['loss_type']}, beta {args['beta']:g})"
+    started = run.record["starts"][0]["time"][:16].replace("T", " ")
+    about = f"{kind}, model {args['model_name_or_path']}, started {started}"
+    return f"<header><h1>{say(run.name)}</h1>{soft(say(about))}</header>"
 
 
-def overview(runs):
-    """Headline figures and findings."""
-    body = ""
+def overview(runs, evaluations):
+    """What was found, in words, and the headline figures."""
+    notes, figures = "", ""
     for r, run in enumerate(runs):
-        tiles = "".join(
-            f'<div class="tile"><dt>{say(what)}</dt><dd><b>{say(figure)}</b><small>{say(of)}</small></dd></div>'
-            for what, figure, of in diagnosis.headlines(run)
-        )
-        body += (f"<h3>{key(r)}{say(run.name)}</h3>" if len(runs) > 1 else "") + f'<dl class="tiles">{tiles}</dl>'
-    notes = [(run.name + ": " if len(runs) > 1 else "") + words for run in runs for words in diagnosis.findings(run)]
-    listed = f'<ul class="notes">{"".join(f"<li>{say(words)}</li>" for words in notes)}</ul>' if notes else ""
-    return f'<section aria-label="Overview">{body}{listed}</section>'
+        notes += "".join(f"<li>{say(named(run, runs) + words)}</li>" for words in diagnosis.findings(run))
+        for words in diagnosis.not_measured(run, evaluations):
+            command = say(diagnosis.evaluate_command(run))
+            notes += f"<li>{say(named(run, runs) + words)} Run: <code>{command}</code></li>"
+        if len(runs) > 1:
+            figures += f"<h3>{key(r)}{say(run.name)}</h3>"
+        figures += f'<dl class="tiles">{"".join(map(tile, diagnosis.headlines(run)))}</dl>'
+    kind = "notes" if any(map(diagnosis.problems, runs)) else "notes good"
+    return f'<section aria-label="Overview"><ul class="{kind}">{notes}</ul>{figures}</section>'
 
 
-def chart_grid(made):
-    """The charts; what is to be said of several of them stands once, above."""
-    every = [words for chart in made for words in chart.marks]
-    common = [words for words in dict.fromkeys(every) if every.count(words) > 2]
-    figures = ""
-    for chart in made:
-        words = " ".join(filter(None, [chart.shows, *(each for each in chart.marks if each not in common)]))
-        figures += (
-            f"<figure><h3>{say(chart.title)}</h3>{chart.svg}"
-            + (f"<figcaption>{say(words)}</figcaption>" if words else "")
-            + "</figure>"
-        )
-    above = f'<p class="soft">{say(" ".join(common))}</p>' if common else ""
-    return f'<section><h2>Charts</h2>{above}<div class="charts">{figures}</div></section>' if made else ""
+def tile(headline):
+    return (
+        f'<div class="tile"><dt>{say(headline.what)}</dt><dd><b>{say(headline.figure)}</b>'
+        f"<small>{say(headline.note)}</small></dd></div>"
+    )
+
+
+# --- charts -----------------------------------------------------------------------------------------------
+
+
+def chart_grid(charts):
+    """The charts; a note that more than two of them have is written once, above."""
+    if not charts:
+        return ""
+    notes = [note for chart in charts for note in chart.notes]
+    common = [note for note in dict.fromkeys(notes) if notes.count(note) > 2]
+    above = soft(say(" ".join(common))) if common else ""
+    figures = "".join(figure(chart, common) for chart in charts)
+    return f'<section><h2>Charts</h2>{above}<div class="charts">{figures}</div></section>'
+
+
+def figure(chart, common):
+    own_notes = [note for note in chart.notes if note not in common]
+    words = " ".join(filter(None, [chart.shows, *own_notes]))
+    caption = f"<figcaption>{say(words)}</figcaption>" if words else ""
+    return f"<figure><h3>{say(chart.title)}</h3>{chart.svg}{caption}</figure>"
+
+
+# --- pairs and answers ------------------------------------------------------------------------------------
 
 
 def wrong_pairs(run):
@@ -153,182 +157,203 @@ def wrong_pairs(run):
     if run.scored is None or not len(run.scored.pair):
         return ""
     scored, margin = run.scored, run.scored.margin
-    below, parts = int((margin <= 0).sum()), []
-    for rank, place in enumerate(np.argsort(margin, kind="stable")[: min(WRONG, below or WRONG)]):
-        pair = int(scored.pair[place])
-        texts = history.texts(run, pair) if run.tokenizer else None
-        chosen, rejected = scored.rewards[place].sum(-1)
-        tokens = [f", {count} tokens" for count in scored.tokens[place]] if scored.tokens is not None else ["", ""]
-        summary = f"<b>{margin[place]:+.3f}</b> &middot; line {scored.line[place]}" + (
-            f" &middot; {say(opening(texts[0]))}" if texts else ""
-        )
-        titles = [f"chosen, reward {chosen:+.3f}{tokens[0]}", f"rejected, reward {rejected:+.3f}{tokens[1]}"]
-        inner = (
-            block("prompt", texts[0], " class=whole") + "".join(map(block, titles, texts[1:]))
-            if texts
-            else "".join(f"<p>{title}</p>" for title in titles)
-        )
-        parts.append(fold(summary, f'<div class="texts">{inner}</div>', rank == 0))
-    source = folders.without_home(run.packed.meta.get("source", "the source")) if run.packed else "the source"
-    title = "Pairs that the model gets most wrong" if below else "Pairs of the lowest margins"
-    return (
-        f'<section><h2>{title}</h2><p class="soft">{say(run.name)}: the lowest margins of '
-        f"{len(margin)} {say(charts.pairs_of(run))}; not above 0: {below}"
-        + (f"; without a finite score: {scored.unusable}" if scored.unusable else "")
-        + f". Margin, line of {say(source)}, prompt.</p>{''.join(parts)}</section>"
-    )
+    wrong = int((margin <= 0).sum())
+    places = np.argsort(margin, kind="stable")[: min(WORST_PAIRS, wrong or WORST_PAIRS)]
+    pairs = "".join(pair_of(run, place, is_open=place == places[0]) for place in places)
+    title = "Pairs that the model gets most wrong" if wrong else "Pairs of the lowest margins"
+    source = without_home(run.packed.meta.get("source", "the source")) if run.packed else "the source"
+    about = f"{run.name}: the lowest margins of {len(margin)} {scored.description}; not above 0: {wrong}"
+    if scored.unusable:
+        about += f"; without a finite score: {scored.unusable}"
+    about += f". Margin, line of {source}, prompt."
+    return f"<section><h2>{title}</h2>{soft(say(about))}{pairs}</section>"
 
 
-def evaluation(each):
+def pair_of(run, place, is_open):
+    """One scored pair, unfolded if is_open."""
+    scored = run.scored
+    rewards = scored.rewards[place].sum(-1)  # (2,)
+    titles = [f"{side}, reward {reward:+.3f}" for side, reward in zip(("chosen", "rejected"), rewards)]
+    if scored.tokens is not None:
+        titles = [f"{title}, {count} tokens" for title, count in zip(titles, scored.tokens[place])]
+    summary = f"<b>{scored.margin[place]:+.3f}</b> &middot; line {scored.line[place]}"
+    if run.tokenizer:
+        text = texts.of_pair(run, int(scored.pair[place]))
+        summary += f" &middot; {say(opening(text.prompt))}"
+        inner = block("prompt", text.prompt, " class=whole")
+        inner += block(titles[0], text.chosen) + block(titles[1], text.rejected)
+    else:
+        inner = "".join(f"<p>{title}</p>" for title in titles)
+    return fold(summary, f'<div class="texts">{inner}</div>', is_open)
+
+
+def evaluation(found):
     """evaluate.py's table, and items side by side: those that models judge differently first."""
-    rows = []
-    for line in each.table:
+    head = ["task", "model", "n", "accuracy", "95% interval", "tokens", "first model's lead", "McNemar's exact test"]
+    parts = [table(head, map(result_row, found.table), "tight")]
+    for task, items in found.answers.items():
+        parts.append(task_answers(task, items))
+    where = soft(say(os.path.relpath(found.path.parent)))
+    return f"<section><h2>Evaluation</h2>{where}{''.join(parts)}</section>"
+
+
+def result_row(line):
+    """The cells of a line of results.json's table."""
+    cells = [line["task"], line["model"], line["n"], "", "", "", "", ""]
+    if line["n"]:
         low, high = line.get("ci95", (0, 0))
-        test = line.get("first_model_against_it")
-        rows.append(
-            [
-                line["task"],
-                line["model"],
-                line["n"],
-                f"{line['accuracy']:.3f}" if line["n"] else "",
-                f"{abs(low):.3f} to {high:.3f}" if line["n"] else "",
-                f"{line['tokens']:.1f}" if "tokens" in line else "",
-                f"{test['difference']:+.3f}" if test else "",
-                f"{test['won']} won, {test['lost']} lost, p = {test['p']:.2g}" if test else "",
-            ]
+        cells[3:5] = f"{line['accuracy']:.3f}", f"{abs(low):.3f} to {high:.3f}"
+    if "tokens" in line:
+        cells[5] = f"{line['tokens']:.1f}"
+    if test := line.get("first_model_against_it"):
+        cells[6:] = f"{test['difference']:+.3f}", f"{test['won']} won, {test['lost']} lost, p = {test['p']:.2g}"
+    return cells
+
+
+def task_answers(task, items):
+    """The first items of a task; items: {item: {model: row}}."""
+    models = {model for answers in items.values() for model in answers}
+    differing = [item for item, answers in items.items() if is_judged_differently(answers)]
+    alike = [item for item in items if item not in set(differing)]
+    first = (differing + alike)[:MOST_ANSWERS]
+    title, about = f"{task}: what the model answered", ""
+    if len(models) > 1:
+        title = f"{task}: what the models answered"
+        order = "; they are first" if differing else ""
+        about = soft(
+            f"{len(differing)} of {len(items)} items are right in one model and wrong in another{order}. "
+            f"{len(first)} are shown."
         )
-    parts = [
-        table(
-            ["task", "model", "n", "accuracy", "95% interval", "tokens", "first model's lead", "McNemar's exact test"],
-            rows,
-            "tight",
-        )
-    ]
-    for task, items in each.answers.items():
-        differ = [
-            item for item, answers in items.items() if len({bool(row["correct"]) for row in answers.values()}) > 1
-        ]
-        models = {model for answers in items.values() for model in answers}
-        shown = (differ + [item for item in items if item not in set(differ)])[:ANSWERED]
-        parts.append(
-            f"<h3>{say(task)}: what {'the models' if len(models) > 1 else 'the model'} answered</h3>"
-            + (
-                f'<p class="soft">{len(differ)} of {len(items)} items are right in one model and wrong in another'
-                f"{'; they stand first' if differ else ''}. {len(shown)} are shown.</p>"
-                if len(models) > 1
-                else ""
-            )
-            + "".join(answer(item, items[item]) for item in shown)
-        )
-    return f'<section><h2>Evaluation</h2><p class="soft">{say(os.path.relpath(each.path.parent))}</p>{"".join(parts)}</section>'
+    return f"<h3>{say(title)}</h3>{about}" + "".join(answer(item, items[item]) for item in first)
+
+
+def is_judged_differently(answers):
+    return len({bool(row["correct"]) for row in answers.values()}) > 1
 
 
 def answer(item, answers):
+    """One item, and what each model answered; answers: {model: row}."""
     first = next(iter(answers.values()))
-    verdicts = ", ".join(f"{model} {'right' if row['correct'] else 'wrong'}" for model, row in answers.items())
-    said = "".join(
-        block(f"{model}: {'right' if row['correct'] else 'wrong'}", row["response"]) for model, row in answers.items()
-    )
-    gold = block("answer", first["answer"], " class=whole") if first.get("answer") not in (None, "") else ""
-    return fold(
-        f"item {say(item)} &middot; {say(verdicts)} &middot; {say(opening(str(first['prompt'])))}",
-        f'<div class="texts">{block("prompt", first["prompt"], " class=whole")}{said}{gold}</div>',
-    )
+    verdicts = {model: f"{model} {'right' if row['correct'] else 'wrong'}" for model, row in answers.items()}
+    inner = block("prompt", first["prompt"], " class=whole")
+    for model, row in answers.items():
+        inner += block(verdicts[model], row["response"])
+    if first.get("answer") not in (None, ""):
+        inner += block("answer", first["answer"], " class=whole")
+    summary = f"item {item} \u00b7 {', '.join(verdicts.values())} \u00b7 {opening(str(first['prompt']))}"
+    return fold(say(summary), f'<div class="texts">{inner}</div>')
+
+
+# --- arguments and origin ---------------------------------------------------------------------------------
 
 
 def configuration(runs):
-    """What differs from the defaults, or between the runs; the rest folded away."""
-    defaults = {item.name: item.default for group in config.GROUPS for item in fields(group)}
-    names = [name for name in dict.fromkeys(name for run in runs for name in run.arguments) if name != "local_rank"]
-    values = {name: [run.arguments.get(name) for run in runs] for name in names}
-    if len(runs) > 1:
-        head = ["argument", *(run.name for run in runs)]
-        first = [name for name in names if len({str(value) for value in values[name]}) > 1]
-        lead, rest, row = (
-            "What differs between the runs",
-            "The same in all",
-            lambda name: [name, *map(shown, values[name])],
-        )  # noqa: E731
-    else:
-        head = ["argument", "value", "default"]
-        first = [name for name in names if str(values[name][0]) != str(defaults.get(name, 1))]
-        lead, rest = "What differs from the defaults", "As by default"
-        row = lambda name: [name, shown(values[name][0]), shown(defaults.get(name, 1))]  # noqa: E731  ranks: 1
-    others = [name for name in names if name not in first]
-    return (
-        f"<section><h2>Configuration</h2><h3>{lead}</h3>"
-        + (table(head, map(row, first)) if first else "<p>Nothing.</p>")
-        + fold(f"{rest}: {len(others)} arguments", table(head, map(row, others)))
-        + "</section>"
-    )
+    """The arguments that differ from the defaults, or between the runs; the others are folded away."""
+    names = list(dict.fromkeys(name for run in runs for name in run.arguments if name != "local_rank"))
+    columns = {run.name: run.arguments for run in runs}
+    title, rest = "What differs between the runs", "The same in all"
+    if len(runs) == 1:
+        columns = {"value": runs[0].arguments, "default": {"ranks": 1} | default_arguments()}
+        title, rest = "What differs from the defaults", "As by default"
+    orders = [column["order"] for column in columns.values()]
+    different, others = [], []  # rows
+    for name in names:
+        values = [column.get(name) for column in columns.values()]
+        rows = different if differ(name, values, orders) else others
+        rows.append([name, *values])
+    head = ["argument", *columns]
+    first = table(head, different) if different else "<p>Nothing.</p>"
+    rest = fold(f"{rest}: {len(others)} arguments", table(head, others))
+    return f"<section><h2>Configuration</h2><h3>{title}</h3>{first}{rest}</section>"
 
 
-def shown(value):
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+def default_arguments():
+    return {item.name: item.default for group in config.GROUPS for item in fields(group)}
+
+
+def differ(name, values, orders):
+    """Whether one argument's values differ. An `auto` equals what it is filled in with; orders: of the same columns."""
+    if name == "estimator":
+        pairs = zip(values, orders)
+        values = [noise.automatic_estimator(order) if value == "auto" else value for value, order in pairs]
+    elif name in ("states_per_forward", "diffusion_steps"):  # a number that fits the card, or that was measured
+        values = [value for value in values if value != "auto"]
+    return len(set(map(str, values))) > 1
 
 
 def origin(runs):
     """What the runs were made of, and by which code."""
-    columns = []
-    for run in runs:
-        record, packed = run.record, run.packed
-        columns.append(
-            {
-                "command": " ".join(record["command"]),
-                "git commit": record["git_commit"] or "not in a clone",
-                "begun": record["starts"][0]["time"],
-                **record["versions"],
-                **{f"{name}, its fingerprint": record["inputs"].get(name) for name in ("data", "model", "tokenizer")},
-            }
-        )
-        if packed:
-            columns[-1]["source"] = folders.without_home(
-                f"{packed.meta.get('source')}: {len(packed)} {packed.task}, in {os.path.normpath(packed.folder)}"
-            )
+    columns = [origin_of(run) for run in runs]
     names = dict.fromkeys(name for column in columns for name in column)
-    rows = [[name, *(shown(column.get(name)) for column in columns)] for name in names]
+    rows = []
+    for name in names:
+        rows.append([name, *(column.get(name) for column in columns)])
     return f"<section><h2>Where it comes from</h2>{table(['', *(run.name for run in runs)], rows)}</section>"
 
 
+def origin_of(run):
+    record, packed = run.record, run.packed
+    found = {
+        "command": " ".join(record["command"]),
+        "git commit": record["git_commit"] or "not in a clone",
+        "started": record["starts"][0]["time"],
+        **record["versions"],
+    }
+    for name in ("data", "model", "tokenizer"):
+        found[f"{name}, its fingerprint"] = record["inputs"].get(name)
+    if packed:
+        folder = os.path.normpath(packed.folder)
+        found["source"] = without_home(f"{packed.meta.get('source')}: {len(packed)} {packed.task}, in {folder}")
+    return found
+
+
 def skipped_steps(run):
-    rows = [
-        [folders.without_home(row.get(name)) for name in ("step", "pair", "line", "source", "loss")]
-        for row in run.skipped
-    ]
+    if not run.skipped:
+        return ""
+    head = ["step", "pair", "line", "source", "loss"]
+    rows = []
+    for row in run.skipped[:MOST_SKIPPED]:
+        rows.append([without_home(row.get(name)) for name in head])
+    first = f", the first {MOST_SKIPPED} here" if len(run.skipped) > MOST_SKIPPED else ""
+    about = (
+        f"{run.name}: {len(run.skipped)} pair(s) in skipped.jsonl{first}. Where no loss is given, it was not finite."
+    )
+    return f"<section><h2>Skipped steps</h2>{soft(say(about))}{table(head, rows)}</section>"
+
+
+# --- the page ---------------------------------------------------------------------------------------------
+
+
+def style():
+    light, dark = colours.css("light"), colours.css("dark")
     return (
-        f'<section><h2>Skipped steps</h2><p class="soft">{say(run.name)}: {len(rows)} pair(s) in skipped.jsonl'
-        f"{f', the first {ROWS} here' if len(rows) > ROWS else ''}; a loss that is none was not finite.</p>"
-        f"{table(['step', 'pair', 'line', 'source', 'loss'], rows[:ROWS])}</section>"
-        if rows
-        else ""
+        f":root {{ color-scheme: light dark; {light} }}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{CSS.read_text(encoding='utf-8')}"
     )
 
 
-def write(runs, made, evaluations):
-    """The page."""
-    palettes = [
-        "; ".join([f"--{name}: {each[theme]}" for name, each in charts.COLOURS.items()] + [f"--back: {back}"])
-        for theme, back in enumerate(("#f4f5f7", "#0d0f12"))
-    ]
+def write(runs, charts, evaluations):
+    """The page's text. charts: of charts.make(runs)."""
+    title = ", ".join(run.name for run in runs)
+    if len(runs) == 1:
+        headline = diagnosis.headlines(runs[0])[0]
+        title += f": {headline.what} {headline.figure}"
     sections = [
         header(runs),
-        overview(runs),
-        chart_grid(made),
+        overview(runs, evaluations),
+        chart_grid(charts),
         *map(wrong_pairs, runs),
         *map(evaluation, evaluations),
         configuration(runs),
         *map(skipped_steps, runs),
         origin(runs),
+        "<footer>Made by report.py; this file loads nothing. The charts are beside it as PNG.</footer>",
     ]
-    title = ", ".join(run.name for run in runs)
-    if len(runs) == 1:
-        title += ": " + " ".join(diagnosis.headlines(runs[0])[0][:2])
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{say(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">\n"""
-        f'<link rel="icon" href="data:,">\n<style>{STYLE % tuple(palettes)}</style></head>\n<body><main>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">\n'
+        f'<link rel="icon" href="data:,">\n<style>\n{style()}</style></head>\n<body><main>\n'
         + "\n".join(filter(None, sections))
-        + "\n<footer>Made by report.py; this file loads nothing. The charts lie beside it as PNG.</footer>\n"
-        "</main></body></html>\n"
+        + "\n</main></body></html>\n"
     )

@@ -1,127 +1,114 @@
-"""Tests of history.py and diagnosis.py: what is read of a run's folder, and what is said of it.
+"""Tests of what is read of a run's folder (history.py, scored_pairs.py, evaluations.py), and what is said of it.
 
-.venv/bin/python -m pytest -q tests/test_diagnosis.py
+bash tests/run.sh tests/reporting/test_diagnosis.py
 """
 
+import html
 import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from small import ROOT
 from written import HOSTILE, Reader, change_log, page_of, score_row, write_run
 
 import files
 from reasoning import comparison
-from reporting import charts, diagnosis, history
+from reporting import diagnosis, history, pair_charts, scored_pairs, step_charts, texts
+
+
+def at(steps, **values):
+    """A change for change_log(): `values`, "/" for "__" in their names, in the lines of these steps."""
+    named = {name.replace("__", "/"): value for name, value in values.items()}
+
+    def change(line):
+        if line["step"] in steps:
+            line.update(named)
+
+    return change
+
+
+EVALUATED = range(10, 41, 10)  # the steps of write_run() after which held-out pairs are scored
 
 
 def test_last_scores_count(tmp_path):
-    """Held-out pairs of the last evaluation; of one that was made twice, the later; none of a step that the log does not have."""
+    """Held-out pairs of the last evaluation: the later of two scores, none of a step that the log does not have."""
     folder = write_run(tmp_path / "a", held=20)
+    bad = score_row(40, "eval", 7)
+    bad["policy"][0][0] = None
     with open(folder / "scores.jsonl", "a") as file:
-        file.write(
-            json.dumps(score_row(40, "eval", 5, scale=10))
-            + "\n"
-            + json.dumps(score_row(50, "eval", 6, scale=10))
-            + "\n{\n"
-        )
-        bad = score_row(40, "eval", 7)
-        bad["policy"][0][0] = None
+        file.write(json.dumps(score_row(40, "eval", 5, scale=10)) + "\n")
+        file.write(json.dumps(score_row(50, "eval", 6, scale=10)) + "\n{\n")
         file.write(json.dumps(bad) + "\n")
     scored = history.read(folder).scored
-    found = dict(zip(scored.pair.tolist(), scored.margin))
-    assert (
-        len(found) == 19
-        and scored.unusable == 1
-        and 7 not in found
-        and scored.line.tolist() == [pair + 1 for pair in scored.pair]
-    )
-    assert (
-        found[5] == pytest.approx(0.5 * 10 * 0.2)
-        and found[6] == pytest.approx(0.5 * 0.3)
-        and found[19] == pytest.approx(0.5 * 1.6)
-    )
+    margin = dict(zip(scored.pair.tolist(), scored.margin))
+    assert len(margin) == 19 and scored.unusable == 1 and 7 not in margin
+    assert scored.line.tolist() == [pair + 1 for pair in scored.pair]
+    assert margin[5] == pytest.approx(0.5 * 10 * 0.2)
+    assert margin[6] == pytest.approx(0.5 * 0.3)
+    assert margin[19] == pytest.approx(0.5 * 1.6)
 
 
 def test_training_pairs_where_none_is_held_out(tmp_path):
     scored = history.read(write_run(tmp_path / "a", held=0)).scored
-    assert not scored.held and sorted(scored.pair.tolist()) == list(range(96))
+    assert not scored.is_held_out and sorted(scored.pair.tolist()) == list(range(96))
     assert "training pairs" in page_of(tmp_path / "a")
 
 
 def test_margin_by_step(tmp_path):
-    """States 1, 3 are before step 1 and 2, 4 before step 2 of two trajectories: (1, 2 + 2, 3 + 3) / 11 of the margin."""
+    """States 1, 3 are before step 1, states 2, 4 before step 2 of two trajectories: (1, 2 + 2, 3 + 3) / 11 of it."""
     found = history.read(write_run(tmp_path / "a"))
-    rewards = charts.step_rewards(found)  # (n, 2, T)
+    rewards = pair_charts.step_rewards(found)  # (n, 2, T)
     margin = (rewards[:, 0] - rewards[:, 1]).mean(0)
     assert margin / found.scored.margin.mean() == pytest.approx(np.array([1, 4, 6]) / 11)
-    assert charts.step_rewards(history.read(write_run(tmp_path / "b", estimator="elbo"))) is None
+    assert pair_charts.step_rewards(history.read(write_run(tmp_path / "b", estimator="elbo"))) is None
     page = page_of(tmp_path / "b")
-    assert "<h3>Margin by denoising step" not in page and "levels of elbo are drawn at random" in page
+    assert "<h3>Margin by denoising step" not in page and "levels of elbo are random" in page
 
 
 @pytest.mark.parametrize(
     "change, said",
     [
+        (at(EVALUATED, eval_rewards__accuracies_ci95=[0.4, 0.62]), "cannot be told from chance"),
+        (at(EVALUATED, eval_rewards__accuracies_ci95=[0.2, 0.42]), "below chance"),
+        (at(EVALUATED, eval_rewards__chosen=-1.0, eval_rewards__rejected=-2.0), "both fall"),
+        (at(EVALUATED, eval_rewards__chosen=-2.0, eval_rewards__rejected=-1.0), "did not fall as far"),
+        (at([40], eval_loss=0.9), "Held-out loss was lowest after step 30 (0.6700)"),
         (
-            lambda line: line.update({"eval_rewards/accuracies_ci95": [0.4, 0.62]}) if "eval_loss" in line else None,
-            "cannot be told from chance",
-        ),
-        (
-            lambda line: line.update({"eval_rewards/accuracies_ci95": [0.2, 0.42]}) if "eval_loss" in line else None,
-            "below chance",
-        ),
-        (
-            lambda line: (
-                line.update({"eval_rewards/chosen": -1.0, "eval_rewards/rejected": -2.0})
-                if "eval_loss" in line
-                else None
-            ),
-            "both fall",
-        ),
-        (
-            lambda line: (
-                line.update({"eval_rewards/chosen": -2.0, "eval_rewards/rejected": -1.0})
-                if "eval_loss" in line
-                else None
-            ),
-            "did not fall as far",
-        ),
-        (
-            lambda line: line.update({"eval_loss": 0.9}) if line["step"] == 40 else None,
-            "Held-out loss was lowest after step 30 (0.6700)",
-        ),
-        (
-            lambda line: line.update({"skipped": True, "grad_norm": None, "loss": None}) if line["step"] > 37 else None,
+            at([38, 39, 40], skipped=True, grad_norm=None, loss=None),
             "3 of 40 steps had no finite gradient and changed nothing, the last 3 in a row",
         ),
     ],
 )
 def test_findings(tmp_path, change, said):
-    """What is wrong is said; of a sound run, nothing is."""
+    """What is wrong is said; of a sound run, that nothing is."""
     folder = write_run(tmp_path / "a")
-    missing = history.read(folder).missing
-    assert diagnosis.findings(history.read(folder)) == missing
+    sound = history.read(folder)
+    assert diagnosis.problems(sound) == []
+    assert diagnosis.findings(sound) == [diagnosis.no_problem(sound), *sound.missing]
     change_log(folder, change)
-    [words] = diagnosis.findings(history.read(folder))[: -len(missing)]
-    assert said in words
+    found = history.read(folder)
+    [words] = diagnosis.problems(found)
+    assert said in words and diagnosis.findings(found) == [words, *found.missing]
 
 
 def test_length_is_found_out(hostile, tiny_dir, tmp_path):
     """Pair i's chosen has more tokens the larger i is, and so has its margin."""
-    folder = write_run(tmp_path / "a", data=hostile, model=tiny_dir)
-    found = history.read(folder)
-    r = np.corrcoef(
-        np.diff(found.packed.bounds[:, 1:3])[:, 0] - np.diff(found.packed.bounds[:, 2:])[:, 0], np.arange(20)
-    )[0, 1]
-    assert history.correlation(found.scored.longer, found.scored.margin)[0] == pytest.approx(r, abs=1e-6)
+    found = history.read(write_run(tmp_path / "a", data=hostile, model=tiny_dir))
+    chosen, rejected = np.diff(found.packed.bounds[:, 1:]).T
+    r = np.corrcoef(chosen - rejected, np.arange(20))[0, 1]
+    assert scored_pairs.correlation(found.scored.longer, found.scored.margin).r == pytest.approx(r, abs=1e-6)
     assert any(words.startswith(f"Length explains {r * r:.0%} ") for words in diagnosis.findings(found))
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(2, 4000))
-    drawn = [(a, 0.5 * a + 0.75**0.5 * b) for a, b in zip(np.split(x, 100), np.split(y, 100))]  # of correlation 0.5
-    assert 88 <= sum(low < 0.5 < high for _, low, high in (history.correlation(*pairs) for pairs in drawn)) < 100
+
+
+def test_interval_of_a_correlation():
+    """95% of the intervals, or nearly so, hold the correlation of 0.5 that the samples were drawn with."""
+    x, noise = np.random.default_rng(0).normal(size=(2, 100, 40))
+    intervals = [scored_pairs.correlation(a, 0.5 * a + 0.75**0.5 * b) for a, b in zip(x, noise)]
+    assert 88 <= sum(found.low < 0.5 < found.high for found in intervals) < 100
 
 
 @pytest.mark.parametrize(
@@ -136,27 +123,16 @@ def test_length_is_found_out(hostile, tiny_dir, tmp_path):
 )
 def test_both_fall(tmp_path, chosen, rejected, said):
     folder = write_run(tmp_path / "a")
-    change_log(
-        folder,
-        lambda line: (
-            line.update({"eval_rewards/chosen": chosen, "eval_rewards/rejected": rejected})
-            if "eval_loss" in line
-            else None
-        ),
-    )
+    change_log(folder, at(EVALUATED, eval_rewards__chosen=chosen, eval_rewards__rejected=rejected))
     found = list(diagnosis.both_fall(history.read(folder)))
     assert (found == []) if said is None else said in found[0]
 
 
 def test_an_evaluation_without_a_finite_loss(tmp_path):
     folder = write_run(tmp_path / "a")
-    change_log(
-        folder,
-        lambda line: line.update({"eval_loss": None, "eval_rewards/margins": None}) if line["step"] == 40 else None,
-    )
-    assert any(
-        "evaluation after step 40 has no finite loss" in words for words in diagnosis.findings(history.read(folder))
-    )
+    change_log(folder, at([40], eval_loss=None, eval_rewards__margins=None))
+    words = diagnosis.findings(history.read(folder))
+    assert any("evaluation after step 40 has no finite loss" in each for each in words)
     page_of(folder)
 
 
@@ -168,21 +144,18 @@ def test_ipo_without_its_tokens(tmp_path):
 
 
 def test_an_adapter_asks_for_no_base(hostile, tiny_dir, tmp_path, monkeypatch):
-    """The tokenizer in an adapter's folder would have its base's config read, which may be on the hub."""
-    import huggingface_hub
+    """The tokenizer in an adapter's folder would have its base's config read, which may be on the Hub."""
 
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, local_files_only=False, **_: (_ for _ in ()).throw(
-            OSError("not in the cache") if local_files_only else AssertionError(f"downloads {name}")
-        ),
-    )
+    def snapshot_download(name, local_files_only=False, **_):
+        assert local_files_only, f"downloads {name}"
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     folder = write_run(tmp_path / "a", data=hostile, model="org/base")
     (folder / "final" / "config.json").unlink()
     (folder / "final" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
     found = history.read(folder)
-    history.load_tokenizer(found)
+    texts.load_tokenizer(found)
     assert found.packed is not None
 
 
@@ -191,23 +164,20 @@ def test_no_home_in_the_page(tmp_path, monkeypatch):
     assert str(tmp_path) not in page_of(write_run(tmp_path / "runs" / "a"))
 
 
-def test_a_run_that_went_on(tmp_path):
+def test_a_resumed_run(tmp_path):
     folder = write_run(tmp_path / "a")
     record = files.read_json(folder / "run.json", "")
-    files.write_json(
-        folder / "run.json",
-        files.sealed(record | {"starts": record["starts"] + [{"after_step": n, "time": ""} for n in (20, 30)]}),
-    )
-    assert "The run was stopped and gone on with after step 20, 30." in diagnosis.findings(history.read(folder))
+    record["starts"] += [{"after_step": step, "time": ""} for step in (20, 30)]
+    files.write_json(folder / "run.json", files.sealed(record))
+    found = history.read(folder)
+    assert not diagnosis.problems(found)
+    assert "The run was stopped and resumed after step 20, 30." in diagnosis.findings(found)
 
 
 def test_sft(tmp_path):
     page = page_of(write_run(tmp_path / "a", loss_type="sft"))
-    assert (
-        "held-out loss" in page
-        and len(re.findall("<svg", page)) == 5
-        and "get most wrong" not in page.replace("gets", "get")
-    )
+    assert "held-out loss" in page and "get most wrong" not in page.replace("gets", "get")
+    assert len(re.findall("<svg", page)) == 5
 
 
 def test_a_long_run(tmp_path):
@@ -219,18 +189,47 @@ def test_a_long_run(tmp_path):
         for step in range(1, 60001):
             file.write(json.dumps(line | {"step": step, "epoch": step / 10, "loss": float(rng.random())}) + "\n")
     page = page_of(folder)
-    assert "60000 steps, drawn as means of 200" in page and len(page) < 1_000_000
-    steps, mean, low, high, size = charts.thin(np.arange(60000), np.arange(60000.0))
-    assert len(steps) == 300 and size == 200 and mean[0] == 99.5 and low[1] == 200 and high[1] == 399
+    assert "60000 training steps, drawn as means of 200" in page and len(page) < 1_000_000
+    bins = step_charts.put_together(np.arange(60000), np.arange(60000.0))
+    assert len(bins.step) == 300 and bins.size == 200
+    assert bins.mean[0] == 99.5 and bins.lowest[1] == 200 and bins.highest[1] == 399
 
 
-def test_evaluation(tmp_path, capsys):
-    """evaluate.py's table of the run's final/, found beside the run; items that are judged differently stand first."""
-    folder = write_run(tmp_path / "runs" / "a")
-    other = tmp_path / "runs" / "compared"
+def test_not_measured(tmp_path, capsys):
+    """Of a finished run that evaluate.py has not measured, page and command line say so, with the command."""
+    folder = write_run(tmp_path / "runs" / "a b", use_mixed_precision="no", load_in_4bit=True, model="org/base")
+    command = diagnosis.evaluate_command(history.read(folder))
+    assert command == (
+        f"python evaluate.py --model '{folder}/final' --compare org/base --use_mixed_precision no "
+        f"--load_in_4bit true --output_dir '{folder}/evaluation'"
+    )
+    page, printed = page_of(folder), capsys.readouterr().out
+    assert command in printed and command in html.unescape(page)
+    assert "Held-out accuracy does not tell whether the model reasons better" in page
+    assert 0 < page.index("No problem found: the run is finished") < page.index('class="tiles"')
+    shutil.rmtree(folder / "final")
+    assert not diagnosis.not_measured(history.read(folder), [])
+
+
+def test_flags_of_the_evaluation(tmp_path, monkeypatch):
+    """Weights that training streamed are streamed again; ~ is left to the shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = ROOT / "ds_configs" / "zero3_offload_4080.json"
+    command = diagnosis.evaluate_command(history.read(write_run(tmp_path / "a", deepspeed=str(config))))
+    assert f"--deepspeed {config}" in command and "--model ~/a/final" in command
+    config = ROOT / "ds_configs" / "zero2_offload_4080.json"
+    run = write_run(tmp_path / "b", deepspeed=str(config))
+    assert "--deepspeed" not in diagnosis.evaluate_command(history.read(run))
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """A run, and beside it what evaluate.py writes of five items; the models differ in item 3."""
+    folder, other = write_run(tmp_path / "runs" / "a"), tmp_path / "runs" / "compared"
     other.mkdir()
-    rows = {
-        model: [
+    rows, table = {}, []
+    for model in ("new", "old"):
+        rows[model] = [
             {
                 "task": "lm_eval:t",
                 "id": str(i),
@@ -242,24 +241,24 @@ def test_evaluation(tmp_path, capsys):
             }
             for i in range(5)
         ]
-        for model in ("new", "old")
-    }
-    table = [
-        comparison.summary("lm_eval:t", model, rows[model], rows["new"] if model == "old" else None)
-        | {"file": f"{model}-lm_eval-t.jsonl"}
-        for model in rows
-    ]
-    for model in rows:
-        (other / f"{model}-lm_eval-t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[model]))
-    results = {
-        "models": {"new": {"path": os.path.relpath(folder / "final")}, "old": {"path": "examples/tiny"}},
-        "table": table,
-        "files": ["new-lm_eval-t.jsonl", "old-lm_eval-t.jsonl"],
-    }
+        name = f"{model}-lm_eval-t.jsonl"
+        (other / name).write_text("".join(json.dumps(row) + "\n" for row in rows[model]))
+        first = rows["new"] if model == "old" else None
+        table.append(comparison.summary("lm_eval:t", model, rows[model], first) | {"file": name})
+    models = {"new": {"path": os.path.relpath(folder / "final")}, "old": {"path": "examples/tiny"}}
+    results = {"models": models, "table": table, "files": [line["file"] for line in table]}
     (other / "results.json").write_text(json.dumps(results))
-    page = page_of(folder)
+    return SimpleNamespace(run=folder, evaluation=other)
+
+
+def test_evaluation(evaluated, tmp_path, capsys):
+    """evaluate.py's table of the run's final/, found beside the run; items that are judged differently come first."""
+    page = page_of(evaluated.run)
     assert "1 won, 0 lost, p = 1" in page and "1 of 5 items" in page and "script" not in Reader(page).tags
     assert re.findall(r"item (\d)", page) == ["3", "0", "1", "2", "4"]
-    assert os.path.relpath(other / "results.json") in capsys.readouterr().out
-    shutil.move(other, tmp_path / "elsewhere")
-    assert "item 3" not in page_of(folder) and "item 3" in page_of(folder, "--evaluation", tmp_path / "elsewhere")
+    assert "evaluate.py has not been run" not in page
+    assert os.path.relpath(evaluated.evaluation / "results.json") in capsys.readouterr().out
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(evaluated.evaluation, elsewhere)
+    assert "item 3" not in page_of(evaluated.run)
+    assert "item 3" in page_of(evaluated.run, "--evaluation", elsewhere)

@@ -1,10 +1,11 @@
-"""Tests of report.py, history.py, charts.py, poster.py and page.py: a real run, written ones, the page as a browser reads it.
+"""Tests of report.py, its charts and its page: a real run, written ones, the page as a browser reads it.
 
-.venv/bin/python -m pytest -q tests/test_report.py
+bash tests/run.sh tests/reporting/test_report.py
 """
 
 import fcntl
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,10 +16,11 @@ import pytest
 from small import ROOT, flags, make_model, make_pairs, pack, refusal, run
 from written import HOSTILE, R, Reader, T, page_of, write_run
 
-import data_prep
 import files
 import report
-from reporting import charts, diagnosis, history
+from models import tokenization
+from reporting import colours, diagnosis, history, pair_charts, texts
+from reporting.page import differ
 from training import runs
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -74,12 +76,12 @@ def test_real_run(trained, capsys):
     page = page_of(trained.run)
     last = json.loads((trained.run / "log.jsonl").read_text().splitlines()[-1])
     found = history.read(trained.run)
-    assert found.scored.held and found.scored.step == 4
+    assert found.scored.is_held_out and found.scored.step == 4
     assert found.scored.margin.mean() == pytest.approx(last["eval_rewards/margins"], abs=1e-4)
     assert (found.scored.margin > 0).mean() == pytest.approx(last["eval_rewards/accuracies"])
     assert f"{last['eval_rewards/accuracies']:.3f}" in page
-    assert charts.step_rewards(found).sum(-1) == pytest.approx(found.scored.rewards.sum(-1))
-    tokenizer = data_prep.checkpoint.load_tokenizer(str(trained.folder / "model"))
+    assert pair_charts.step_rewards(found).sum(-1) == pytest.approx(found.scored.rewards.sum(-1))
+    tokenizer = tokenization.load_tokenizer(str(trained.folder / "model"))
     worst = int(found.scored.pair[found.scored.margin.argmin()])
     assert Reader(page).pres[:3] == [
         re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", tokenizer.decode(ids)) for ids in found.packed[worst]
@@ -88,25 +90,11 @@ def test_real_run(trained, capsys):
     assert "held-out accuracy" in said and said.splitlines()[-1].startswith(
         f"{trained.run / 'report' / 'report.html'}: "
     )
-    pictures = sorted(path.name for path in (trained.run / "report").glob("*.png"))
-    assert pictures == sorted(
-        f"{name}.png"
-        for name in (
-            "summary",
-            "loss",
-            "accuracy",
-            "margin",
-            "rewards",
-            "logps",
-            "by_step",
-            "by_length",
-            "learning_rate",
-            "grad_norm",
-            "speed",
-            "memory",
-        )
-    )
-    assert all((trained.run / "report" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    charts = {"loss", "accuracy", "margin", "rewards", "logps", "by_step", "by_length"}
+    charts |= {"learning_rate", "grad_norm", "speed", "memory"}
+    pictures = list((trained.run / "report").glob("*.png"))
+    assert {path.stem for path in pictures} == charts | {"summary"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
 
 def test_moved_and_bare(trained, tmp_path):
@@ -138,13 +126,13 @@ def test_tokenizer_of_the_hub(tiny_dir, hostile, tmp_path, monkeypatch):
     )
     folder = write_run(tmp_path / "a", data=data, model="org/tiny", finished=False)
     found = history.read(folder)
-    history.load_tokenizer(found)
-    assert found.tokenizer is None and "tokenizer of org/tiny is not here" in found.missing[-1]
+    texts.load_tokenizer(found)
+    assert found.tokenizer is None and "tokenizer of org/tiny is not on this machine" in found.missing[-1]
     shutil.copytree(tiny_dir, tmp_path / "models--org--tiny" / "snapshots" / "abc")
     (tmp_path / "models--org--tiny" / "refs").mkdir()
     (tmp_path / "models--org--tiny" / "refs" / "main").write_text("abc")
-    history.load_tokenizer(found)
-    assert history.texts(found, 3)[0] == f"{HOSTILE} 3" and not asked
+    texts.load_tokenizer(found)
+    assert texts.of_pair(found, 3)[0] == f"{HOSTILE} 3" and not asked
 
 
 def test_stopped_going_on_torn(trained, tmp_path):
@@ -158,7 +146,9 @@ def test_stopped_going_on_torn(trained, tmp_path):
     assert "it ended after step 4 of 4" in page and "1 line(s) of log.jsonl" in page
     with open(folder / ".lock", "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert diagnosis.findings(history.read(folder))[0].startswith("The run is going on: step 4 of 4")
+        assert diagnosis.findings(history.read(folder))[0].startswith(
+            "The run is not finished: it is running, step 4 of 4"
+        )
 
 
 def test_without_a_step(tmp_path):
@@ -198,7 +188,7 @@ def test_charts_follow_the_theme(shown):
     assert len(svgs) == 11 and not re.search(r"#[0-9a-fA-F]{6}\b", "".join(svgs))
     used = set(re.findall(r"var\(--(\w+)\)", "".join(svgs)))
     style = page[: page.index("</style>")]
-    assert {"ink", "soft", "grid", "c0", "c1"} <= used and all(style.count(f"--{name}: #") == 2 for name in used)
+    assert {"ink", "soft", "grid", "blue", "orange"} <= used and all(style.count(f"--{name}: #") == 2 for name in used)
     assert len(reader.values("id")) == len(set(reader.values("id")))
     assert all(re.search(r'aria-label="[^"]{20,}"', each[:1500]) for each in svgs)
     widths = {float(re.search(r'viewBox="0 0 ([\d.]+)', each)[1]) for each in svgs}
@@ -206,19 +196,24 @@ def test_charts_follow_the_theme(shown):
     assert widths == {360.0} and sizes and min(sizes) >= 11
 
 
+def luminance(colour):
+    """WCAG's relative luminance of #rrggbb."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return np.dot([0.2126, 0.7152, 0.0722], linear)
+
+
 def contrast(one, two):
-    channels = lambda colour: [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]  # noqa: E731
-    linear = lambda value: value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4  # noqa: E731
-    light = sorted(np.dot([0.2126, 0.7152, 0.0722], [linear(value) for value in channels(each)]) for each in (one, two))
-    return (light[1] + 0.05) / (light[0] + 0.05)
+    dark, light = sorted((luminance(one), luminance(two)))
+    return (light + 0.05) / (dark + 0.05)
 
 
-def test_contrast():
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_contrast(theme):
     """WCAG's ratio for text, light and dark."""
-    for theme in (0, 1):
-        paper = charts.COLOURS["paper"][theme]
-        for name in charts.COLOURS.keys() - {"paper", "grid"}:
-            assert contrast(charts.COLOURS[name][theme], paper) >= 4.5, (name, theme)
+    paper = getattr(colours.PAPER, theme)
+    for colour in set(colours.ALL) - {colours.BACKGROUND, colours.PAPER, colours.GRID}:
+        assert contrast(getattr(colour, theme), paper) >= 4.5, (colour, theme)
 
 
 def test_the_same_twice(hostile, tiny_dir, tmp_path):
@@ -239,11 +234,11 @@ def test_several_runs(hostile, tiny_dir, tmp_path):
     page = page_of(one, two)
     svgs = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     loss = re.sub("<[^>]*>", " ", svgs[0])
-    assert loss.count("one") == 1 and loss.count("_two") == 1 and "var(--c1)" in svgs[0]
+    assert loss.count("one") == 1 and loss.count("_two") == 1 and "var(--orange)" in svgs[0]
     differs = page[page.index("What differs between the runs") : page.index("The same in all")]
     assert re.findall(r"<tr><td>(\w+)</td>", differs) == ["data", "model_name_or_path", "output_dir", "beta"]
     assert "<td>0.5</td><td>0.25</td>" in differs.replace(" class=number", "")
-    assert not (two / "report").exists() and "_two: The run is unfinished" in re.sub(r"[^ ]*/_two", "_two", page)
+    assert not (two / "report").exists() and "_two: The run is not finished" in re.sub(r"[^ ]*/_two", "_two", page)
 
 
 @pytest.mark.skipif(not BROWSER, reason="no chromium here: the page's width is not tried in a browser")
@@ -263,7 +258,8 @@ frame.onload = () => {{
       if (at.left < box.left - 2 || at.right > box.right + 2) out.push(text.textContent);
     }}
   }}
-  document.getElementById("said").textContent = JSON.stringify({{wide: root.scrollWidth, svgs: root.querySelectorAll("svg").length, out: out}});
+  const found = {{wide: root.scrollWidth, svgs: root.querySelectorAll("svg").length, out: out}};
+  document.getElementById("said").textContent = JSON.stringify(found);
 }};
 frame.srcdoc = {inner};
 </script>""",
@@ -292,6 +288,64 @@ frame.srcdoc = {inner};
     )
     said = json.loads(re.search(r'<p id="said">(.*?)</p>', dom.stdout)[1])
     assert said == {"wide": width, "svgs": 11, "out": []}
+
+
+@pytest.mark.parametrize(
+    "name, values, orders, expected",
+    [
+        ("estimator", ["spread", "auto"], ["random", "random"], False),
+        ("estimator", ["stepwise", "auto"], ["blocks", "blocks"], False),
+        ("estimator", ["stepwise", "auto"], ["random", "random"], True),
+        ("states_per_forward", [7, "auto"], ["random", "random"], False),
+        ("states_per_forward", [7, 4], ["random", "random"], True),
+        ("template", ["none", "auto"], ["random", "random"], True),
+    ],
+)
+def test_an_auto_equals_what_it_is_filled_in_with(name, values, orders, expected):
+    assert differ(name, values, orders) == expected
+
+
+def test_estimator_is_no_difference(tmp_path):
+    """A run whose auto was filled in differs neither from the default nor from an SFT run, which leaves it auto."""
+    one = write_run(tmp_path / "one")
+    two = write_run(tmp_path / "two", loss_type="sft", estimator="auto", diffusion_steps="auto")
+    alone, both = page_of(one), page_of(one, two)
+    assert "<td>estimator</td><td>spread</td><td>auto</td>" in alone[alone.index("As by default") :]
+    assert "<td>estimator</td><td>spread</td><td>auto</td>" in both[both.index("The same in all") :]
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Mount a file system of our own, with options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mounted(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root can mount a file system")
+        return folder
+
+    yield mounted
+    subprocess.run(["umount", "--lazy", folder], capture_output=True)
+
+
+@pytest.mark.parametrize("options, why", [("size=1m", "free some disk space"), ("ro", "name another folder")])
+@pytest.mark.parametrize("below", ["", "report"])
+def test_folder_that_cannot_be_written(mount, tmp_path, capsys, monkeypatch, options, why, below):
+    """A full disk, or no permission: one sentence before anything is drawn, and nothing is left behind."""
+    run, disk = write_run(tmp_path / "a", steps=2), mount(options)
+    monkeypatch.setattr(report, "write_report", None)
+    said = refusal(report.main, capsys, run, "--out", disk / below)
+    assert "a report cannot be written there" in said and why in said
+    assert not [path for path in disk.rglob("*") if path.is_file()]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_folder_without_permission(tmp_path, capsys):
+    run = write_run(tmp_path / "a", steps=2)
+    run.chmod(0o500)
+    assert "name another folder" in refusal(report.main, capsys, run)
 
 
 def test_refusals(tmp_path, capsys):
