@@ -1,13 +1,13 @@
-"""How noisy and how biased the score's estimators are on your pairs and your model.
+"""How noisy and how biased the score's estimators are on your pairs and your model, and which one to use.
 
     packed/ + model (+ policy) -> packed/calibration-<key>.json, .png; read by --diffusion_steps auto
     python data_prep.py --in examples/prefs.jsonl
     python calibrate.py --data packed --use_mixed_precision no --pairs 2 --draws 2
 
-Every design (estimator, T, R) is drawn several times for some pairs, for the reference and for a policy under the same noise:
---policy, or the reference with each weight moved a little. The truth is the score in single-token steps, by
-elbo_stratified with up to 64 levels. What is recommended is the least noise at equal cost, variance of the margin times passes, of
-the designs whose bias is below the standard error of a step of STEP_PAIRS pairs, which that step has in any case.
+Every design (estimator, T, R) is drawn several times for some pairs, and scored by the reference and by a policy under
+the same noise: --policy, or the reference with each weight moved a little. The truth is the score in single-token steps,
+by elbo_stratified with up to 64 levels. Recommended is the design with the least noise at equal cost (variance of the
+margin times forward passes) among those with a small bias; scoring/calibration.py says what small is.
 
 n response tokens, T denoising steps, R trajectories, S states, D draws.
 """
@@ -16,7 +16,7 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import config
 from cli import exits
@@ -25,19 +25,9 @@ from preferences import packed as disk
 from scoring import recipe
 from scoring.calibration import key, place, recommend
 
-UNUSED = names(config.DataArguments, config.TrainArguments) - {"data"} | {
-    "end_token_id",
-    "gradient_checkpointing",
-    "lora_r",
-    "lora_alpha",
-    "lora_targets",
-    "diffusion_steps",
-    "trajectories",
-    "estimator",
-    "order",
-    "block_length",
-    "noise_sets",
-}  # by this script, of the arguments that it accepts
+UNUSED = {"end_token_id", "gradient_checkpointing", "lora_r", "lora_alpha", "lora_targets"}
+UNUSED |= {"diffusion_steps", "trajectories", "estimator", "order", "block_length", "noise_sets"}
+UNUSED |= names(config.DataArguments, config.TrainArguments) - {"data"}
 
 
 @dataclass
@@ -56,14 +46,14 @@ class CalibrateArguments:
 
 
 def read_arguments(argv=None):
-    """One instance of each of config.GROUPS and CalibrateArguments, checked as far as nothing needs to be loaded for it."""
+    """One instance of each of config.GROUPS and CalibrateArguments, checked as far as this needs nothing from disk."""
     groups = config.parse(argv, __doc__, *config.GROUPS, CalibrateArguments, hide=UNUSED)
     config.check_scoring(groups[1], groups[2])
     return groups
 
 
 def nothing_to_measure(groups):
-    """Why --reuse leaves nothing to measure ("": nothing was asked for); None if there is something."""
+    """Why --reuse leaves nothing to measure ("" if --diffusion_steps is not auto); None if there is something."""
     data_args, model_args, noise_args, train_args, args = groups
     if not args.reuse:
         return None
@@ -96,91 +86,157 @@ from scoring import noise
 from scoring.states import response_states
 from training import deepspeed_config, engine, streaming
 
-DESIGNS = [("spread", T, R) for T, R in ((2, 3), (2, 7), (3, 3), (4, 2), (4, 4), (4, 5), (6, 3), (8, 2))]
-DESIGNS += [(name, N, 1) for name in ("elbo", "elbo_stratified") for N in (4, 8, 16)]
-DESIGNS += [("stepwise", 4, 5), ("stepwise", 20, 1)]
+
+class Design(NamedTuple):
+    estimator: str
+    diffusion_steps: int
+    trajectories: int
+
+
+SPREAD = ((2, 3), (2, 7), (3, 3), (4, 2), (4, 4), (4, 5), (6, 3), (8, 2))
+DESIGNS = [Design("spread", T, R) for T, R in SPREAD]
+DESIGNS += [Design("elbo", N, 1) for N in (4, 8, 16)]
+DESIGNS += [Design("elbo_stratified", N, 1) for N in (4, 8, 16)]
+DESIGNS += [Design("stepwise", 4, 5), Design("stepwise", 20, 1)]
 LEVELS, MASKS, TRUTH_DRAWS = 64, 4, 2  # of the truth
-MOVED = 0.02  # a weight's move without a policy, in standard deviations of its tensor
+MOVED = 0.02  # how far a weight is moved without a policy, in standard deviations of its tensor
 
 
-def draws_of(packed, index, side, design, draws, noise_seed):
-    """Yields (masked, weight) of one response, `draws` times; the truth is the design (n, ...)."""
-    for draw in range(draws):
-        rng = noise.generator(
-            noise_seed, packed.content(index), f"{noise.side_of(design[0], side)} calibration {design}", draw
-        )
-        masked = noise.state_masks(len(packed[index][1 + side]), *design, rng)
-        yield masked, noise.state_weights(masked, *design)
+# --- what is scored ---------------------------------------------------------------------------------------
 
 
 def truth_design(n):
-    return "elbo_stratified", min(n, LEVELS), MASKS
+    """The design that stands for the truth, for a response of n tokens."""
+    return Design("elbo_stratified", min(n, LEVELS), MASKS)
 
 
-@torch.no_grad()
-def scores_of(model, packed, pairs, draws, mask_id, states_per_forward, noise_seed, ranks, name):
-    """Scores (pairs, D, 2) of every design and, last, of the truth; seconds and live states per response of each."""
-    found, seconds, passes = [], np.zeros(len(DESIGNS) + 1), np.zeros(len(DESIGNS) + 1)
-    bar = tqdm(
-        total=len(pairs) * (len(DESIGNS) + 1),
-        desc=name,
-        unit="design",
-        disable=not ranks.first,
-        mininterval=1 if sys.stderr.isatty() else 30,
-    )
-    for d, design in enumerate([*DESIGNS, None]):
-        D = draws if design else TRUTH_DRAWS
-        table = torch.zeros(len(pairs), D, 2, dtype=torch.float64)
-        for p, index in enumerate(pairs):
-            began, parts = time.time(), []
-            prompt, *responses = packed[index]
-            for side, response in enumerate(responses):
-                for masked, weight in draws_of(
-                    packed, index, side, design or truth_design(len(response)), D, noise_seed
-                ):
-                    states = response_states(prompt, response, masked, weight, mask_id)
-                    parts.append(score.state_scores(model, states, states_per_forward, ranks.device).sum())
-                    passes[d] += weight.any(1).sum()
-            table[p] = torch.stack(parts).double().cpu().view(2, D).T
-            seconds[d] += time.time() - began
-            bar.update()
-        found.append(table.numpy())
-        seconds[d], passes[d] = seconds[d] / table.numel(), passes[d] / table.numel()
-    bar.close()
-    return found, seconds, passes
-
-
-def measure(policy, reference, truth_policy, truth_reference):
-    """Variance and bias of score and margin over draws: each argument (pairs, D, 2)."""
-    margin_of = lambda a, b: (a - b)[..., 0] - (a - b)[..., 1]  # noqa: E731  (pairs, D)
-    margin, truth = margin_of(policy, reference), margin_of(truth_policy, truth_reference)
-    off = margin.mean(1) - truth.mean(1)  # (pairs,)
-    noise = margin.var(1, ddof=1).mean()
-    doubt = noise / margin.shape[1] + truth.var(1, ddof=1).mean() / truth.shape[1]  # of `off`, squared
-    return {
-        "score_variance": policy.var(1, ddof=1).mean(),
-        "score_bias": (policy.mean(1) - truth_policy.mean(1)).mean(),
-        "margin_variance": noise,
-        "margin_bias": max(0.0, (off**2).mean() - doubt) ** 0.5,
-        "between_pairs": max(0.0, truth.mean(1).var(ddof=1) - truth.var(1, ddof=1).mean() / truth.shape[1]),
-    }
+def draws_of(packed, index, side, design, draws, noise_seed):
+    """Yields (masked (S, n), weight (S, n)) of one response, `draws` times."""
+    n, name = len(packed[index][1 + side]), noise.side_of(design.estimator, side)
+    for draw in range(draws):
+        stream = f"{name} calibration {tuple(design)}"
+        rng = noise.generator(noise_seed, packed.content(index), stream, draw)
+        masked = noise.state_masks(n, *design, rng)
+        yield masked, noise.state_weights(masked, *design)
 
 
 @torch.no_grad()
 def move(model, seed=0):
-    """Add MOVED standard deviations of noise to every weight, in place; whole or partitioned."""
+    """Add noise of MOVED standard deviations to every weight, in place; under ZeRO-3 to the gathered weight."""
     rng = torch.Generator().manual_seed(seed)
-    for parameter in filter(torch.is_floating_point, model.parameters()):  # 4-bit ones stay
-        with checkpoint.writing(parameter) as mine:
-            if mine:
-                noise = torch.randn(parameter.shape, generator=rng)
-                parameter.add_(
-                    (MOVED * parameter.float().std(correction=0) * noise.to(parameter.device)).to(parameter.dtype)
-                )
+    for parameter in model.parameters():
+        if not torch.is_floating_point(parameter):  # in 4 bits
+            continue
+        with checkpoint.writing(parameter) as is_mine:
+            if is_mine:
+                step = torch.randn(parameter.shape, generator=rng).to(parameter.device)
+                step *= MOVED * parameter.float().std(correction=0)
+                parameter.add_(step.to(parameter.dtype))
+
+
+class Scorer(NamedTuple):
+    """What both models are scored with."""
+
+    packed: disk.Packed
+    pairs: np.ndarray
+    draws: int
+    mask_id: int
+    states_per_forward: int
+    noise_seed: int
+    ranks: engine.Ranks
+
+
+class Scored(NamedTuple):
+    """The scores of one design, and what one of them costs."""
+
+    scores: np.ndarray  # (pairs, D, 2), of chosen and rejected
+    seconds: float
+    passes: float  # forward passes of one state
+
+
+@torch.no_grad()
+def score_designs(model, scorer, description):
+    """[Scored] of every design and, last, of the truth."""
+    found = []
+    bar = tqdm(
+        total=len(scorer.pairs) * (len(DESIGNS) + 1),
+        desc=description,
+        unit="design",
+        disable=not scorer.ranks.first,
+        mininterval=1 if sys.stderr.isatty() else 30,
+    )
+    with bar:
+        for design in DESIGNS:
+            found.append(score_design(model, scorer, design, scorer.draws, bar))
+        found.append(score_design(model, scorer, None, TRUTH_DRAWS, bar))
+    return found
+
+
+def score_design(model, scorer, design, draws, bar):
+    """The Scored of one design; None: of the truth."""
+    scores = torch.zeros(len(scorer.pairs), draws, 2, dtype=torch.float64)
+    passes, began = 0, time.time()
+    for p, index in enumerate(scorer.pairs):
+        prompt, *responses = scorer.packed[index]
+        both_sides = []
+        for side, response in enumerate(responses):
+            one_side = []
+            mine = design or truth_design(len(response))
+            for masked, weight in draws_of(scorer.packed, index, side, mine, draws, scorer.noise_seed):
+                states = response_states(prompt, response, masked, weight, scorer.mask_id)
+                by_state = score.state_scores(model, states, scorer.states_per_forward, scorer.ranks.device)
+                one_side.append(by_state.sum())
+                passes += int(weight.any(1).sum())
+            both_sides.append(torch.stack(one_side))
+        scores[p] = torch.stack(both_sides, dim=1).double().cpu()  # (D, 2)
+        bar.update()
+    return Scored(scores.numpy(), (time.time() - began) / scores.numel(), passes / scores.numel())
+
+
+# --- what is measured -------------------------------------------------------------------------------------
+
+
+def margins(policy, reference):
+    """(pairs, D) of two (pairs, D, 2)."""
+    gain = policy - reference
+    return gain[..., 0] - gain[..., 1]
+
+
+def variance(values):
+    """The mean over pairs of the variance over draws."""
+    return values.var(1, ddof=1).mean()
+
+
+def measure(policy, reference, truth_policy, truth_reference):
+    """Variance and bias of score and margin over draws: each argument (pairs, D, 2)."""
+    margin, truth = margins(policy, reference), margins(truth_policy, truth_reference)
+    bias = margin.mean(1) - truth.mean(1)  # (pairs,)
+    bias_by_chance = variance(margin) / margin.shape[1] + variance(truth) / truth.shape[1]  # squared
+    between_pairs = truth.mean(1).var(ddof=1) - variance(truth) / truth.shape[1]
+    return {
+        "score_variance": variance(policy),
+        "score_bias": (policy.mean(1) - truth_policy.mean(1)).mean(),
+        "margin_variance": variance(margin),
+        "margin_bias": max(0.0, (bias**2).mean() - bias_by_chance) ** 0.5,
+        "between_pairs": max(0.0, between_pairs),
+    }
+
+
+def measured_rows(policy, reference):
+    """The table: a dictionary of plain values per design. policy, reference: [Scored], the truth last."""
+    rows = []
+    for design, by_policy, by_reference in zip(DESIGNS, policy, reference):
+        found = measure(by_policy.scores, by_reference.scores, policy[-1].scores, reference[-1].scores)
+        found = {name: float(value) for name, value in found.items()}
+        cost = {"passes": by_reference.passes, "seconds": by_reference.seconds}
+        noise_x_cost = {"noise_x_cost": found["margin_variance"] * by_reference.passes}
+        rows.append(design._asdict() | cost | found | noise_x_cost)
+    return rows
 
 
 def run(packed, model_args, noise_args, args, mask_id, ranks):
-    """Measure, print the table, write it and its plot."""
+    """Score the designs with both models, measure, and write the table and its plot."""
+    # 1. Some pairs, and as many states in a forward pass as fit
     if len(packed) < 2 or args.pairs < 2 or args.draws < 2:
         raise InputError("a calibration compares pairs and draws: at least 2 pairs, --pairs 2 and --draws 2 are needed")
     rng = np.random.default_rng(noise_args.noise_seed)
@@ -189,97 +245,97 @@ def run(packed, model_args, noise_args, args, mask_id, ranks):
     if size == "auto":
         widest = dataclasses.replace(noise_args, estimator="spread", diffusion_steps=4, trajectories=5, order="random")
         size = score.fit_reference(model, packed, widest, mask_id, ranks)
-    common = (packed, pairs, args.draws, mask_id, size, noise_args.noise_seed, ranks)
-    reference, seconds, passes = scores_of(model, *common, "calibration, reference")
+
+    # 2. The scores of the reference, then of the policy
+    scorer = Scorer(packed, pairs, args.draws, mask_id, size, noise_args.noise_seed, ranks)
+    reference = score_designs(model, scorer, "calibration, reference")
     if args.policy:
-        del model
+        del model  # there may be no room for two
         model = streaming.load(model_args, ranks, args.policy)
     else:
         move(model)
-    policy, _, _ = scores_of(model, *common, "calibration, policy")
-    rows = []
-    for (name, T, R), a, b, second, count in zip(DESIGNS, policy, reference, seconds, passes):
-        found = measure(a, b, policy[-1], reference[-1])
-        rows.append(
-            {
-                "estimator": name,
-                "diffusion_steps": T,
-                "trajectories": R,
-                "passes": count,
-                "seconds": second,
-                **found,
-                "noise_x_cost": found["margin_variance"] * count,
-            }
-        )
-    rows = [
-        {name: value if isinstance(value, (str, int)) else float(value) for name, value in row.items()} for row in rows
-    ]
+    policy = score_designs(model, scorer, "calibration, policy")
+
+    # 3. The table
+    rows = measured_rows(policy, reference)
     if not all(0 < row["noise_x_cost"] < float("inf") for row in rows):
         raise InputError(
             f"the scores of {args.policy or 'the moved model'} are those of the reference, or not finite; "
             "expected a model trained from it"
         )
     if ranks.first:
-        path, best = place(packed, model_args), recommend(rows)
-        show(rows, best)
-        files.write_json(
-            path,
-            {
-                "depends_on": key(packed, model_args),
-                "policy": args.policy or f"every weight moved by {MOVED} sd",
-                "pairs": len(pairs),
-                "draws": args.draws,
-                "rows": rows,
-            },
-        )
-        plot(rows, path.with_suffix(".png"))
-        print(
-            f"{path}, {path.with_suffix('.png').name}: of {len(pairs)} pairs, {args.draws} draws each\n"
-            f"recommended: --estimator {best['estimator']} --diffusion_steps {best['diffusion_steps']} "
-            f"--trajectories {best['trajectories']} (or --diffusion_steps auto)",
-            flush=True,
-        )
+        report(rows, packed, model_args, args, len(pairs))
     dist.barrier()
 
 
+# --- what is written --------------------------------------------------------------------------------------
+
+
+def report(rows, packed, model_args, args, pairs):
+    """Print the table, write it and its plot, and recommend a design."""
+    path, best = place(packed, model_args), recommend(rows)
+    show(rows, best)
+    table = {
+        "depends_on": key(packed, model_args),
+        "policy": args.policy or f"every weight moved by {MOVED} sd",
+        "pairs": pairs,
+        "draws": args.draws,
+        "rows": rows,
+    }
+    files.write_json(path, table)
+    plot(rows, path.with_suffix(".png"))
+    flags = " ".join(f"--{name} {best[name]}" for name in Design._fields)
+    print(f"{path}, {path.with_suffix('.png').name}: of {pairs} pairs, {args.draws} draws each")
+    print(f"recommended: {flags} (or --diffusion_steps auto)", flush=True)
+
+
 def show(rows, best):
-    """The table: passes a response, seconds a response and model, and noise times cost against the best's."""
+    """Print the table: passes per response, seconds per response and model, noise times cost relative to the best's."""
     print(
         f"{'estimator':<16}{'T':>4}{'R':>4}{'passes':>8}{'seconds':>9}   score: {'variance':>8}{'bias':>9}   "
         f"margin: {'variance':>8}{'bias':>9}{'noise x cost':>14}"
     )
-    for row in sorted(rows, key=lambda row: row["passes"]):
-        print(
-            f"{row['estimator']:<16}{row['diffusion_steps']:4d}{row['trajectories']:4d}{row['passes']:8.1f}{row['seconds']:9.3f}   "
-            f"{row['score_variance']:15.3g}{row['score_bias']:+9.2g}   {row['margin_variance']:16.3g}{row['margin_bias']:9.2g}"
-            f"{row['noise_x_cost'] / best['noise_x_cost']:14.2f}" + ("  <- recommended" if row is best else "")
-        )
+    for row in sorted(rows, key=passes_of):
+        design = f"{row['estimator']:<16}{row['diffusion_steps']:4d}{row['trajectories']:4d}"
+        cost = f"{row['passes']:8.1f}{row['seconds']:9.3f}"
+        of_score = f"{row['score_variance']:15.3g}{row['score_bias']:+9.2g}"
+        of_margin = f"{row['margin_variance']:16.3g}{row['margin_bias']:9.2g}"
+        relative = f"{row['noise_x_cost'] / best['noise_x_cost']:14.2f}"
+        mark = "  <- recommended" if row is best else ""
+        print(f"{design}{cost}   {of_score}   {of_margin}{relative}{mark}")
 
 
 def plot(rows, path):
     """Variance (filled) and squared bias (hollow) against forward passes; of the score, of the margin."""
-    from matplotlib.figure import Figure  # here alone: no other job waits for it
+    from matplotlib.figure import Figure  # imported here: nothing else needs it
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("score", "margin")):
+    for axes, quantity in zip(figure.subplots(1, 2), ("score", "margin")):
         for colour, estimator in enumerate(noise.ESTIMATORS):
-            mine = sorted((row for row in rows if row["estimator"] == estimator), key=lambda row: row["passes"])
-            x = [row["passes"] for row in mine]
-            axes.plot(x, [row[f"{name}_variance"] for row in mine], "o", color=f"C{colour}", label=estimator)
-            axes.plot(x, [row[f"{name}_bias"] ** 2 for row in mine], "o", color=f"C{colour}", fillstyle="none")
-            for row in mine:
-                axes.annotate(
-                    f"{row['diffusion_steps']}x{row['trajectories']}",
-                    (row["passes"], row[f"{name}_variance"]),
-                    textcoords="offset points",
-                    xytext=(4, 3),
-                    fontsize=7,
-                    color=f"C{colour}",
-                )
-        axes.set(title=name, xlabel="forward passes a response", ylabel="variance; hollow: squared bias", yscale="log")
+            mine = [row for row in rows if row["estimator"] == estimator]
+            plot_estimator(axes, sorted(mine, key=passes_of), quantity, estimator, f"C{colour}")
+        axes.set(xlabel="forward passes per response", ylabel="variance; hollow: squared bias")
+        axes.set(title=quantity, yscale="log")
         axes.legend(fontsize=8)
     with files.replacing(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def plot_estimator(axes, rows, quantity, estimator, colour):
+    """One estimator's designs, each labelled TxR."""
+    passes = [row["passes"] for row in rows]
+    variances = [row[f"{quantity}_variance"] for row in rows]
+    biases = [row[f"{quantity}_bias"] ** 2 for row in rows]
+    axes.plot(passes, variances, "o", color=colour, label=estimator)
+    axes.plot(passes, biases, "o", color=colour, fillstyle="none")
+    for row, point in zip(rows, zip(passes, variances)):
+        label = f"{row['diffusion_steps']}x{row['trajectories']}"
+        near = {"textcoords": "offset points", "xytext": (4, 3)}
+        axes.annotate(label, point, fontsize=7, color=colour, **near)
+
+
+def passes_of(row):
+    return row["passes"]
 
 
 def main(argv=None):

@@ -1,6 +1,6 @@
 """Tests of calibrate.py: what it measures on noise whose numbers are known, what it recommends, and the command itself.
 
-.venv/bin/python -m pytest -q tests/test_calibrate.py
+bash tests/run.sh tests/scoring/test_calibrate.py
 """
 
 import json
@@ -17,12 +17,14 @@ from preferences import packed
 from scoring import calibration
 
 FEW = [("spread", 2, 2), ("spread", 3, 2), ("stepwise", 4, 1), ("elbo", 4, 1), ("elbo_stratified", 4, 1)]
-SMALL = flags(calibrate_pairs=3, calibrate_draws=3, use_mixed_precision="no")
+FP32 = flags(use_mixed_precision="no")
+AUTO = flags(diffusion_steps="auto", use_mixed_precision="no")
+SMALL = flags(pairs=3, draws=3, use_mixed_precision="no")
 
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(calibrate, "DESIGNS", FEW)
+    monkeypatch.setattr(calibrate, "DESIGNS", [calibrate.Design(*each) for each in FEW])
     monkeypatch.setattr(calibrate, "LEVELS", 6)
 
 
@@ -59,12 +61,9 @@ def test_measure():
 
 
 def test_recommend():
-    row = lambda noise, bias: {
-        "noise_x_cost": noise,
-        "margin_bias": bias,
-        "margin_variance": 4.0,
-        "between_pairs": 12.0,
-    }  # noqa: E731
+    def row(noise, bias):
+        return {"noise_x_cost": noise, "margin_bias": bias, "margin_variance": 4.0, "between_pairs": 12.0}
+
     rows = [row(5, 0.1), row(3, 0.99), row(1, 1.01)]
     assert calibration.recommend(rows) is rows[1]  # the third's bias is above sqrt((4 + 12) / 16)
     assert calibration.recommend([row(1, 3.0), row(2, 1.5)])["margin_bias"] == 1.5
@@ -73,17 +72,14 @@ def test_recommend():
 def test_command(few, home, capsys):
     """The table, its files, and auto: the reference job and a run take what it recommends."""
     data = data_of(home, "packed")
-    assert call(score.main, "--data", data, "--calibrate", *SMALL) == 0
+    assert call(calibrate.main, "--data", data, *SMALL) == 0
     said = capsys.readouterr().out
     assert said.count("<- recommended") == 1 and "recommended: --estimator" in said
     [path] = data.glob("calibration-*.json")
-    assert (
-        path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-        and not list(data.glob("*.tmp*"))
-        and not list(data.glob("ref-*"))
-    )
+    assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(data.glob("*.tmp*")) and not list(data.glob("ref-*"))
     table = json.loads(path.read_text())
-    assert [(row["estimator"], row["diffusion_steps"], row["trajectories"]) for row in table["rows"]] == FEW
+    assert [tuple(row[name] for name in calibrate.Design._fields) for row in table["rows"]] == FEW
     assert table["pairs"] == 3 and table["draws"] == 3 and "moved" in table["policy"]
     for row in table["rows"]:
         assert row["score_variance"] > 0 and row["margin_variance"] > 0 and row["seconds"] > 0
@@ -91,42 +87,44 @@ def test_command(few, home, capsys):
         assert 1 <= row["passes"] <= states
         assert row["noise_x_cost"] == pytest.approx(row["margin_variance"] * row["passes"])
     best = calibration.recommend(table["rows"])
-    assert call(score.main, "--data", data, "--diffusion_steps", "auto", "--use_mixed_precision", "no") == 0
-    [meta] = data.glob("ref-*/meta.json")
-    depends = json.loads(meta.read_text())["depends_on"]
-    assert [depends[name] for name in ("estimator", "diffusion_steps", "trajectories")] == [
-        best[name] for name in ("estimator", "diffusion_steps", "trajectories")
-    ]
-    arguments = train_dpo.prepare(["--data", str(data), "--diffusion_steps", "auto", "--use_mixed_precision", "no"])[2]
-    assert arguments["diffusion_steps"] == best["diffusion_steps"] and arguments["estimator"] == best["estimator"]
+    assert call(score.main, "--data", data, *AUTO) == 0
+    [depends] = depends_of(data)
+    assert all(depends[name] == best[name] for name in calibrate.Design._fields)
+    arguments = arguments_of(data)
+    assert all(getattr(arguments, name) == best[name] for name in calibrate.Design._fields)
     table["rows"][4] |= {"noise_x_cost": 1e-9, "margin_bias": 0.0}  # another winner: auto takes its estimator, too
     path.write_text(json.dumps(table))
-    assert call(score.main, "--data", data, "--diffusion_steps", "auto", "--use_mixed_precision", "no") == 0
-    assert {json.loads(meta.read_text())["depends_on"]["estimator"] for meta in data.glob("ref-*/meta.json")} == {
-        best["estimator"],
-        "elbo_stratified",
-    }
-    assert (
-        train_dpo.prepare(["--data", str(data), "--diffusion_steps", "auto", "--use_mixed_precision", "no"])[2][
-            "estimator"
-        ]
-        == "elbo_stratified"
-    )
-    noise = config.NoiseArguments(estimator="elbo", diffusion_steps="auto")
+    assert call(score.main, "--data", data, *AUTO) == 0
+    assert {depends["estimator"] for depends in depends_of(data)} == {best["estimator"], "elbo_stratified"}
+    assert arguments_of(data).estimator == "elbo_stratified"
+    noise = config.NoiseArguments(estimator="elbo", diffusion_steps="auto")  # given: the best of its own rows
     model_args = config.ModelArguments(model_name_or_path=str(home[1]), use_mixed_precision="no")
     calibration.settle(packed.Packed(data), model_args, noise)
-    assert (noise.estimator, noise.diffusion_steps, noise.trajectories) == (
-        "elbo",
-        4,
-        1,
-    )  # given, the best of its own rows
+    assert (noise.estimator, noise.diffusion_steps, noise.trajectories) == ("elbo", 4, 1)
 
 
-def test_auto_calibrates_first(few, home):
-    """score.py --diffusion_steps auto on data without a calibration makes it, then the reference scores."""
+def depends_of(data):
+    """What the reference scores there depend on."""
+    return [json.loads(path.read_text())["depends_on"] for path in data.glob("ref-*/meta.json")]
+
+
+def arguments_of(data):
+    """The noise arguments that a run with --diffusion_steps auto trains with."""
+    groups = train_dpo.read_arguments(["--data", str(data), *AUTO])
+    train_dpo.prepare(groups)
+    return groups[2]
+
+
+def test_reuse_calibrates_once(few, home, capsys):
+    """With --reuse data without a calibration gets one, for --diffusion_steps auto alone, and then it is up to date."""
     data = data_of(home, "bare")
-    assert call(score.main, "--data", data, "--diffusion_steps", "auto", *SMALL) == 0
-    assert len(list(data.glob("calibration-*.json"))) == len(list(data.glob("ref-*/meta.json"))) == 1
+    assert call(calibrate.main, "--data", data, "--reuse", *SMALL) == 0 and not list(data.glob("calibration-*"))
+    auto = ["--diffusion_steps", "auto"]
+    assert call(calibrate.main, "--data", data, "--reuse", *auto, *SMALL) == 0
+    [path] = data.glob("calibration-*.json")
+    before = path.stat().st_mtime_ns
+    assert call(calibrate.main, "--data", data, "--reuse", *auto, *SMALL) == 0 and path.stat().st_mtime_ns == before
+    assert call(score.main, "--data", data, *AUTO) == 0 and len(depends_of(data)) == 1
 
 
 def test_policy_and_same_numbers(few, home, tiny_dir):
@@ -134,29 +132,22 @@ def test_policy_and_same_numbers(few, home, tiny_dir):
     data = data_of(home, "policy")
     tables = []
     for policy in (make_model(home[0] / "other", tiny_dir, seed=1), home[0] / "other"):
-        assert call(score.main, "--data", data, "--calibrate", *SMALL, "--calibrate_policy", policy) == 0
+        assert call(calibrate.main, "--data", data, *SMALL, "--policy", policy) == 0
         [path] = data.glob("calibration-*.json")
-        tables.append(
-            [
-                {key: value for key, value in row.items() if key != "seconds"}
-                for row in json.loads(path.read_text())["rows"]
-            ]
-        )
+        table = json.loads(path.read_text())["rows"]
+        for row in table:
+            del row["seconds"]
+        tables.append(table)
     assert tables[0] == tables[1] and all(row["margin_variance"] > 1e-3 for row in tables[0])
 
 
 def test_streamed(home, tmp_path):
     """ZeRO-3 on two ranks writes the numbers of one rank without an engine."""
     data = data_of(home, "streamed")
-    argv = [
-        "--data",
-        data,
-        "--calibrate",
-        *flags(calibrate_pairs=2, calibrate_draws=2, use_mixed_precision="no", states_per_forward=8),
-    ]
+    argv = ["--data", data, *flags(pairs=2, draws=2, use_mixed_precision="no", states_per_forward=8)]
     tables = []
     for world, more in ((None, []), (2, ["--deepspeed", "ds_configs/zero3_offload_4080.json"])):
-        [did] = run_jobs(tmp_path / str(world), world, [("calibrate", "score", argv + more)]).values()
+        [did] = run_jobs(tmp_path / str(world), world, [("calibrate", "calibrate", argv + more)]).values()
         assert [rank["error"] for rank in did] == [""] * (world or 1)
         [path] = data.glob("calibration-*.json")
         tables.append(json.loads(path.read_text())["rows"])
@@ -169,14 +160,14 @@ def test_streamed(home, tmp_path):
 def test_refusals(few, home, capsys):
     data = data_of(home, "refused")
     for argv, words in (
-        (["--calibrate", "--calibrate_pairs", 1], "at least 2 pairs"),
-        (["--calibrate", "--calibrate_draws", 1], "at least 2"),
+        (["--pairs", 1], "at least 2 pairs"),
+        (["--draws", 1], "at least 2"),
         (["--diffusion_steps", "auto", "--order", "blocks"], "measured in random order"),
         (["--estimator", "elbo", "--order", "blocks"], "goes with stepwise"),
-        (["--calibrate", "--calibrate_policy", "nowhere"], "nowhere"),
-        (["--calibrate", "--calibrate_policy", home[1]], "are those of the reference"),
+        (["--policy", "nowhere"], "nowhere"),
+        (["--policy", home[1]], "are those of the reference"),
         (["--diffusion_steps", "some"], "neither a number nor auto"),
     ):
-        assert words in refusal(score.main, capsys, "--data", data, *SMALL[4:], *argv), argv
-    said = refusal(train_dpo.main, capsys, "--data", data, "--diffusion_steps", "auto", "--use_mixed_precision", "no")
-    assert "holds no calibration of this model; run: python score.py --calibrate" in said
+        assert words in refusal(calibrate.main, capsys, "--data", data, *FP32, *argv), argv
+    said = refusal(train_dpo.main, capsys, "--data", data, *AUTO)
+    assert f"holds no calibration of this model; run: python calibrate.py --data {data}" in said
