@@ -5,7 +5,7 @@
     python calibrate.py --data packed --use_mixed_precision no --pairs 2 --draws 2
 
 Every design (estimator, T, R) is drawn several times for some pairs, and scored by the reference and by a policy under
-the same noise: --policy, or the reference with each weight moved a little. The truth is the score in single-token steps,
+the same noise: --policy, or the reference with each weight moved a little. The truth is the score in steps of one token,
 by elbo_stratified with up to 64 levels. Recommended is the design with the least noise at equal cost (variance of the
 margin times forward passes) among those with a small bias; scoring/calibration.py says what small is.
 
@@ -23,7 +23,7 @@ from cli import exits
 from cli.parser import arg, names
 from preferences import packed as disk
 from scoring import recipe
-from scoring.calibration import key, place, recommend
+from scoring.calibration import key, measure, place, recommend
 
 UNUSED = {"end_token_id", "gradient_checkpointing", "lora_r", "lora_alpha", "lora_targets"}
 UNUSED |= {"diffusion_steps", "trajectories", "estimator", "order", "block_length", "noise_sets"}
@@ -194,32 +194,6 @@ def score_design(model, scorer, design, draws, bar):
 
 
 # --- what is measured -------------------------------------------------------------------------------------
-
-
-def margins(policy, reference):
-    """(pairs, D) of two (pairs, D, 2)."""
-    gain = policy - reference
-    return gain[..., 0] - gain[..., 1]
-
-
-def variance(values):
-    """The mean over pairs of the variance over draws."""
-    return values.var(1, ddof=1).mean()
-
-
-def measure(policy, reference, truth_policy, truth_reference):
-    """Variance and bias of score and margin over draws: each argument (pairs, D, 2)."""
-    margin, truth = margins(policy, reference), margins(truth_policy, truth_reference)
-    bias = margin.mean(1) - truth.mean(1)  # (pairs,)
-    bias_by_chance = variance(margin) / margin.shape[1] + variance(truth) / truth.shape[1]  # squared
-    between_pairs = truth.mean(1).var(ddof=1) - variance(truth) / truth.shape[1]
-    return {
-        "score_variance": variance(policy),
-        "score_bias": (policy.mean(1) - truth_policy.mean(1)).mean(),
-        "margin_variance": variance(margin),
-        "margin_bias": max(0.0, (bias**2).mean() - bias_by_chance) ** 0.5,
-        "between_pairs": max(0.0, between_pairs),
-    }
 
 
 def measured_rows(policy, reference):

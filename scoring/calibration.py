@@ -1,4 +1,7 @@
-"""A calibration on disk, and the design it recommends; calibrate.py measures it."""
+"""A calibration: how it is measured from scores, where it is on disk, which design it recommends. See calibrate.py.
+
+D draws of a design.
+"""
 
 import config
 import files
@@ -51,3 +54,29 @@ def recommend(rows):
     if fair:
         return min(fair, key=lambda row: row["noise_x_cost"])
     return min(rows, key=lambda row: row["margin_bias"])
+
+
+def margins(policy, reference):
+    """(pairs, D) of two (pairs, D, 2)."""
+    gain = policy - reference
+    return gain[..., 0] - gain[..., 1]
+
+
+def variance(values):
+    """The mean over pairs of the variance over draws."""
+    return values.var(1, ddof=1).mean()
+
+
+def measure(policy, reference, truth_policy, truth_reference):
+    """Variance and bias of score and margin over draws: each argument (pairs, D, 2)."""
+    margin, truth = margins(policy, reference), margins(truth_policy, truth_reference)
+    bias = margin.mean(1) - truth.mean(1)  # (pairs,)
+    bias_by_chance = variance(margin) / margin.shape[1] + variance(truth) / truth.shape[1]  # squared
+    between_pairs = truth.mean(1).var(ddof=1) - variance(truth) / truth.shape[1]
+    return {
+        "score_variance": variance(policy),
+        "score_bias": (policy.mean(1) - truth_policy.mean(1)).mean(),
+        "margin_variance": variance(margin),
+        "margin_bias": max(0.0, (bias**2).mean() - bias_by_chance) ** 0.5,
+        "between_pairs": max(0.0, between_pairs),
+    }

@@ -51,12 +51,12 @@ def test_measure():
     reference = clean + 1.5 * shared
     truth_policy = clean + 1 + 0.1 * rng.normal(size=(P, 2, 2))
     truth_reference = clean + 0.1 * rng.normal(size=(P, 2, 2))
-    got = calibrate.measure(policy, reference, truth_policy, truth_reference)
+    got = calibration.measure(policy, reference, truth_policy, truth_reference)
     assert got["score_variance"] == pytest.approx(9, rel=0.03) and got["score_bias"] == pytest.approx(1, abs=0.05)
     assert got["margin_variance"] == pytest.approx(2 * 1.5**2, rel=0.03)  # two sides; the shared half cancels
     assert got["margin_bias"] == pytest.approx(2, rel=0.02)
     assert got["between_pairs"] < 0.02  # every pair's true margin is 0
-    unbiased = calibrate.measure(policy - [2, 0], reference, truth_policy, truth_reference)
+    unbiased = calibration.measure(policy - [2, 0], reference, truth_policy, truth_reference)
     assert unbiased["margin_bias"] < 0.1  # the noise of a mean over draws is not taken for a bias
 
 
