@@ -5,9 +5,9 @@
     python calibrate.py --data packed --use_mixed_precision no --pairs 2 --draws 2
 
 Every design (estimator, T, R) is drawn several times for some pairs, and scored by the reference and by a policy under
-the same noise: --policy, or the reference with each weight moved a little. The truth is the score in steps of one token,
-by elbo_stratified with up to 64 levels. Recommended is the design with the least noise at equal cost (variance of the
-margin times forward passes) among those with a small bias; scoring/calibration.py says what small is.
+the same noise: --policy, or the reference with each weight moved a little. The truth is the score in steps of one
+token, by elbo_stratified with up to 64 levels. Recommended is the design with the least noise at equal cost (variance
+of the margin times forward passes) among those with a small bias; scoring/calibration.py says what small is.
 
 n response tokens, T denoising steps, R trajectories, S states, D draws.
 """

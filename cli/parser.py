@@ -42,7 +42,7 @@ def number_or_auto(text):
     try:
         return text if text == "auto" else int(text)
     except ValueError:
-        raise ArgumentTypeError(f"{text!r}, expected a number or auto") from None
+        raise ArgumentTypeError(f"{text} is neither a number nor auto") from None
 
 
 def truth(text):
