@@ -1,6 +1,6 @@
-"""Tests of config.py: YAML under the command line, misspelt names, every script's --help, exit codes, who speaks.
+"""Tests of config.py and cli/: YAML under the command line, misspelt names, every script's --help, exit codes.
 
-.venv/bin/python -m pytest -q tests/test_config.py
+bash tests/run.sh tests/test_config.py
 """
 
 import importlib
@@ -8,17 +8,14 @@ import re
 import shlex
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
-from small import execute
+from small import ROOT, execute
 
 import config
 from cli import exits
 from cli.parser import names
 from files import InputError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -41,9 +38,8 @@ def parse(tmp_path):
 def test_defaults(parse):
     got = parse(None)
     assert len(got) == sum(len(fields(group)) for group in config.GROUPS)  # no name is used twice
-    assert {
-        name: got[name] for name in ("diffusion_steps", "trajectories", "noise_sets", "beta", "learning_rate", "seed")
-    } == {"diffusion_steps": 3, "trajectories": 3, "noise_sets": 1, "beta": 0.1, "learning_rate": 5e-7, "seed": 42}
+    wanted = {"diffusion_steps": 3, "trajectories": 3, "noise_sets": 1, "beta": 0.1, "learning_rate": 5e-7, "seed": 42}
+    assert wanted.items() <= got.items()
     assert parse("") == parse("# nothing\n") == got
 
 
@@ -133,7 +129,7 @@ class Parsed(Exception):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """asked(script, *words) -> (the dataclasses that it parses into, the names that its --help leaves out); what main prints is printed."""
+    """asked(script, *words) -> (the dataclasses that it parses into, the names that its --help leaves out)."""
     real = config.parse
 
     def call(script, *words):
@@ -172,12 +168,8 @@ def test_help_of_each_script(script, columns, asked, monkeypatch, capsys):
     said = [(name, " ".join(words.split())) for each in shown for name, words in each]
     assert sorted(name for name, _ in said) == sorted(names(*used) - {*hide, "local_rank"})
     assert options.startswith("options:") and set(re.findall(r"^  (-\S+)", options, re.M)) <= {"-h,", "--config_file"}
-    assert (
-        "None" not in text
-        and "--no_" not in text
-        and "True" not in text
-        and max(map(len, text.splitlines())) <= columns
-    )
+    assert not any(word in text for word in ("None", "--no_", "True"))
+    assert max(map(len, text.splitlines())) <= columns
     defaults = {item.name: item.default for group in used for item in fields(group)}
     for name, words in said:
         value = str(defaults[name]).lower() if isinstance(defaults[name], bool) else defaults[name]

@@ -1,31 +1,24 @@
-"""Tests of launch.sh and of the README: its commands run, in order, in a copy of the repository as a newcomer has it.
+"""Tests of launch.sh and of the README: its commands run, in order, in a copy of the repository.
 
 bash tests/run.sh tests/test_launch.py
 """
 
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
-from small import ROOT, shell
+from small import ROOT, copy_of_the_repository, shell
 
 DS = "ds_configs/zero3_offload_4080.json"
+MAIN = f"bash launch.sh {DS}"
+IMPROVE = "bash examples/improve.sh"
 ELSEWHERE = ("bash tests/run.sh", "bash examples/make_tiny.sh")  # this suite itself, and half an hour of training
-
-SMALL = {"SEEDS": "1 2", "PROBLEMS": "24", "HELD_OUT": "24"}  # improve.sh, with too few problems to improve anything
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """The tracked files as they stand, in an empty folder."""
     folder = tmp_path_factory.mktemp("clone")
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    for name in filter(None, names):
-        if (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+    copy_of_the_repository(folder)
     return folder
 
 
@@ -35,27 +28,52 @@ def readme_commands():
     return [line for line in lines if line.strip() and not line.startswith("#") and line not in ELSEWHERE]
 
 
-def succeed(command, folder, **environment):
-    done = shell(command, folder, **environment)
+def succeed(command, folder, fresh=False, **environment):
+    done = shell(command, folder, fresh, **environment)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 
 
+def times(folder):
+    """{file: when it was written last}"""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 def test_readme(clone):
-    """Every command of the README exits 0; the main job's held-out accuracy is above chance; a second run reuses it all."""
-    main_job, *others = readme_commands()
-    assert main_job == f"bash launch.sh {DS}"
-    succeed(main_job, clone)
-    assert (clone / "runs/tiny/final/model.safetensors").exists()
-    log = [json.loads(line) for line in (clone / "runs/tiny/log.jsonl").read_text().splitlines()]
+    """Every command but the two that take minutes exits 0, and a second launch of each run finds all of it done."""
+    commands = readme_commands()
+    assert commands[0] == MAIN and IMPROVE in commands
+    commands = [command for command in commands if command not in (MAIN, IMPROVE)]
+    for command in commands:
+        succeed(command, clone)
+    launches = [command for command in commands if command.startswith("bash launch.sh")]
+    assert launches
+    for command in launches:
+        before = times(clone / "runs")
+        said = succeed(command, clone)
+        assert said.count("up to date") == 2 and "is finished" in said and times(clone / "runs") == before
+
+
+@pytest.mark.long
+def test_readme_main_job(tmp_path):
+    """The losses that the README prints, an accuracy above chance, and a second launch that finds all of it done."""
+    copy_of_the_repository(tmp_path)
+    succeed(MAIN, tmp_path, fresh=True)
+    assert (tmp_path / "runs/tiny/final/model.safetensors").exists()
+    log = [json.loads(line) for line in (tmp_path / "runs/tiny/log.jsonl").read_text().splitlines()]
     assert abs(log[0]["rewards/margins"]) < 1e-3 and abs(log[0]["loss"] - 0.693147) < 1e-4
+    assert [log[step - 1]["loss"] for step in (1, 5, 40)] == pytest.approx([0.6931, 0.5540, 0.1409], abs=1e-3)
     assert log[-1]["eval_rewards/accuracies_ci95"][0] > 0.5
-    before = {path: path.stat().st_mtime_ns for path in (clone / "runs/tiny").rglob("*") if path.is_file()}
-    said = succeed(main_job, clone)
+    before = times(tmp_path / "runs/tiny")
+    said = succeed(MAIN, tmp_path, fresh=True)
     assert said.count("up to date") == 2 and "is finished" in said
-    assert before == {path: path.stat().st_mtime_ns for path in (clone / "runs/tiny").rglob("*") if path.is_file()}
-    for command in others:
-        succeed(command, clone, **(SMALL if command == "bash examples/improve.sh" else {}))
+    assert times(tmp_path / "runs/tiny") == before
+
+
+@pytest.mark.long
+def test_improve(clone):
+    """improve.sh with too few problems to improve anything."""
+    succeed(IMPROVE, clone, SEEDS="1 2", PROBLEMS="24", HELD_OUT="24")
     results = json.loads((clone / "runs/improve/results.json").read_text())
     assert [seed["seed"] for seed in results["seeds"]] == [1, 2] and all(seed["n"] == 24 for seed in results["seeds"])
     assert all(0 <= seed[name] <= 1 for seed in results["seeds"] for name in ("base", "sft", "sft_early", "dpo"))
@@ -64,7 +82,7 @@ def test_readme(clone):
 
 
 def test_two_ranks_and_stale_data(clone, tmp_path):
-    """--num_gpus 2 on a CPU, in fresh processes; then other preferences under the same names are packed and scored again."""
+    """--num_gpus 2 on a CPU, in fresh processes; then other preferences of the same name are packed and scored."""
     rows = (clone / "examples/prefs.jsonl").read_text().splitlines(keepends=True)
     source, out = tmp_path / "prefs.jsonl", tmp_path / "packed"
     run = (

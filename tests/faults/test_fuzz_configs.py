@@ -1,29 +1,26 @@
 """Hostile --config_file and ds_config files: refused in one sentence that names the file, or read as they are written.
 
-.venv/bin/python -m pytest -q tests/faults/test_fuzz_configs.py
+bash tests/run.sh tests/faults/test_fuzz_configs.py
 """
 
 import copy
 import gzip
 import json
 import os
-import sys
 import time
 from dataclasses import fields
 
 import pytest
 import yaml
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small import ROOT, refusal
 
-sys.path.insert(0, str(ROOT))
-
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
 import config
 import plan
 import train_dpo
+from cli.parser import number_or_auto
 from files import InputError
 from training import deepspeed_config
 
@@ -172,19 +169,18 @@ def test_yaml_that_contradicts_itself(body, words, tmp_path, capsys):
 def value_of(item):
     """A strategy of an argument's values: as many types as it takes."""
     options = getattr(item.type, "__args__", ())
-    if item.name in config.OR_AUTO:
+    if item.type is number_or_auto:
         return st.integers() | st.just("auto")
-    if item.type in (int, float, bool):
-        return {int: st.integers(), float: st.floats(allow_nan=False, allow_infinity=False), bool: st.booleans()}[
-            item.type
-        ]
+    if item.type is float:
+        return st.floats(allow_nan=False, allow_infinity=False)
+    if item.type in (int, bool):
+        return {int: st.integers(), bool: st.booleans()}[item.type]
     if options and all(isinstance(option, str) for option in options):
         return st.sampled_from(options)
     if int in options:
         return st.integers()
-    letters = st.characters(
-        min_codepoint=32, exclude_categories=["Cs", "Cc", "Cn"], exclude_characters="\x85\u2028\u2029\ufeff"
-    )
+    ends_a_line = "\x85\u2028\u2029\ufeff"
+    letters = st.characters(min_codepoint=32, exclude_categories=["Cs", "Cc", "Cn"], exclude_characters=ends_a_line)
     return st.text(letters, min_size=1).filter(lambda text: text not in ("null", "~"))
 
 
