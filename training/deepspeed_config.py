@@ -9,7 +9,7 @@ from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 
-import config as arguments
+from cli.parser import nearest
 from files import InputError, each_once
 
 # What a ds_config may hold here; DeepSpeed itself takes any name at the top and in optimizer.params, and passes over it
@@ -115,7 +115,7 @@ def check_names(section, known, path, where=""):
     for name, value in section.items():
         dotted, field = f"{where}{name}", known.get(name)
         if field is None:
-            mend = arguments.nearest(name, known, "see ds_configs/README.md", 0.6)
+            mend = nearest(name, known, "see ds_configs/README.md", 0.6)
             raise InputError(f"{path}: unknown key {json.dumps(dotted)}{mend}")
         more = getattr(field, "json_schema_extra", None) or {}
         if more.get("deprecated"):

@@ -236,6 +236,20 @@ def changed(section, path, change):
     return section
 
 
+def renaming(name):
+    def change(parent, key):
+        parent[name] = parent.pop(key)
+
+    return change
+
+
+def setting(value):
+    def change(parent, key):
+        parent[key] = value
+
+    return change
+
+
 def refused(tmp_path, section, *words):
     path = tmp_path / "ds.json"
     path.write_text(section if isinstance(section, str) else json.dumps(section))
@@ -251,7 +265,7 @@ def test_shipped_and_every_misspelt_key(name, tmp_path):
     assert deepspeed_config.read_ds_config(ROOT / "ds_configs" / f"{name}.json") == SHIPPED[name]
     for path, _ in places(SHIPPED[name]):
         for wrong in (path[-1][:-1] + "_x", path[-1].upper() + "S", "no_such_thing"):
-            section = changed(SHIPPED[name], path, lambda parent, key: parent.update({wrong: parent.pop(key)}))
+            section = changed(SHIPPED[name], path, renaming(wrong))
             said = refused(tmp_path, section, f'"{".".join((*path[:-1], wrong))}"')
             assert wrong != path[-1][:-1] + "_x" or len(path[-1]) < 4 or "did you mean" in said
 
@@ -269,9 +283,7 @@ def test_every_wrong_type(name, tmp_path):
         for each in wrong:
             if each is None and path[-1] in ("overlap_comm", "offload_param", "offload_optimizer"):
                 continue  # which may be null
-            refused(
-                tmp_path, changed(SHIPPED[name], path, lambda parent, key: parent.update({key: each})), ".".join(path)
-            )
+            refused(tmp_path, changed(SHIPPED[name], path, setting(each)), ".".join(path))
 
 
 @pytest.mark.parametrize(
@@ -400,7 +412,7 @@ def test_deepspeeds_own_names_pass(tmp_path):
 def test_any_value_anywhere(place, value, tmp_path_factory):
     """It is refused, or DeepSpeed's own model takes it."""
     name, path = place
-    section = changed(SHIPPED[name], path, lambda parent, key: parent.update({key: value}))
+    section = changed(SHIPPED[name], path, setting(value))
     file = tmp_path_factory.mktemp("ds") / "ds.json"
     file.write_text(json.dumps(section))
     try:
