@@ -9,7 +9,7 @@ import math
 import shlex
 import sys
 from dataclasses import dataclass, fields
-from typing import Literal, Optional
+from typing import Literal, NamedTuple, Optional
 
 from cli.parser import Parser, arg, names, number_or_auto
 from cli.yaml_file import yaml_as_flags
@@ -234,6 +234,15 @@ class LikelihoodArguments:
 
 
 GROUPS = (DataArguments, ModelArguments, NoiseArguments, TrainArguments)
+
+
+class Arguments(NamedTuple):
+    """One instance of each of GROUPS, as parse() returns them."""
+
+    data: DataArguments
+    model: ModelArguments
+    noise: NoiseArguments
+    train: TrainArguments
 
 
 def parse(argv, doc, *used, hide=()):

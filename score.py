@@ -172,10 +172,8 @@ def fit_reference(model, packed, noise_args, mask_id, ranks):
     def trial(size):
         state_scores(model, states.first(size), size, ranks.device)
 
-    def load_of(size):
-        return size
-
-    return memory.grow(sizes(state_count(noise_args)), load_of, trial, ranks)[0]
+    rows = {size: size for size in sizes(state_count(noise_args))}
+    return memory.largest_that_fits(rows, trial, ranks).size
 
 
 @torch.no_grad()

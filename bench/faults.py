@@ -1,10 +1,11 @@
-"""Kill every stage at random moments, start it again with the same command, and compare what comes out with an undisturbed run.
+"""Kill every stage at random moments, start it again with the same command, and compare with an undisturbed run.
 
-    python bench/faults.py --kills 200 --seed 0 [--stages prep score train] [--deepspeed ds_configs/zero3_offload_4080.json]
+    python bench/faults.py --kills 200 --seed 0 [--stages prep score train] [--deepspeed FILE]
 
-Each trial starts a stage anew; while it runs it is sent SIGKILL, SIGTERM or SIGINT at a moment drawn over the length of a whole run,
-started again, and so on, at most MOST times; then it is left to end. What must be the same to the last bit: packed/'s arrays, the
-reference's noise and scores, the trained weights and every number of the log. A model of 60,000 parameters; real DeepSpeed.
+Each trial starts a stage anew. While it runs it is sent SIGKILL, SIGTERM or SIGINT at a moment drawn over the length of
+an undisturbed run, then started again, and so on, at most MOST times; then it is left to end. What must be the same to
+the last bit: the packed arrays, the reference's noise and scores, the trained weights and every number of the log. A
+model of 60,000 parameters; real DeepSpeed.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -31,52 +33,33 @@ VARIES = ("pairs_per_second", "tokens_per_second", "seconds_left", "host_peak_gi
 
 
 class Stage:
-    """command(folder) makes result(folder), a dictionary of what must be the same; prepare(folder) lays out what it starts from."""
+    """One stage of the pipeline, in folders under `work`."""
 
     def __init__(self, work, name, deepspeed):
-        self.work, self.name = work, name
+        self.work, self.name, self.deepspeed = work, name, deepspeed
+        self.truth = None  # the result of an undisturbed run
+
+    def command(self, folder):
+        """The stage's command in `folder`."""
+        where = ["--data", folder / "packed", "--model_name_or_path", self.work / "model"]
+        if self.name == "prep":
+            return [ROOT / "data_prep.py", "--in", self.work / "prefs.jsonl", "--num_proc", "2", *where]
         noise = small.flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=2)
-        where = lambda folder: ["--data", folder / "packed", "--model_name_or_path", work / "model"]  # noqa: E731
-        self.command = {
-            "prep": lambda folder: [
-                ROOT / "data_prep.py",
-                "--in",
-                work / "prefs.jsonl",
-                "--num_proc",
-                "2",
-                *where(folder),
-            ],
-            "score": lambda folder: [ROOT / "score.py", *where(folder), *noise],
-            "train": lambda folder: [
-                ROOT / "train_dpo.py",
-                *where(folder),
-                *noise,
-                "--deepspeed",
-                deepspeed,
-                "--output_dir",
-                folder / "run",
-                *small.flags(
-                    learning_rate=3e-3,
-                    gradient_accumulation_steps=2,
-                    save_steps=1,
-                    max_steps=8,
-                    eval_fraction=0.2,
-                    eval_steps=3,
-                ),
-            ],
-        }[name]
+        if self.name == "score":
+            return [ROOT / "score.py", *where, *noise]
+        training = small.flags(learning_rate=3e-3, gradient_accumulation_steps=2, save_steps=1, max_steps=8)
+        training += small.flags(eval_fraction=0.2, eval_steps=3, deepspeed=self.deepspeed, output_dir=folder / "run")
+        return [ROOT / "train_dpo.py", *where, *noise, *training]
 
     def prepare(self, folder):
+        """Make `folder` with what the stage starts from."""
         folder.mkdir()
         if self.name != "prep":
-            shutil.copytree(
-                self.work / "packed",
-                folder / "packed",
-                ignore=shutil.ignore_patterns("ref-*" if self.name == "score" else ""),
-            )
+            left_out = shutil.ignore_patterns("ref-*" if self.name == "score" else "")
+            shutil.copytree(self.work / "packed", folder / "packed", ignore=left_out)
 
     def result(self, folder):
-        """{name: digest or value}."""
+        """{name: digest or value} of what must be the same."""
         if self.name == "train":
             lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
             return {
@@ -84,12 +67,10 @@ class Stage:
                 "weights": files.file_sha256(folder / "run" / "final" / "model.safetensors"),
                 "log": [{key: value for key, value in line.items() if key not in VARIES} for line in lines],
             }
-        pattern = "*.npy" if self.name == "prep" else "ref-*/*.npy"
-        found = {
-            str(path.relative_to(folder / "packed")): files.file_sha256(path)
-            for path in (folder / "packed").glob(pattern)
-        }
-        return found | {"leftovers": [path.name for path in (folder / "packed").rglob("*") if "chunks" in path.name]}
+        packed, found = folder / "packed", {}
+        for path in packed.glob("*.npy" if self.name == "prep" else "ref-*/*.npy"):
+            found[str(path.relative_to(packed))] = files.file_sha256(path)
+        return found | {"leftovers": [path.name for path in packed.rglob("*") if "chunks" in path.name]}
 
 
 def make(work):
@@ -126,8 +107,16 @@ def trial(stage, folder, rng, length, kills):
     return ""
 
 
+class Kills(NamedTuple):
+    """What measure() did."""
+
+    counts: Counter  # of (stage, signal)
+    trials: int
+    wrong: list  # of sentences
+
+
 def measure(work, names, wanted, seed, deepspeed, report=print):
-    """Trials until `wanted` kills are made; returns (kills, trials, wrong)."""
+    """Trials until `wanted` kills are made: Kills."""
     make(work)
     stages, rng, kills, wrong, trials = [], random.Random(seed), Counter(), [], 0
     for name in names:
@@ -147,7 +136,7 @@ def measure(work, names, wanted, seed, deepspeed, report=print):
             shutil.rmtree(folder)
         trials += 1
         print(f"{kills.total()} kills, {trials} trials, {len(wrong)} wrong", file=sys.stderr, flush=True)
-    return kills, trials, wrong
+    return Kills(kills, trials, wrong)
 
 
 def main(argv=None):
@@ -158,16 +147,17 @@ def main(argv=None):
     parser.add_argument("--deepspeed", default=str(ROOT / "ds_configs" / "zero3_offload_4080.json"))
     args = parser.parse_args(argv)
     began = time.time()
+
+    def report(line):
+        print(line, flush=True)
+
     with tempfile.TemporaryDirectory() as work:
-        kills, trials, wrong = measure(
-            Path(work), args.stages, args.kills, args.seed, args.deepspeed, lambda line: print(line, flush=True)
-        )
+        kills, trials, wrong = measure(Path(work), args.stages, args.kills, args.seed, args.deepspeed, report)
     print(f"{'stage':8}" + "".join(f"{each.name:>10}" for each in SIGNALS))
     for name in args.stages:
         print(f"{name:8}" + "".join(f"{kills[name, each.name]:10d}" for each in SIGNALS))
-    print(
-        f"{kills.total()} kills in {trials} trials, {len(wrong)} with another result; {(time.time() - began) / 60:.0f} minutes"
-    )
+    minutes = (time.time() - began) / 60
+    print(f"{kills.total()} kills in {trials} trials, {len(wrong)} with another result; {minutes:.0f} minutes")
     return 1 if wrong else 0
 
 

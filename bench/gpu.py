@@ -118,9 +118,8 @@ class Work:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         trained = lora.add(self.model, 16, 32, "auto", 0, "random")[0] if kind == "lora" else self.model
         self.engine = engine.build(trained, ds_config)
-        self.size = memory.grow(
-            sizes(self.S), lambda size: 2 * size if size == self.S else size, self.trial, self.ranks
-        )[0]
+        rows = {size: 2 * size if size == self.S else size for size in sizes(self.S)}
+        self.size = memory.largest_that_fits(rows, self.trial, self.ranks).size
 
     def count(self, *_):
         self.forwards += 1

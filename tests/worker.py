@@ -92,9 +92,9 @@ def stepping(original):
 
 
 def evaluating(original):
-    def evaluate(*args):
+    def evaluate(*args, **kwargs):
         before = seen["forwards_without_graph"]
-        result = original(*args)
+        result = original(*args, **kwargs)
         seen["eval_forwards"] += seen["forwards_without_graph"] - before
         return result
 

@@ -1,8 +1,8 @@
-"""The model card of what a run makes: metadata that the hub reads, then what a person wants to know before using the model.
+"""The model card of what a run makes: metadata that the Hub reads, then what a person wants to know before using it.
 
     base's README.md + run's arguments + last evaluation -> README.md beside the weights
 
-Upload it all with one line:  hf upload YOU/NAME runs/NAME/final
+Upload everything with one command:  hf upload YOU/NAME runs/NAME/final
 """
 
 import os
@@ -13,83 +13,58 @@ from huggingface_hub import metadata_load
 
 from models import folders
 
+# How a card names a loss. A loss that is not listed here is called by its --loss_type.
 METHODS = {
     "sigmoid": "Direct Preference Optimization (arXiv 2305.18290)",
     "ipo": "IPO (arXiv 2310.12036)",
     "hinge": "a hinge loss on the preference margin (SLiC, arXiv 2305.10425)",
     "sft": "supervised fine-tuning by the masked-diffusion loss (arXiv 2502.09992)",
 }
-# of the run's arguments, what shapes the result
-SHOWN = (
-    "loss_type",
-    "beta",
-    "label_smoothing",
-    "sft_weight",
-    "sft_pad_to",
-    "estimator",
-    "diffusion_steps",
-    "trajectories",
-    "order",
-    "block_length",
-    "backprop_steps",
-    "noise_sets",
-    "noise_seed",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_ratio",
-    "weight_decay",
-    "max_grad_norm",
-    "use_mixed_precision",
-    "lora_r",
-    "lora_alpha",
-    "lora_targets",
-    "load_in_4bit",
-    "seed",
-)
-PAIRS = (
-    "beta",
-    "label_smoothing",
-    "sft_weight",
-    "estimator",
-    "diffusion_steps",
-    "trajectories",
-    "order",
-    "block_length",
-    "backprop_steps",
-    "noise_sets",
-)  # what SFT has no use for
-AUTO = {"llada": "llada", "smdm": "smdm"}  # model_type -> the file of ours that registers it with transformers
+# The run's arguments that shape the result
+SHOWN = """
+    loss_type beta label_smoothing sft_weight sft_pad_to estimator diffusion_steps trajectories order block_length
+    backprop_steps noise_sets noise_seed learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm
+    use_mixed_precision lora_r lora_alpha lora_targets load_in_4bit seed
+    """.split()
+# Those that SFT does not use
+OF_PAIRS = """
+    beta label_smoothing sft_weight estimator diffusion_steps trajectories order block_length backprop_steps noise_sets
+    """.split()
+AUTO = {"llada": "llada", "smdm": "smdm"}  # model_type -> the file in models/ that registers it with transformers
 
 
-def said_of_base(source):
-    """The metadata of the card that came with the model `source`, {} where there is none."""
+def card_of_base(source):
+    """The metadata of the card that came with the model `source`, {} if there is none."""
     path = folders.model_folder(source) / "README.md"
     try:
         return (metadata_load(path) if path.is_file() else None) or {}
-    except (ValueError, yaml.YAMLError):  # its card is not ours to mend
+    except (ValueError, yaml.YAMLError):  # a broken card is its author's business
         return {}
 
 
 def is_hub(name):
-    return (
-        bool(name)
-        and not os.path.exists(name)
-        and name.count("/") == 1
-        and not name.startswith((".", "/", "~"))
-        and not name.endswith((".jsonl", ".json", ".parquet"))
-    )
+    """Whether a model or a data set has a name on the Hub, such as org/name."""
+    if not name or os.path.exists(name) or name.count("/") != 1:
+        return False
+    return not name.startswith((".", "/", "~")) and not name.endswith((".jsonl", ".json", ".parquet"))
+
+
+def short(name):
+    """A name on the Hub as it is; of a path the last part, so that no folder of this machine is named."""
+    return name if is_hub(name) else Path(name).name
 
 
 def metadata(source, arguments, data_source):
-    """What the hub reads, as a dictionary. A base that is a folder has no name there: then what its own card calls its base."""
-    said, lora = said_of_base(source), bool(arguments["lora_r"])
-    base = source if is_hub(source) else said.get("base_model")
+    """What the Hub reads, as a dictionary. If the base is a folder, its own card may say what it is on the Hub."""
+    base_card, lora = card_of_base(source), bool(arguments["lora_r"])
+    base = source if is_hub(source) else base_card.get("base_model")
+    relation = "adapter" if lora else "finetune"
     found = {
         "library_name": "peft" if lora else "transformers",
         "pipeline_tag": "text-generation",
         "base_model": base,
-        "base_model_relation": ("adapter" if lora else "finetune") if base else None,
-        **{name: said.get(name) for name in ("license", "license_name", "license_link", "language")},
+        "base_model_relation": relation if base else None,
+        **{name: base_card.get(name) for name in ("license", "license_name", "license_link", "language")},
         "datasets": [data_source] if is_hub(data_source) else None,
         "tags": ["diffusion-language-model", "sft" if arguments["loss_type"] == "sft" else "dpo"],
     }
@@ -97,57 +72,50 @@ def metadata(source, arguments, data_source):
 
 
 def text(run_name, arguments, packed, counts, evaluation, model_type):
-    """README.md of a run's final/. packed: the packed.Packed it trained on; counts: {what: number}; evaluation: the last one's metrics."""
+    """README.md of a run's final/.
+
+    packed: the Packed that it trained on. counts: {what: number}. evaluation: the metrics of the last one, or {}.
+    """
     source, data_source = arguments["model_name_or_path"], packed.meta["source"]
-    front, sft = metadata(source, arguments, data_source), arguments["loss_type"] == "sft"
-    base, data = (name if is_hub(name) else Path(name).name for name in (source, data_source))
-    licence = front.get("license")
-    rows = [("base", base), ("data", f"{data} (fingerprint {packed.meta['fingerprint']})"), *counts.items()]
-    rows += [(name, arguments[name]) for name in SHOWN if not (sft and name in PAIRS)]
-    lines = [
-        f"# {run_name}",
-        "",
-        f"{base} after {METHODS[arguments['loss_type']]}, trained with train_dpo.py.",
-        "",
-        "## Training",
-        "",
-        *table(rows),
-    ]
+    base, data = short(source), short(data_source)
+    front = metadata(source, arguments, data_source)
+    loss, is_sft = arguments["loss_type"], arguments["loss_type"] == "sft"
+    rows = {"base": base, "data": f"{data} (fingerprint {packed.meta['fingerprint']})", **counts}
+    rows |= {name: arguments[name] for name in SHOWN if not (is_sft and name in OF_PAIRS)}
+    method = METHODS.get(loss, f"training with --loss_type {loss}")
+    lines = [f"# {run_name}", "", f"{base} after {method}, trained with train_dpo.py."]
+    lines += ["", "## Training", "", *table(rows)]
     if evaluation:
-        lines += [
-            "",
-            "## On held-out pairs",
-            "",
-            *table(evaluation.items()),
-            "",
-            f"These are figures of {'a loss' if sft else 'preferences'}, not of tasks: measure what you need it for (evaluate.py).",
-        ]
+        kind = "a loss" if is_sft else "preferences"
+        note = f"These are figures of {kind}, not of tasks: measure what you need it for (evaluate.py)."
+        lines += ["", "## On held-out pairs", "", *table(evaluation), "", note]
     lines += ["", "## Use", "", *usage(model_type, bool(arguments["lora_r"]), arguments["load_in_4bit"])]
-    lines += [
-        "",
-        "## Licence",
-        "",
-        f"That of its base: {licence}."
-        if licence
-        else f"That of its base, {base}, whose files came with no card that names it: say it here before this is shared.",
-    ]
+    licence = f"That of its base: {front.get('license')}."
+    if not front.get("license"):
+        licence = f"That of its base, {base}, whose files came with no card that names it: add it before sharing this."
+    lines += ["", "## Licence", "", licence]
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n" + "\n".join(lines) + "\n"
 
 
 def table(rows):
-    show = lambda value: (
-        f"{value:.4g}"
-        if isinstance(value, float)
-        # noqa: E731
-        else (f"[{value[0]:.3f}, {value[1]:.3f}]" if isinstance(value, (list, tuple)) else str(value))
-    )
-    return ["| | |", "|---|---|", *(f"| {name} | {show(value)} |" for name, value in rows)]
+    """{name: value} as the lines of a table in Markdown."""
+    return ["| | |", "|---|---|", *(f"| {name} | {shown(value)} |" for name, value in rows.items())]
 
 
-def usage(model_type, lora, packed_4bit):
-    flag = " --load_in_4bit true" if packed_4bit else ""
+def shown(value):
+    """A value as a table shows it."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):  # an interval
+        return f"[{value[0]:.3f}, {value[1]:.3f}]"
+    return str(value)
+
+
+def usage(model_type, is_lora, in_4bit):
+    """Lines that show how the model is used."""
+    flag = " --load_in_4bit true" if in_4bit else ""
     lines = ["```bash", f"python generate.py --model_name_or_path THIS_FOLDER{flag} --prompt '...'", "```"]
-    if model_type in AUTO and not lora:
+    if model_type in AUTO and not is_lora:
         name = AUTO[model_type]
         lines += [
             "",

@@ -1,4 +1,7 @@
-"""Read a ds_config, refuse what contradicts the run, and fill in what it leaves as "auto"."""
+"""Read a ds_config, refuse what contradicts the run, and fill in what it leaves as "auto".
+
+ds_configs/*.json -> read_ds_config() -> training_config() or scoring_config() -> deepspeed.initialize
+"""
 
 import json
 import math
@@ -12,51 +15,28 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 from cli.parser import nearest
 from files import InputError, each_once
 
-# What a ds_config may hold here; DeepSpeed itself takes any name at the top and in optimizer.params, and passes over it
+# What a ds_config may hold here: {name: type, or the names of a section}. DeepSpeed itself accepts any name at the top
+# and in optimizer.params, and ignores those that it does not know.
+INTEGERS = "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print"
+NUMBERS = "gradient_clipping gradient_predivide_factor"
+SWITCHES = """zero_allow_untested_optimizer zero_force_ds_cpu_optimizer prescale_gradients wall_clock_breakdown
+    memory_breakdown dump_state"""
+TEXTS = "communication_data_type log_level"
+OBJECTS = """activation_checkpointing aio checkpoint comms_logger csv_monitor data_types flops_profiler tensorboard
+    timers wandb"""
+ADAM_NUMBERS = "lr eps weight_decay"
+ADAM_SWITCHES = "torch_adam adam_w_mode bias_correction fp32_optimizer_states"
 ADAM = {
-    "lr": float,
+    **dict.fromkeys(ADAM_NUMBERS.split(), float),
+    **dict.fromkeys(ADAM_SWITCHES.split(), bool),
     "betas": tuple[float, float],
-    "eps": float,
-    "weight_decay": float,
-    "torch_adam": bool,
-    "adam_w_mode": bool,
-    "bias_correction": bool,
-    "fp32_optimizer_states": bool,
 }
-
-
 SECTIONS = {
-    **dict.fromkeys(
-        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print"), int
-    ),
-    **dict.fromkeys(("gradient_clipping", "gradient_predivide_factor"), float),
-    **dict.fromkeys(
-        (
-            "zero_allow_untested_optimizer",
-            "zero_force_ds_cpu_optimizer",
-            "prescale_gradients",
-            "wall_clock_breakdown",
-            "memory_breakdown",
-            "dump_state",
-        ),
-        bool,
-    ),
-    **dict.fromkeys(("communication_data_type", "log_level"), str),
-    **dict.fromkeys(
-        (
-            "activation_checkpointing",
-            "aio",
-            "checkpoint",
-            "comms_logger",
-            "csv_monitor",
-            "data_types",
-            "flops_profiler",
-            "tensorboard",
-            "timers",
-            "wandb",
-        ),
-        dict,
-    ),
+    **dict.fromkeys(INTEGERS.split(), int),
+    **dict.fromkeys(NUMBERS.split(), float),
+    **dict.fromkeys(SWITCHES.split(), bool),
+    **dict.fromkeys(TEXTS.split(), str),
+    **dict.fromkeys(OBJECTS.split(), dict),
     "bf16": DeepSpeedBF16Config,
     "fp16": DeepSpeedFP16Config,
     "zero_optimization": DeepSpeedZeroConfig,
@@ -64,124 +44,173 @@ SECTIONS = {
 }
 
 
+# --- reading ----------------------------------------------------------------------------------------------
+
+
 def read_ds_config(path):
-    """The ds_config at `path`, its names and types checked; stage 0 and torch's AdamW when no path is given."""
+    """The ds_config at `path`, its names and types checked; without a path, stage 0 and torch's AdamW.
+
+    Raises InputError for a file that cannot be read, and for what DeepSpeed would ignore or refuse later.
+    """
     if not path:
         return {"optimizer": {"params": {"torch_adam": True}}, "zero_optimization": {"stage": 0}}
     try:
         with open(path, encoding="utf-8-sig") as file:
-            config = json.load(file, object_pairs_hook=each_once, parse_constant=no_number)
+            config = json.load(file, object_pairs_hook=each_once, parse_constant=not_a_number)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); see ds_configs/README.md") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object; see ds_configs/README.md")
     check_names(config, SECTIONS, path)
-    zero, bf16 = config.get("zero_optimization", {}), config.get("bf16", {})
-    if (stage := zero.get("stage")) not in (0, 1, 2, 3):  # left out, or "auto"
-        raise InputError(f"{path}: zero_optimization.stage is {stage}, expected 0, 1, 2 or 3; see ds_configs/README.md")
+    check_precision(config, path)
+    check_stage(config, path)
+    return config
+
+
+def not_a_number(name):
+    """json.load calls this for NaN and Infinity."""
+    raise ValueError(f"{name} is not a number")
+
+
+def check_precision(config, path):
+    """Refuse fp16, and bf16 settings that contradict each other or the stage."""
     if config.get("fp16", {}).get("enabled"):
         raise InputError(f"{path}: fp16 is not supported (its range is too small for these scores); use bf16")
+    bf16, stage = config.get("bf16", {}), config.get("zero_optimization", {}).get("stage")
+    masters = bf16.get("bf16_master_weights_and_grads")
+    if masters and stage == 0:
+        raise InputError(f"{path}: bf16.bf16_master_weights_and_grads needs a ZeRO stage of 1 at least")
+    if bf16.get("bf16_optimizer_states") and not masters:
+        raise InputError(f"{path}: bf16.bf16_optimizer_states needs bf16.bf16_master_weights_and_grads")
+
+
+def check_stage(config, path):
+    """Refuse a missing stage, an offload that the stage does not have, and what DeepSpeed refuses itself."""
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage")
+    if stage not in (0, 1, 2, 3):  # missing, or "auto"
+        raise InputError(f"{path}: zero_optimization.stage is {stage}, expected 0, 1, 2 or 3; see ds_configs/README.md")
     for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        if (zero.get(name) or {}).get("device", "none") != "none" and stage < least:
+        device = (zero.get(name) or {}).get("device", "none")
+        if device != "none" and stage < least:
             raise InputError(f"{path}: zero_optimization.{name} needs stage {least} at least, and stage is {stage}")
-    masters, states = "bf16_master_weights_and_grads", "bf16_optimizer_states"
-    if bf16.get(masters) and not stage or bf16.get(states) and not bf16.get(masters):
-        raise InputError(
-            f"{path}: bf16.{masters} needs a ZeRO stage of 1 at least, and bf16.{states} needs bf16.{masters}"
-        )
     try:
-        DeepSpeedZeroConfig(**zero)  # what DeepSpeed itself says of its parts together
+        DeepSpeedZeroConfig(**zero)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("zero_optimization", *first["loc"])))
         raise InputError(f"{path}: {where}: {first['msg']}; see ds_configs/README.md") from None
-    return config
 
 
-def no_number(name):
-    raise ValueError(f"{name} is no number")
-
-
-def names_of(known):
-    """{name: type or field} of a section: of a dict as it is, of DeepSpeed's model each field under its name and its alias."""
-    if isinstance(known, dict):
-        return known
-    return {name: field for own, field in known.model_fields.items() for name in (own, field.alias) if name}
+# --- names and types --------------------------------------------------------------------------------------
 
 
 def check_names(section, known, path, where=""):
-    """Refuse a name that DeepSpeed does not know, and a value of another type than its own; "auto" is left to resolve()."""
+    """Refuse a name that is not known and a value of another type. "auto" is left to resolve().
+
+    known: the names of the section, as in SECTIONS. where: the place of the section, such as "zero_optimization.".
+    """
     known = names_of(known)
     for name, value in section.items():
-        dotted, field = f"{where}{name}", known.get(name)
-        if field is None:
+        dotted = f"{where}{name}"
+        if name not in known:
             mend = nearest(name, known, "see ds_configs/README.md", 0.6)
             raise InputError(f"{path}: unknown key {json.dumps(dotted)}{mend}")
-        more = getattr(field, "json_schema_extra", None) or {}
-        if more.get("deprecated"):
-            raise InputError(f"{path}: {dotted} is deprecated, write {more.get('new_param')}; see ds_configs/README.md")
-        kind = getattr(field, "annotation", field)  # Optional[a model of DeepSpeed's]: that model
-        inner = next(
-            (
-                each
-                for each in (kind, *get_args(kind))
-                if isinstance(each, dict) or DeepSpeedConfigModel in getattr(each, "__mro__", ())
-            ),
-            None,
-        )
-        if inner is not None and isinstance(value, dict):
-            check_names(value, inner, path, f"{dotted}.")
-        elif value != "auto" and (wrong := complaint(value, kind, getattr(field, "metadata", ()))):
-            raise InputError(f"{path}: {dotted} is {json.dumps(value)}, {wrong}; see ds_configs/README.md")
+        field = known[name]
+        extra = getattr(field, "json_schema_extra", None) or {}
+        if extra.get("deprecated"):
+            raise InputError(
+                f"{path}: {dotted} is deprecated, write {extra.get('new_param')}; see ds_configs/README.md"
+            )
+        kind = getattr(field, "annotation", field)
+        subsection = section_in(kind)
+        if subsection is not None and isinstance(value, dict):
+            check_names(value, subsection, path, f"{dotted}.")
+        elif value != "auto" or subsection is not None:
+            problem = complaint(value, kind, getattr(field, "metadata", ()))
+            if problem:
+                raise InputError(f"{path}: {dotted} is {json.dumps(value)}, {problem}; see ds_configs/README.md")
+
+
+def names_of(known):
+    """{name: type or field} of a section. A field of one of DeepSpeed's models has its own name and its alias."""
+    if isinstance(known, dict):
+        return known
+    fields = known.model_fields
+    aliases = {field.alias: field for field in fields.values() if field.alias}
+    return {**fields, **aliases}
+
+
+def section_in(kind):
+    """The section that a type is, or that Optional[...] holds; None if it is not a section."""
+    for each in (kind, *get_args(kind)):
+        if isinstance(each, dict) or DeepSpeedConfigModel in getattr(each, "__mro__", ()):
+            return each
+    return None
 
 
 def complaint(value, kind, limits):
-    """What is wrong with a JSON value that should be of a type within limits; 1e8 is a whole number to DeepSpeed, "3" is none."""
+    """What is wrong with a JSON value, or None. 1e8 counts as an integer, as in DeepSpeed; "3" does not."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return "expected a finite number"
         value = int(value) if value.is_integer() else value
-    if kind is ZeroStageEnum:  # true would be stage 1
+    if kind is ZeroStageEnum:  # true would count as stage 1
         return None if type(value) is int and 0 <= value <= 3 else "expected 0, 1, 2 or 3"
+    if kind is dict:
+        return None if isinstance(value, dict) else "expected an object"
     if isinstance(kind, dict) or {dict, DeepSpeedConfigModel} & {*getattr(kind, "__mro__", ())}:
-        return None if kind is dict and isinstance(value, dict) else "expected an object"
+        return "expected an object"
+    annotated = Annotated[(kind, *limits)] if limits else kind
     try:
-        pydantic.TypeAdapter(Annotated[(kind, *limits)] if limits else kind).validate_json(
-            json.dumps(value), strict=True
-        )
+        pydantic.TypeAdapter(annotated).validate_json(json.dumps(value), strict=True)
     except pydantic.ValidationError as error:
         return error.errors()[0]["msg"].replace("Input should be", "expected")
 
 
+# --- filling in -------------------------------------------------------------------------------------------
+
+
 def resolve(config, values, path):
-    """Fill every "auto" of `config` from `values` {"a.b.c": (value, flag)}; a literal must equal the run's value."""
+    """A copy of `config` with the run's values in place of "auto".
+
+    values: {"a.b.c": (value, flag)}. Raises InputError for a literal that is not the run's value, and for an "auto"
+    that no value fills.
+    """
     config = json.loads(json.dumps(config))
     for dotted, (value, flag) in values.items():
         *parents, key = dotted.split(".")
-        place = config
+        section = config
         for parent in parents:
-            place = place.setdefault(parent, {})
-        if place.setdefault(key, "auto") not in ("auto", value):
+            section = section.setdefault(parent, {})
+        if section.setdefault(key, "auto") not in ("auto", value):
             raise InputError(
-                f'{path}: "{dotted}" is {json.dumps(place[key])}, but the run says {flag} = '
+                f'{path}: "{dotted}" is {json.dumps(section[key])}, but the run says {flag} = '
                 f'{json.dumps(value)}; write "auto" there, or give the run that value'
             )
-        place[key] = value
-    if left := [dotted for dotted in paths_of(config, "auto")]:
-        raise InputError(f'{path}: "{left[0]}" is "auto", which this project does not fill in; write a number')
+        section[key] = value
+    for dotted in places_of_auto(config):
+        raise InputError(f'{path}: "{dotted}" is "auto", which this project does not fill in; write a number')
     return config
 
 
-def paths_of(value, wanted, prefix=""):
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from paths_of(item, wanted, f"{prefix}.{key}" if prefix else key)
-    elif value == wanted:
-        yield prefix
+def places_of_auto(section, where=""):
+    """Yields "a.b.c" for each "auto" in a section."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from places_of_auto(value, f"{where}{key}.")
+        elif value == "auto":
+            yield where + key
 
 
 def training_config(config, args, model_args, backwards, path):
-    """The configuration of the policy's engine. `backwards`: backward passes per optimizer step."""
+    """The configuration of the policy's engine. backwards: backward passes per optimizer step."""
+    if str(config.get("optimizer", {}).get("type")).lower() == "adafactor":
+        raise InputError(
+            f"{path}: optimizer.type Adafactor is refused: ZeRO gives an optimizer flat vectors, without the rows and "
+            'columns that Adafactor factors, so it would save nothing; write "AdamW" (ds_configs/README.md: bytes per '
+            "parameter)"
+        )
     values = {
         "train_micro_batch_size_per_gpu": (args.per_device_train_batch_size, "per_device_train_batch_size"),
         "gradient_accumulation_steps": (args.gradient_accumulation_steps, "gradient_accumulation_steps"),
@@ -192,15 +221,10 @@ def training_config(config, args, model_args, backwards, path):
         "optimizer.params.betas": ([args.adam_beta1, args.adam_beta2], "adam_beta1, adam_beta2"),
         "optimizer.params.weight_decay": (args.weight_decay, "weight_decay"),
     }
-    if str(config.get("optimizer", {}).get("type")).lower() == "adafactor":
-        raise InputError(
-            f"{path}: optimizer.type Adafactor is refused: ZeRO gives an optimizer flat vectors, without the rows and columns "
-            'that it factors, so that it would save nothing; write "AdamW" (ds_configs/README.md: bytes per parameter)'
-        )
     config = resolve(config, values, path)
     config.pop("train_batch_size", None)
     # To DeepSpeed each backward is one accumulation step: ZeRO-2's offload allocates its accumulation buffer only when
-    # it expects more than one. The loss is scaled by us, and the boundary set by us.
+    # it expects more than one. We scale the loss and set the boundary ourselves.
     config["gradient_accumulation_steps"] = backwards
     return config | {"steps_per_print": 10**9, "wall_clock_breakdown": False}
 

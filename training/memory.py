@@ -3,55 +3,69 @@
 import os
 import resource
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 ROOM = 0.8  # the share of free memory that a trial may plan to fill
 
 
-def unborn(engine):
-    """Bytes of Adam's moments, and of its step's temporary, that are not there before the first step (ZeRO-0 alone)."""
+class Fit(NamedTuple):
+    """What largest_that_fits() found."""
+
+    size: int  # states in one forward
+    peak_gib: float  # of this rank, in its trial
+
+
+def largest_that_fits(rows, trial, ranks, reserved=0):
+    """The largest size that fits on every rank: a Fit.
+
+    Try sizes in ascending order and stop before one that is predicted not to fit: under ZeRO-3 an out-of-memory error
+    inside backward cannot be recovered. Memory is predicted to grow with the rows that are held at once.
+
+    rows: {size: rows held at once}, ascending. trial(size): do the work once. reserved: bytes to leave free.
+    """
+    sizes = list(rows)
+    for size, next_size in zip(sizes, [*sizes[1:], None]):
+        held, free = memory_now(ranks.device)
+        peak = peak_of(trial, size, ranks.device)
+        if next_size is None:
+            break
+        predicted = (peak - held) * rows[next_size] / rows[size]
+        if not all(ranks.gather(predicted < ROOM * (free - reserved))):
+            break
+    return Fit(size, peak / 2**30)
+
+
+def peak_of(trial, size, device):
+    """Bytes that this process held at most while trial(size) ran; on a CPU, since it started."""
+    if device.type != "cuda":
+        trial(size)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    torch.cuda.reset_peak_memory_stats(device)
+    trial(size)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def first_step_bytes(engine):
+    """Bytes that the first optimizer step adds: Adam's moments and a temporary, which only ZeRO-0 makes that late."""
     if engine.zero_optimization_stage() or engine.optimizer is None:
         return 0
     return 12 * sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)
 
 
-def grow(sizes, load, trial, ranks, later=0):
-    """The largest of the ascending `sizes` that fits, on every rank: (size, its peak in GiB on this rank).
-
-    trial(size) does the work; load(size) says in what proportion it takes memory; later: bytes to be left free. A size is tried only where what the one
-    before it took, in proportion, would still leave room to spare: out of memory in the middle of a backward pass cannot be
-    undone under ZeRO-3, so it is never met but with the first.
-    """
-    cuda = ranks.device.type == "cuda"
-    for size, after in zip(sizes, [*sizes[1:], None]):
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(ranks.device)
-        before, free = memory_now(ranks.device)
-        free -= later
-        trial(size)
-        peak = (
-            torch.cuda.max_memory_allocated(ranks.device)
-            if cuda
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-        )
-        if after is None or not all(ranks.gather((peak - before) * load(after) / load(size) < ROOM * free)):
-            return size, peak / 2**30
-
-
 def memory_now(device):
-    """Bytes that this process holds, and bytes that it may still take."""
+    """(bytes that this process holds, bytes that it may still take)."""
     if device.type == "cuda":
-        held, (free, card) = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - held
-        return held, min(free, torch.cuda.get_per_process_memory_fraction(device) * card - held)
+        held = torch.cuda.memory_allocated(device)
+        unused, card = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - held
+        limit = torch.cuda.get_per_process_memory_fraction(device) * card
+        return held, min(unused + cached, limit - held)
     held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    [free] = [
-        int(line.split()[1])
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable")
-    ]
-    return held, free * 2**10 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    [kibibytes] = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    return held, kibibytes * 2**10 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def memory_peaks(device):

@@ -1,115 +1,131 @@
-"""Checkpoints of a run, saved and gone on from: the engine's state, our place in it, and a probe that it came back as it went.
+"""Checkpoints of a run: the engine's state, the place in the run, and a probe of the weights.
 
     runs/NAME/checkpoints/step-N/     DeepSpeed's files (one a rank), state.json: step, counters, world, probe, digests
 
-The probe is the policy's own scores of the longest pair. A resumed run computes them again before its first step: weights that came back
-wrong, another dtype or another device's arithmetic would show there, and are refused instead of trained on.
+On resume, the longest pair is scored again and must match the scores stored in the checkpoint (the probe). A checkpoint
+of other weights, another dtype or another device's arithmetic is refused instead of trained on.
 """
 
 import contextlib
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, dataclass, fields
+from typing import Optional
 
 import torch
 import torch.distributed as dist
 
 import files
+from cli import exits
 from files import InputError
 from preferences.packed import longest
 from training import engine
-from training.stopping import cannot_save
 
-SAME = {"bf16": 2e-2, "no": 1e-4}  # |score - score then| per token that a resumed run may show
+SAME = {"bf16": 2e-2, "no": 1e-4}  # per token: how far a resumed run's score may be from the checkpoint's
+
+
+@dataclass
+class Progress:
+    """How far a run is, as its checkpoints store it. The step gives the learning rate and the place in the data."""
+
+    step: int = 0  # optimizer steps that are done
+    num_tokens: int = 0  # that went through the model
+    skipped: int = 0  # steps without a finite gradient
+    line: Optional[dict] = None  # the last step's line of the log, while its evaluation is still to be made
 
 
 @torch.no_grad()
 def probe(job):
     """The policy's scores of the longest pair, as one number for each of its responses."""
-    [(item, _)] = job.objective.work([(longest(job.objective.packed)[0], 0)])
+    index, _ = longest(job.objective.packed)
+    [(item, _)] = job.objective.work([(index, 0)])
     return [float(job.scores(states).double().sum()) for states in job.objective.responses(item)]
 
 
-def save(job, run, step, counters, line=None):
-    """Engine, step (which is the schedule's and the data's place) and counters. Nothing draws from a global RNG.
-
-    line: the step's line of the log, where its evaluation is still to be made.
-    """
-    state = {"step": step, **counters, "world": job.ranks.world, "probe": probe(job), "line": line}
-    work = run.checkpoints / run.temporary(step)
+def save(job, run, progress):
+    """Write a checkpoint of the run. Nothing draws from a global random generator, so none is saved."""
+    state = asdict(progress) | {"world": job.ranks.world, "probe": probe(job)}
+    work = run.checkpoints / run.temporary(progress.step)
     try:
         job.policy.save_checkpoint(
             str(run.checkpoints), tag=work.name, save_latest=False, exclude_frozen_parameters=True
         )
         dist.barrier()
         if job.ranks.first:
-            run.keep(step, state, job.args.save_total_limit)
+            run.keep(progress.step, state, job.args.save_total_limit)
     except (OSError, RuntimeError) as error:
-        if not (
-            isinstance(error, OSError) or files.no_room(error) or "inline_container" in str(error)
-        ):  # torch's writer
+        if not is_of_a_write(error):
             raise
         shutil.rmtree(work, ignore_errors=True)
         saved = [path for _, path in run.saved()]
-        raise cannot_save(work, error, f"{saved[-1]} is whole" if saved else "no checkpoint was saved before") from None
+        kept = f"{saved[-1]} is complete" if saved else "No checkpoint was saved before"
+        raise exits.cannot_write(work, error, kept) from None
     dist.barrier()
+
+
+def is_of_a_write(error):
+    """Whether a save failed because a file could not be written: an OSError, or torch's writer in its own words."""
+    return isinstance(error, OSError) or files.no_room(error) or "inline_container" in str(error)
 
 
 def load(job, path, dtype):
-    """state.json of the checkpoint, its engine state loaded; refused if its probe comes out otherwise."""
+    """Load a checkpoint into the engine. Returns its Progress; raises InputError if its probe does not match."""
     state = files.read_sealed(path / "state.json", "another checkpoint")
-    every = all(
-        parameter.requires_grad for parameter in job.policy.module.parameters()
-    )  # LoRA's are saved without their base
-    with of_any_world(job, path, state["world"]) as place:
-        loaded, _ = job.policy.load_checkpoint(str(place.parent), tag=place.name, load_module_strict=every)
+    # LoRA's adapters are saved without their base
+    complete = all(parameter.requires_grad for parameter in job.policy.module.parameters())
+    with for_this_world(job, path, state["world"]) as folder:
+        loaded, _ = job.policy.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=complete)
     if loaded is None:
         raise InputError(f"{path}: DeepSpeed cannot load it; choose another checkpoint with --resume_from_checkpoint")
     engine.recount(job.policy, state["step"] - state["skipped"])
-    n = len(job.objective.packed[longest(job.objective.packed)[0]][1])
-    gap = max(abs(now - then) for now, then in zip(probe(job), state["probe"], strict=True)) / n
-    if not gap <= SAME[dtype]:
+    check_probe(job, path, state["probe"], SAME[dtype])
+    return Progress(**{field.name: state[field.name] for field in fields(Progress)})
+
+
+def check_probe(job, path, stored, tolerance):
+    """Raise InputError if the policy's scores of the longest pair are not those that the checkpoint stores."""
+    index, _ = longest(job.objective.packed)
+    chosen_tokens = len(job.objective.packed[index][1])
+    gap = max(abs(now - then) for now, then in zip(probe(job), stored, strict=True)) / chosen_tokens
+    if not gap <= tolerance:
         raise InputError(
-            f"{path}: the longest pair's scores differ by {gap:.2g} per token from those that it was saved with (at most "
-            f"{SAME[dtype]:.0e} expected); choose another checkpoint with --resume_from_checkpoint"
+            f"{path}: the longest pair's scores differ by {gap:.2g} per token from those stored in the checkpoint "
+            f"(expected at most {tolerance:.0e}); choose another checkpoint with --resume_from_checkpoint"
         )
-    return state
 
 
 @contextlib.contextmanager
-def of_any_world(job, path, world):
-    """The checkpoint's folder; where other ranks saved it, a copy in DeepSpeed's universal form, a file for each parameter."""
+def for_this_world(job, path, world):
+    """The checkpoint's folder or, if another number of ranks saved it, a temporary copy in the universal format."""
     if world == job.ranks.world or job.policy.zero_optimization_stage() == 0:
         yield path
         return
-    place = path.with_name(f".{path.name}.universal")
-    if job.ranks.first:
-        print(f"{path}: saved by {world} ranks, this run has {job.ranks.world}; cutting it anew", flush=True)
-        shutil.rmtree(place, ignore_errors=True)
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "deepspeed.checkpoint.ds_to_universal",
-                "--input_folder",
-                str(path),
-                "--output_folder",
-                str(place),
-                "--inject_missing_state",
-            ],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise InputError(
-                f"{path}: DeepSpeed cannot convert it for {job.ranks.world} ranks ({done.stderr.splitlines()[-1:]}); "
-                f"go on with {world}",
-                local=True,
-            )
-    dist.barrier()
-    job.policy._config.load_universal_checkpoint = True
-    yield place
-    job.policy._config.load_universal_checkpoint = False
-    dist.barrier()
-    if job.ranks.first:
-        shutil.rmtree(place)
+    copy = path.with_name(f".{path.name}.universal")
+    try:
+        if job.ranks.first:
+            print(f"{path}: saved by {world} rank(s); converting it for {job.ranks.world}", flush=True)
+            convert(path, copy, world, job.ranks.world)
+        dist.barrier()
+        job.policy._config.load_universal_checkpoint = True
+        yield copy
+        dist.barrier()
+    finally:
+        job.policy._config.load_universal_checkpoint = False
+        if job.ranks.first:
+            shutil.rmtree(copy, ignore_errors=True)
+
+
+def convert(path, copy, saved_by, world):
+    """Write the checkpoint at `path` to `copy` with one file for each parameter, by DeepSpeed's own script."""
+    shutil.rmtree(copy, ignore_errors=True)
+    script = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    folders = ["--input_folder", str(path), "--output_folder", str(copy)]
+    done = subprocess.run([*script, *folders], capture_output=True, text=True)
+    if done.returncode == 0:
+        return
+    error = OSError(done.stderr)
+    if files.no_room(error):
+        raise exits.cannot_write(copy, error, f"{path} is complete")
+    why = " ".join(done.stderr.splitlines()[-1:])[-300:]
+    raise InputError(f"{path}: cannot be converted for {world} rank(s) ({why}); resume on {saved_by}", local=True)

@@ -1,9 +1,10 @@
 """A run's folder on disk: run.json, log.jsonl, checkpoints/step-N/, final/.
 
-A checkpoint is written under a temporary name and renamed when whole; final/ appears last. A run is finished when
-final/ is there; an unfinished one goes on from its newest checkpoint, its log cut back to it.
+A checkpoint is written under a temporary name and renamed when it is complete; final/ appears last. A run is finished
+when final/ is there. An unfinished one resumes from its newest checkpoint, its log cut back to it.
 """
 
+import dataclasses
 import json
 import os
 import platform
@@ -15,34 +16,17 @@ import time
 from pathlib import Path
 
 from files import InputError, file_sha256, hold, naming, owner, read_sealed, replacing, sealed, write_json
+from scoring import reference
 
-# These may differ when a run goes on: where things are, how often it speaks and saves, how the work is cut.
-FREE = {
-    "task",
-    "preference_data_path",
-    "split",
-    "columns",
-    "template",
-    "on_bad_row",
-    "num_proc",
-    "max_length",
-    "data",
-    "output_dir",
-    "resume_from_checkpoint",
-    "local_rank",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "eval_steps",
-    "report_to",
-    "run_name",
-    "states_per_forward",
-    "gradient_checkpointing",
-    "deepspeed",
-    "model_name_or_path",
-    "trust_remote_code",
-    "ranks",
-}
+# Arguments that may differ when a run is resumed: where things are, how often it prints and saves, how work is divided.
+FREE = set(
+    """
+    task preference_data_path split columns template on_bad_row num_proc max_length data output_dir
+    resume_from_checkpoint local_rank logging_steps save_steps save_total_limit eval_steps report_to run_name
+    states_per_forward gradient_checkpointing deepspeed model_name_or_path trust_remote_code ranks
+    """.split()
+)
+ACCUMULATION = "gradient_accumulation_steps"  # may differ, too, with another number of ranks
 
 
 class Run:
@@ -51,9 +35,9 @@ class Run:
     def __init__(self, output_dir):
         self.folder = Path(output_dir)
         self.checkpoints = self.folder / "checkpoints"
-        self.log_path, self.scores_path, self.skipped_path = (
-            self.folder / f"{name}.jsonl" for name in ("log", "scores", "skipped")
-        )
+        self.log_path = self.folder / "log.jsonl"
+        self.scores_path = self.folder / "scores.jsonl"
+        self.skipped_path = self.folder / "skipped.jsonl"
 
     @property
     def final(self):
@@ -65,142 +49,152 @@ class Run:
 
     def saved(self):
         """Complete checkpoints, oldest first: [(step, path)]."""
-        found = [
-            (int(path.name[5:]), path)
-            for path in self.checkpoints.glob("step-*")
-            if path.name[5:].isdigit() and (path / "state.json").exists()
-        ]
+        found = []
+        for path in self.checkpoints.glob("step-*"):
+            step = path.name.removeprefix("step-")
+            if step.isdigit() and (path / "state.json").exists():
+                found.append((int(step), path))
         return sorted(found)
 
     def start_from(self, wanted):
-        """The checkpoint to go on from, or None for a fresh start. `wanted`: None or latest (the newest whole one), or a path."""
-        saved = self.saved()
+        """The checkpoint to resume from, or None to start a new run.
+
+        wanted: None or "latest" for the newest complete one, or a path. Raises InputError for one that is damaged.
+        """
         if wanted in (None, "latest"):
-            if wanted and not saved:
-                raise InputError(
-                    f"--resume_from_checkpoint latest: {self.checkpoints} holds no checkpoint; "
-                    "leave the flag out to start the run"
-                )
-            for _, path in reversed(saved):
-                if not (why := torn(path)):
-                    return path
-                print(f"{path}: {why}; passed over", file=sys.stderr, flush=True)
-            if saved:
-                raise InputError(
-                    f"{self.checkpoints}: none of its {len(saved)} checkpoint(s) is whole; give another --output_dir, or "
-                    "remove that folder to begin anew"
-                )
-            return None
+            return self.newest(required=wanted == "latest")
         path = Path(wanted)
         if not (path / "state.json").exists():
-            known = ", ".join(str(item) for _, item in saved) or "none"
+            known = ", ".join(str(path) for _, path in self.saved()) or "none"
             raise InputError(f"--resume_from_checkpoint {wanted}: not a checkpoint of this project; there are: {known}")
         if path.resolve().parent != self.checkpoints.resolve():
             raise InputError(
-                f"--resume_from_checkpoint {wanted}: a checkpoint holds pickles, which may hold code, and only {self.checkpoints} "
-                "is trusted; if you trust this one, copy it there"
+                f"--resume_from_checkpoint {wanted}: a checkpoint holds pickles, which may hold code, and only "
+                f"{self.checkpoints} is trusted; if you trust this one, copy it there"
             )
         if why := torn(path):
             raise InputError(
-                f"--resume_from_checkpoint {wanted}: {why}; name another, or leave the flag out for the newest whole one"
+                f"--resume_from_checkpoint {wanted}: {why}; name another, or leave it out for the newest complete one"
             )
         return path
 
-    def check_same(self, arguments, inputs):
-        """Refuse to go on with a run that other arguments or other inputs started. Other ranks may, if a step has as many pairs."""
-        if not (self.finished or self.saved()):
-            return  # nothing there that could be mixed up
-        before = read_sealed(self.folder / "run.json", "another --output_dir")
-        steps = "gradient_accumulation_steps"
-        (there, ranks), (here, world) = (
-            (each.get(steps, 1), each.get("ranks", 1)) for each in (before["arguments"], arguments)
-        )
-        if ranks != world and there * ranks != here * world:
-            more = (
-                f"--{steps} {there * ranks // world}"
-                if there * ranks % world == 0
-                else f"ranks that divide {there * ranks}"
-            )
+    def newest(self, required):
+        """The newest complete checkpoint, or None if none was saved; required: None is refused, too."""
+        saved = self.saved()
+        if required and not saved:
             raise InputError(
-                f"{self.folder}: that run has {there} micro-batches a step on each of {ranks} rank(s), this one {here} on "
-                f"{world}, which is another batch; give this one {more}"
+                f"--resume_from_checkpoint latest: {self.checkpoints} holds no checkpoint; "
+                "leave the flag out to start the run"
             )
-        free = FREE | ({steps} if ranks != world else set())
-        pairs = [
-            (name, before["arguments"].get(name), value)
-            for name, value in without_home(arguments).items()
-            if name not in free
-        ]
-        pairs += [(name, before["inputs"].get(name), value) for name, value in inputs.items()]
-        for name, old, new in pairs:
-            if old != new:
-                raise InputError(
-                    f"{self.folder}: that run has {name} = {old}, this one {new}; "
-                    "give this one another --output_dir, or the same value"
-                )
+        for _, path in reversed(saved):
+            why = torn(path)
+            if not why:
+                return path
+            print(f"{path}: {why}; trying the one before it", file=sys.stderr, flush=True)
+        if saved:
+            raise InputError(
+                f"{self.checkpoints}: none of its {len(saved)} checkpoint(s) is complete; give another "
+                "--output_dir, or remove that folder to start again"
+            )
+        return None
+
+    def check_same(self, arguments, inputs):
+        """Raise InputError if the run in this folder was started with other arguments or other inputs."""
+        if not (self.finished or self.saved()):
+            return  # there is nothing that could be mixed up
+        record = read_sealed(self.folder / "run.json", "another --output_dir")
+        self.check_batch(record["arguments"], arguments)
+        free = set(FREE)
+        if record["arguments"].get("ranks", 1) != arguments.get("ranks", 1):
+            free.add(ACCUMULATION)
+        fixed = {name: value for name, value in without_home(arguments).items() if name not in free}
+        for there, here in ((record["arguments"], fixed), (record["inputs"], inputs)):
+            for name, value in here.items():
+                if there.get(name) != value:
+                    raise InputError(
+                        f"{self.folder}: that run has {name} = {there.get(name)}, this one {value}; "
+                        "give this one another --output_dir, or the same value"
+                    )
+
+    def check_batch(self, there, here):
+        """Refuse another number of ranks if a step would have another number of micro-batches in all."""
+        accumulated, accumulates = there.get(ACCUMULATION, 1), here.get(ACCUMULATION, 1)
+        ranks, world = there.get("ranks", 1), here.get("ranks", 1)
+        batches = accumulated * ranks
+        if ranks == world or batches == accumulates * world:
+            return
+        mend = f"--{ACCUMULATION} {batches // world}" if batches % world == 0 else f"ranks that divide {batches}"
+        raise InputError(
+            f"{self.folder}: that run has {accumulated} micro-batches a step on each of {ranks} rank(s), this one "
+            f"{accumulates} on {world}, which is another batch; give this one {mend}"
+        )
 
     def lock(self):
-        """Refuse this folder if another run has it; else it is ours until this process ends, however it ends."""
+        """Take this folder for this process until it ends. Raises InputError if another run has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.held = hold(self.folder / ".lock")
+        lock = self.folder / ".lock"
+        self.held = hold(lock)
         if not self.held:
             raise InputError(
-                f"{self.folder}: a run is using it ({owner(self.folder / '.lock')}); wait for it, or give another --output_dir"
+                f"{self.folder}: a run is using it ({owner(lock)}); wait for it, or give another --output_dir"
             )
 
     def arguments(self):
-        """Those that the run began with."""
+        """The arguments that the run was started with."""
         return read_sealed(self.folder / "run.json", "another --output_dir")["arguments"]
 
     def begin(self, arguments, inputs, versions, steps, start=0):
-        """Write run.json; everything needed to say what made these weights. What a killed save left goes.
+        """Write run.json, all that is needed to say what made these weights. Removes what a killed save left.
 
-        steps: of the whole run; start: that after which this process goes on, which joins those of the processes before it.
+        steps: of the complete run. start: the step that this process resumes after; earlier starts stay listed.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for left in self.checkpoints.glob(".step-*"):
-            shutil.rmtree(left)
+        for leftover in self.checkpoints.glob(".step-*"):
+            shutil.rmtree(leftover)
         starts = read_sealed(self.folder / "run.json", "another --output_dir")["starts"] if start else []
-        write_json(
-            self.folder / "run.json",
-            sealed(
-                {
-                    "arguments": without_home(arguments),
-                    "inputs": inputs,
-                    "start_is_folder": os.path.isdir(arguments["model_name_or_path"]),
-                    "versions": {"python": platform.python_version(), **versions},
-                    "git_commit": git_commit(),
-                    "command": without_home(["python", *sys.argv]),
-                    "steps": steps,
-                    "starts": starts + [{"after_step": start, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}],
-                }
-            ),
-        )
+        starts.append({"after_step": start, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        record = {
+            "arguments": without_home(arguments),
+            "inputs": inputs,
+            "start_is_folder": os.path.isdir(arguments["model_name_or_path"]),
+            "versions": {"python": platform.python_version(), **versions},
+            "git_commit": git_commit(),
+            "command": without_home(["python", *sys.argv]),
+            "steps": steps,
+            "starts": starts,
+        }
+        write_json(self.folder / "run.json", sealed(record))
 
     def cut_log(self, step, pending=False):
-        """Keep the lines of log.jsonl, scores.jsonl and skipped.jsonl up to `step`; a torn last line goes too. pending: that step's
-        evaluation is still to be made, so that its line, and scores of held-out pairs, are written anew. Later checkpoints go, too."""
+        """Keep what log.jsonl, scores.jsonl and skipped.jsonl have up to `step`, and no later checkpoint.
+
+        pending: the evaluation after `step` is still to be made, so its line and its held-out scores are not kept.
+        """
         for later, path in self.saved():
-            if later > step:  # gone on from, it would leave a gap in the log
-                print(f"{path}: of steps that are made anew; removed", flush=True)
+            if later > step:  # resuming from it would leave a gap in the log
+                print(f"{path}: its steps will be made again; removed", flush=True)
                 self.drop(path)
+
+        def is_kept(row, path):
+            of_evaluation = path == self.log_path or row.get("split") == "eval"
+            return row["step"] <= step and not (pending and row["step"] == step and of_evaluation)
+
         for path in (self.log_path, self.scores_path, self.skipped_path):
-            if not path.exists():
-                continue
-            with replacing(path) as kept, open(path, encoding="utf-8", errors="replace") as lines:
-                for line in lines:
-                    try:
-                        row = json.loads(line)
-                        again = (
-                            pending and row["step"] == step and (path == self.log_path or row.get("split") == "eval")
-                        )
-                        if row["step"] <= step and not again:
-                            kept.write(line.rstrip("\n") + "\n")
-                    except (ValueError, KeyError):
-                        break
+            if path.exists():
+                self.keep_lines(path, is_kept)
+
+    def keep_lines(self, path, is_kept):
+        """Rewrite a file with the lines for which is_kept(row, path) is true, up to one that is not complete."""
+        with replacing(path) as kept, open(path, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    if is_kept(json.loads(line), path):
+                        kept.write(line.rstrip("\n") + "\n")
+                except (ValueError, KeyError):
+                    break
 
     def add(self, path, lines):
-        """Lines to one of those files."""
+        """Append lines to one of those files."""
         with naming(path), open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
@@ -233,29 +227,50 @@ class Run:
             shutil.rmtree(gone)
 
 
+def arguments_of(given):
+    """What run.json has of config.Arguments: {name: value} of all groups, and the number of ranks."""
+    arguments = {"ranks": int(os.environ.get("WORLD_SIZE", 1))}
+    for group in given:
+        arguments |= dataclasses.asdict(group)
+    return arguments
+
+
+def finished(given):
+    """What to say if the run of config.Arguments is finished; None if there is something to do. Imports no torch."""
+    run = Run(given.train.output_dir)
+    if not run.finished:
+        return None
+    prepared = reference.prepare(given.data, given.model, given.noise, sft=given.train.loss_type == "sft")
+    run.check_same(arguments_of(given), prepared.wanted)
+    return f"{run.final}: this run is finished; another needs another --output_dir"
+
+
 def without_home(value):
-    """Arguments or a command with the home folder as ~ wherever a path begins with it: a run's folder is shared, its user's name is not."""
+    """Arguments or a command with ~ for the home folder at the start of a path: it is in files that are shared."""
     if isinstance(value, dict):
         return {name: without_home(each) for name, each in value.items()}
     if isinstance(value, list):
         return [without_home(each) for each in value]
     home = os.path.expanduser("~").rstrip("/")
-    return re.sub(rf"(?<![^\s=,:]){re.escape(home)}(?=/|$)", "~", value) if home and isinstance(value, str) else value
+    if not home or not isinstance(value, str):
+        return value
+    return re.sub(rf"(?<![^\s=,:]){re.escape(home)}(?=/|$)", "~", value)
 
 
 def places(run, record, name):
-    """Where a folder that run.json names may be: as far from the run's folder as it was, or as it is written there."""
+    """Where a folder that run.json names may be: at the same place relative to the run, or at the path it names."""
     arguments = record["arguments"]
     path = os.path.expanduser(arguments[name])
     return [run / os.path.relpath(path, os.path.expanduser(arguments["output_dir"])), Path(path)]
 
 
 def digests(folder):
-    """{name: [bytes, sha256]} of all files under `folder` but state.json, each forced to the disk."""
+    """{name: [bytes, sha256]} of all files under `folder` except state.json, each forced to the disk."""
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "state.json"):
-        synchronize(path)
-        found[str(path.relative_to(folder))] = [path.stat().st_size, file_sha256(path)]
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / "state.json":
+            synchronize(path)
+            found[str(path.relative_to(folder))] = [path.stat().st_size, file_sha256(path)]
     return found
 
 
@@ -269,31 +284,26 @@ def synchronize(path):
 
 
 def torn(path):
-    """What is wrong with a checkpoint, "" if every file is as it was written."""
+    """What is wrong with a checkpoint, or "" if every file is as it was written."""
     try:
-        files = read_sealed(path / "state.json", "another checkpoint")["files"]
-        for name, (size, digest) in files.items():
-            if (
-                not (path / name).resolve().is_relative_to(path.resolve())
-                or (path / name).stat().st_size != size
-                or file_sha256(path / name) != digest
-            ):
+        for name, (size, digest) in read_sealed(path / "state.json", "another checkpoint")["files"].items():
+            file = path / name
+            inside = file.resolve().is_relative_to(path.resolve())
+            if not inside or file.stat().st_size != size or file_sha256(file) != digest:
                 return f"{name} is not as it was written"
     except (InputError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"not whole ({' '.join(str(error).split())[:150]})"
+        return f"not complete ({' '.join(str(error).split())[:150]})"
     return ""
 
 
 def git_commit():
-    """The commit of the code, "-dirty" if changed; None outside a clone."""
+    """The commit of the code, "-dirty" if files differ from it; None outside a clone."""
     here = Path(__file__).resolve().parent.parent
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True
-        ).stdout
-        return commit + ("-dirty" if changed.strip() else "")
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

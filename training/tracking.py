@@ -1,12 +1,13 @@
 """A run's numbers as they come: a line on the terminal, log.jsonl, scores.jsonl, TensorBoard, Weights & Biases.
 
-    runs/NAME/log.jsonl         a line a step: TRL's metrics, times, memory
-    runs/NAME/scores.jsonl      a line a scored pair: {"step", "split": train or eval, "pair", "line": its line in the source,
-                                "policy", "ref": scores of each state of [chosen, rejected]}
+    runs/NAME/log.jsonl         a line for each step: TRL's metrics, times, memory
+    runs/NAME/scores.jsonl      a line for each scored pair: {"step", "split": train or eval, "pair", "line" in the
+                                source, "policy" and "ref": scores of each state of [chosen, rejected]}
     runs/NAME/events.out.*      TensorBoard's:  tensorboard --logdir runs
 
-TensorBoard and W&B get the names that transformers' callbacks give TRL's ("train/rewards/margins", "eval/loss"), so that runs line up.
-On a terminal the line is rewritten pair by pair; elsewhere there is one every --logging_steps. Only rank 0 writes.
+TensorBoard and W&B get the names that transformers' callbacks give to TRL's ("train/rewards/margins", "eval/loss"), so
+that runs can be compared. On a terminal the line is rewritten pair by pair; elsewhere there is one every
+--logging_steps. Only rank 0 writes.
 """
 
 import importlib.util
@@ -17,55 +18,102 @@ import shutil
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from files import InputError, naming, no_room, replacing
 from training import guard, memory, runs
 
+# --- sums over ranks --------------------------------------------------------------------------------------
+
+
+class Totals(NamedTuple):
+    """Sums over the pairs of every rank."""
+
+    metrics: list  # of floats, in the order of objective.metrics
+    pairs: float
+    tokens: float  # that went through the model
+
+    def means(self, names, prefix=""):
+        """{prefix + name: mean over the pairs} of the metrics; None for one that is not finite."""
+        return {prefix + name: guard.plain(total / self.pairs) for name, total in zip(names, self.metrics)}
+
+
+def add_up_over_ranks(sums, tokens):
+    """The Totals of every rank's sums. This communicates: every rank must call it.
+
+    sums: (M + 1,) float64, this rank's sums of M metrics and its number of pairs.
+    """
+    everything = torch.cat((sums, sums.new_tensor([tokens])))  # (M + 2,)
+    dist.all_reduce(everything)
+    *metrics, pairs, tokens = everything.tolist()
+    return Totals(metrics, pairs, tokens)
+
+
+# --- the time left ----------------------------------------------------------------------------------------
+
 
 class Clock:
-    """What a run does after which step, and the seconds that it still takes: the tokens to come at the pace of the later half of the
-    steps, evaluations and saves as they were.
+    """What a run does after which step, and the seconds that it still takes.
 
-    tokens: (steps to come,) through the model in each; evaluation: those of one evaluation, 0 where no pair is held out.
+    Steps to come are timed by their tokens, at the pace of the later half of the steps so far; evaluations and saves by
+    the mean of those so far.
+
+    tokens: (steps to come,) through the model in each step. evaluation: tokens of one evaluation, 0 if no pair is held
+    out. start: steps that are done.
     """
 
     def __init__(self, tokens, evaluation, eval_steps, save_steps, start):
         self.start, self.steps, self.evaluation = start, start + len(tokens), evaluation
         coming = np.arange(start + 1, self.steps + 1)
-        every = lambda n: coming % n == 0 if n else coming < 0  # noqa: E731
-        self.evaluates, self.saves = (every(eval_steps) | (coming == self.steps)) & (evaluation > 0), every(save_steps)
-        self.tokens_left, self.evaluations_left, self.saves_left = map(onwards, (tokens, self.evaluates, self.saves))
-        self.took, self.evaluation_seconds, self.save_seconds = [0.0], [], []  # of so many steps together; of each
+        last = coming == self.steps
+        self.evaluates = (multiples(coming, eval_steps) | last) & (evaluation > 0)
+        self.saves = multiples(coming, save_steps)
+        self.tokens_left = onwards(tokens)
+        self.evaluations_left = onwards(self.evaluates)
+        self.saves_left = onwards(self.saves)
+        self.took = [0.0]  # seconds of the first 0, 1, 2 ... steps together
+        self.evaluation_seconds, self.save_seconds = [], []  # of each
 
-    def due(self, step):
-        """(whether an evaluation follows `step` (1-based), whether a save does)."""
-        return bool(self.evaluates[step - self.start - 1]), bool(self.saves[step - self.start - 1])
+    def evaluation_due(self, step):
+        """Whether an evaluation follows `step` (1-based)."""
+        return bool(self.evaluates[step - self.start - 1])
+
+    def save_due(self, step):
+        """Whether a checkpoint follows `step` (1-based)."""
+        return bool(self.saves[step - self.start - 1])
 
     def left(self, step, evaluated):
-        """After `step` (1-based). evaluated: whether that step's evaluation, if it is to have one, is behind us."""
-        steps, behind = len(self.took) - 1, step - self.start
-        first = max(steps // 2, 1) if steps > 1 else 0  # the first step also warms up
-        pace = (self.took[steps] - self.took[first]) / (self.tokens_left[first] - self.tokens_left[steps])
-        evaluation = mean(
-            self.evaluation_seconds, self.evaluation * pace / 3
-        )  # until one is made: a step goes back, too, twice the work
-        return float(
-            self.tokens_left[behind] * pace
-            + self.evaluations_left[behind - (not evaluated)] * evaluation
-            + self.saves_left[behind] * mean(self.save_seconds, 0)
-        )
+        """Seconds left after `step` (1-based). evaluated: whether that step's evaluation, if one is due, is done."""
+        timed, done = len(self.took) - 1, step - self.start
+        first = max(timed // 2, 1) if timed > 1 else 0  # the first step also warms up
+        pace = (self.took[timed] - self.took[first]) / (self.tokens_left[first] - self.tokens_left[timed])
+        # Until one is made: a third of a step's pace, as a step also goes backward, which is twice the work.
+        evaluation = mean(self.evaluation_seconds, self.evaluation * pace / 3)
+        evaluations = self.evaluations_left[done if evaluated else done - 1]
+        seconds = self.tokens_left[done] * pace
+        seconds += evaluations * evaluation
+        seconds += self.saves_left[done] * mean(self.save_seconds, 0)
+        return float(seconds)
 
     def stepped(self, seconds):
+        """A step took so many seconds."""
         self.took.append(self.took[-1] + seconds)
 
     def time(self, seconds, act, *args):
-        """What act(*args) returns; how long it took joins the list `seconds`."""
+        """Call act(*args) and return what it returns; how long it took is appended to the list `seconds`."""
         began = time.time()
-        made = act(*args)
+        result = act(*args)
         seconds.append(time.time() - began)
-        return made
+        return result
+
+
+def multiples(numbers, of):
+    """Which of `numbers` (n,) are multiples of a number: (n,) bool; none if it is 0."""
+    return numbers % of == 0 if of else np.zeros(len(numbers), bool)
 
 
 def onwards(values):
@@ -74,82 +122,100 @@ def onwards(values):
 
 
 def mean(values, otherwise):
+    """The mean of a list, or `otherwise` if it is empty."""
     return sum(values) / len(values) if values else otherwise
 
 
-class Record:
-    """Takes what a run makes and writes it down. ranks, args, objective as in train_dpo.Job; per_step: pairs a step, of all ranks."""
+# --- lines and files --------------------------------------------------------------------------------------
 
-    def __init__(self, run, ranks, args, objective, held, clock, per_step):
-        self.run, self.ranks, self.args, self.objective, self.held = run, ranks, args, objective, held
+
+def new_record(job, run, held_out_pairs, start):
+    """The Record of a run that has done `start` steps. Its clock knows the tokens of every step to come."""
+    per_step, tokens = job.pairs_per_step, job.objective.tokens()
+    places = range(start * per_step, job.steps * per_step)
+    of_pairs = np.array([tokens[job.stream[place][0]] for place in places])
+    of_steps = of_pairs.reshape(-1, per_step).sum(1)
+    clock = Clock(of_steps, int(tokens[held_out_pairs].sum()), job.args.eval_steps, job.args.save_steps, start)
+    return Record(run, job.ranks, job.args, job.objective, held_out_pairs, clock, per_step)
+
+
+class Record:
+    """Writes down what a run computes.
+
+    ranks, args, objective: as in train_dpo.Job. held_out: pairs. per_step: pairs in a step, of all ranks.
+    """
+
+    def __init__(self, run, ranks, args, objective, held_out, clock, per_step):
+        self.run, self.ranks, self.args, self.objective, self.held_out = run, ranks, args, objective, held_out
         self.clock, self.per_step, self.steps = clock, per_step, clock.steps
         self.live = ranks.first and sys.stdout.isatty()
-        self.last, self.trackers, self.said = None, [], clock.start
+        self.last_line, self.previous_step, self.trackers = None, clock.start, []
+        self.evaluation = {}  # the metrics of the last one
 
-    def open(self, arguments, first):
-        """Start the trackers of --report_to, with the run's arguments. first: the step (1-based) that they are told of next."""
+    def open(self, arguments, first_step):
+        """Start the trackers of --report_to. arguments: of the run. first_step: the next that they get (1-based)."""
         if self.ranks.first:
-            self.trackers = [
-                TRACKERS[name](self.run, self.args, arguments, first) for name in names(self.args.report_to)
-            ]
+            for name in names(self.args.report_to):
+                self.trackers.append(TRACKERS[name](self.run, self.args, arguments, first_step))
 
     def close(self):
         for tracker in self.trackers:
             tracker.close()
 
     def pairs(self, step, split, pieces):
-        """[(item, loss, scores)] of this rank, to scores.jsonl."""
+        """Write [(item, loss, scores)] of this rank to scores.jsonl. This communicates: every rank must call it."""
         if len(self.objective.metrics) == 1:
-            return  # SFT: neither pairs nor states
-        entries = sum(self.ranks.gather([self.objective.entry(item, scores) for item, _, scores in pieces]), [])
+            return  # SFT has neither pairs nor states
+        entries = [self.objective.entry(item, scores) for item, _, scores in pieces]
+        of_ranks = self.ranks.gather(entries)
         if self.ranks.first:
-            self.run.add(self.run.scores_path, [{"step": step, "split": split, **entry} for entry in entries])
+            head = {"step": step, "split": split}
+            self.run.add(self.run.scores_path, [head | entry for rank in of_ranks for entry in rank])
 
-    def step(self, line, evaluation, before):
-        """A step's numbers and, where one was made, its evaluation's; before: those of the evaluation before it."""
+    def step(self, line, evaluation):
+        """Write down a step's line and the metrics of the evaluation after it, {} if none was made."""
+        before, self.evaluation = self.evaluation, evaluation or self.evaluation
         if not self.ranks.first:
             return
-        self.last = line = line | evaluation
+        self.last_line = line = line | evaluation
         self.run.add(self.run.log_path, [line])
-        numbers = {
-            name if name.startswith("eval/") else f"train/{name}": value
-            for name, value in ((name.replace("eval_", "eval/", 1), value) for name, value in line.items())
-            if isinstance(value, (int, float)) and name not in ("step", "skipped", "seconds_left")
-        }
+        numbers = tracked(line)
         for tracker in self.trackers:
             tracker.log(line["step"], numbers)
-        if evaluation or self.said in (self.clock.start, self.steps - 1) or line["step"] % self.args.logging_steps == 0:
+        first_or_last = self.previous_step in (self.clock.start, self.steps - 1)
+        if evaluation or first_or_last or line["step"] % self.args.logging_steps == 0:
             self.print(self.words(line))
-        self.said = line["step"]
+        self.previous_step = line["step"]
         if evaluation:
-            for words in guard.falling(evaluation, before, self.objective.chosen_tokens(self.held), self.args.beta):
+            tokens = self.objective.chosen_tokens(self.held_out)
+            for words in guard.falling(evaluation, before, tokens, self.args.beta):
                 self.print(f"warning: {words}")
 
     def print(self, words):
-        """A line that stays."""
+        """Print a line that stays."""
         print(("\r\x1b[K" if self.live else "") + words, flush=True)
 
     def rewrite(self, words):
-        """On a terminal: the line that the next one replaces."""
+        """On a terminal: print a line that the next one replaces."""
         if self.live:
             width = shutil.get_terminal_size().columns - 1
             sys.stdout.write(f"\r\x1b[K{words[:width]}")
             sys.stdout.flush()
 
     def pair(self, step, pieces):
-        """This rank's [(item, loss, scores)] of the step (0-based) have been through the model, and as many on the others."""
-        if self.live:
-            done = sum(len(item) if isinstance(item, list) else 1 for item, _, _ in pieces) * self.ranks.world
-            pairs = f"step {step + 1}/{self.steps} | pair {step * self.per_step + done}/{self.steps * self.per_step}"
-            self.rewrite(self.words(self.last, pairs) if self.last else pairs)
+        """On a terminal: show that this rank's [(item, loss, scores)] of `step` (0-based) are done."""
+        if not self.live:
+            return
+        done = sum(len(item) if isinstance(item, list) else 1 for item, _, _ in pieces) * self.ranks.world
+        place = f"step {step + 1}/{self.steps} | pair {step * self.per_step + done}/{self.steps * self.per_step}"
+        self.rewrite(self.words(self.last_line, place) if self.last_line else place)
 
-    def words(self, line, head=None):
-        """A step as a line for people."""
-        pairs = f"pair {line['step'] * self.per_step}/{self.steps * self.per_step}"
-        words = [
-            head or f"step {line['step']}/{self.steps} | {pairs}",
-            "skipped" if line["skipped"] else f"loss {line['loss']:.4f}",
-        ]
+    def words(self, line, place=None):
+        """A step as a line for people. place: what to begin with, if not with the step's own place."""
+        if place is None:
+            pairs = f"pair {line['step'] * self.per_step}/{self.steps * self.per_step}"
+            place = f"step {line['step']}/{self.steps} | {pairs}"
+        words = [place, "skipped" if line["skipped"] else f"loss {line['loss']:.4f}"]
         if "rewards/margins" in line and not line["skipped"]:
             words += [f"margin {line['rewards/margins']:+.3f}", f"accuracy {line['rewards/accuracies']:.2f}"]
         if "eval_loss" in line:
@@ -157,59 +223,84 @@ class Record:
         if "eval_rewards/accuracies" in line:
             low, high = line["eval_rewards/accuracies_ci95"]
             words += [f"eval accuracy {line['eval_rewards/accuracies']:.3f} [{low:.3f}, {high:.3f}]"]
+        words += [f"lr {line['learning_rate']:.1e}"]
+        words += [f"{line['pairs_per_second']:.2f} pairs/s", f"{line['tokens_per_second']:.0f} tok/s"]
         gpu = "" if line["gpu_peak_gib"] is None else f"GPU {line['gpu_peak_gib']:.1f} GiB, "
+        words += [f"{gpu}host {line['host_peak_gib']:.1f} GiB"]
         left = round(line["seconds_left"])
-        return " | ".join(
-            words
-            + [
-                f"lr {line['learning_rate']:.1e}",
-                f"{line['pairs_per_second']:.2f} pairs/s",
-                f"{line['tokens_per_second']:.0f} tok/s",
-                f"{gpu}host {line['host_peak_gib']:.1f} GiB",
-                f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left",
-            ]
-        )
+        words += [f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"]
+        return " | ".join(words)
+
+
+def tracked(line):
+    """{name: value} of the numbers that TensorBoard and W&B get of a line of the log, under TRL's names."""
+    found = {}
+    for name, value in line.items():
+        if isinstance(value, (int, float)) and name not in ("step", "skipped", "seconds_left"):
+            of_evaluation = name.startswith("eval_")
+            found[name.replace("eval_", "eval/", 1) if of_evaluation else f"train/{name}"] = value
+    return found
+
+
+def measured(job, step, totals, seconds):
+    """The part of the line of `step` (0-based) that its Totals give. seconds: that it took."""
+    gpu, host = memory.memory_peaks(job.ranks.device)
+    return {
+        "step": step + 1,
+        "epoch": round((step + 1) * totals.pairs / len(job.stream.train), 4),
+        **totals.means(job.objective.metrics),
+        "pairs_per_second": totals.pairs / seconds,
+        "tokens_per_second": totals.tokens / seconds,
+        "gpu_peak_gib": gpu,
+        "host_peak_gib": host,
+    }
+
+
+# --- trackers ---------------------------------------------------------------------------------------------
 
 
 class TensorBoard:
-    """Events in the run's folder; what an earlier process wrote of steps that are done again is purged."""
+    """Events in the run's folder. Those that an earlier process wrote of steps that are made again are purged."""
 
-    def __init__(self, run, args, arguments, first):
+    def __init__(self, run, args, arguments, first_step):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self.writing = lambda: naming(run.folder / "events.out.tfevents")
-        threading.excepthook = lambda args: (
-            None if no_room(args.exc_value) else threading.__excepthook__(args)
-        )  # flush raises it, too
-        with self.writing():
-            self.writer = SummaryWriter(str(run.folder), purge_step=first)
+        self.path = run.folder / "events.out.tfevents"
+        self.previous_hook, threading.excepthook = threading.excepthook, self.hear
+        plain = {name: value if isinstance(value, (int, float)) else str(value) for name, value in arguments.items()}
+        with naming(self.path):
+            self.writer = SummaryWriter(str(run.folder), purge_step=first_step)
             self.writer.add_text("args", "```json\n" + json.dumps(arguments, indent=2) + "\n```")
-            for summary in hparams(
-                {name: value if isinstance(value, (int, float)) else str(value) for name, value in arguments.items()},
-                {},
-            ):
+            for summary in hparams(plain, {}):
                 self.writer.file_writer.add_summary(summary)
 
+    def hear(self, failed):
+        """threading.excepthook: a full disk in TensorBoard's own thread is raised by flush() in ours, too."""
+        of_tensorboard = type(failed.thread).__module__.startswith("tensorboard.")
+        if not (of_tensorboard and no_room(failed.exc_value)):
+            self.previous_hook(failed)
+
     def log(self, step, numbers):
-        with self.writing():
+        with naming(self.path):
             for name, value in numbers.items():
                 self.writer.add_scalar(name, value, step)
-            self.writer.flush()  # a killed run has lost nothing
+            self.writer.flush()  # if the run is killed, nothing is lost
 
     def close(self):
-        with self.writing():
+        with naming(self.path):
             self.writer.close()
+        threading.excepthook = self.previous_hook
 
 
 class WandB:
-    """A run of Weights & Biases under runs/NAME/wandb/; one that goes on has the same id. WANDB_PROJECT, WANDB_MODE as W&B reads them."""
+    """A run of Weights & Biases in runs/NAME/wandb/; a resumed run keeps its id. WANDB_PROJECT and WANDB_MODE work."""
 
-    def __init__(self, run, args, arguments, first):
+    def __init__(self, run, args, arguments, first_step):
         import wandb
 
         ident = run.folder / "wandb.id"
-        if first == 1 or not ident.exists():  # begun anew: another run there, too
+        if first_step == 1 or not ident.exists():  # a new start is another run in W&B, too
             with replacing(ident) as file:
                 file.write(secrets.token_hex(4))
         try:
@@ -223,9 +314,9 @@ class WandB:
                 settings=wandb.Settings(console="off"),
             )
         except wandb.errors.Error as error:
+            why = " ".join(str(error).split())[:200]
             raise InputError(
-                f"--report_to wandb: {' '.join(str(error).split())[:200]}; log in (wandb login), set WANDB_MODE=offline, or "
-                "leave it out"
+                f"--report_to wandb: {why}; log in (wandb login), set WANDB_MODE=offline, or leave it out"
             ) from None
         self.run.define_metric("train/global_step")
         self.run.define_metric("*", step_metric="train/global_step", step_sync=True)
@@ -241,7 +332,7 @@ TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def names(text):
-    """The trackers of --report_to, all of which are installed."""
+    """The trackers of --report_to. Raises InputError for one that is unknown or not installed."""
     found = [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
     for name in found:
         if name not in TRACKERS:
@@ -249,28 +340,8 @@ def names(text):
                 f"--report_to {text}: no tracker {name}; expected {', '.join(TRACKERS)}, both with a comma, or none"
             )
         if importlib.util.find_spec(name) is None:
+            file = "requirements-wandb.txt" if name == "wandb" else "requirements.txt"
             raise InputError(
-                f"--report_to {text}: {name} is not installed; run: pip install -r "
-                f"requirements{'-wandb' if name == 'wandb' else ''}.txt, or give --report_to none"
+                f"--report_to {text}: {name} is not installed; run: pip install -r {file}, or give --report_to none"
             )
     return found
-
-
-def measured(job, step, sums, seconds):
-    """The part of a step's line that its sums over all ranks give."""
-    pairs, tokens = sums[len(job.objective.metrics)], sums[-1]
-    gpu, host = memory.memory_peaks(job.ranks.device)
-    return {
-        "step": step + 1,
-        "epoch": round((step + 1) * pairs / len(job.stream.train), 4),
-        **named(job.objective.metrics, sums),
-        "pairs_per_second": pairs / seconds,
-        "tokens_per_second": tokens / seconds,
-        "gpu_peak_gib": gpu,
-        "host_peak_gib": host,
-    }
-
-
-def named(metrics, sums, prefix=""):
-    """Means by name of sums whose last but one, or last, is the number of pairs."""
-    return {prefix + name: guard.plain(float(value / sums[len(metrics)])) for name, value in zip(metrics, sums)}

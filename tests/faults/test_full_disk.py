@@ -1,9 +1,10 @@
-"""Tests of a file system that is full, a real one of a few MiB: at whatever write, one sentence; with room, the command goes on.
+"""Tests of a full file system, a real one of a few MiB: at any write one sentence; with room, the same command resumes.
 
 bash tests/run.sh tests/faults/test_full_disk.py
 """
 
 import errno
+import functools
 import gc
 import json
 import os
@@ -31,9 +32,11 @@ import score
 from cli import exits
 from models import checkpoint, lora, smdm, tokenization
 from reasoning import sampler
+from training import resume
+from training.runs import Run
 
 NOISE = flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=2)
-SMALL_SMDM = dict(d_model=32, n_layers=2, n_heads=4, mlp_hidden_size=48, vocab_size=512, head_size=511)
+SMALL_SMDM = {"d_model": 32, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 48, "vocab_size": 512, "head_size": 511}
 
 
 @pytest.fixture
@@ -42,15 +45,13 @@ def disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip(
-            "a file system can be mounted by root alone: a full disk is tried by test_kills' limit on file sizes only"
-        )
+        pytest.skip("only root can mount a file system; test_kills tries a limit on the size of files")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def leave(disk, room):
-    """Fill the disk but for `room` bytes."""
+    """Fill the disk except for `room` bytes."""
     filler = disk / "filler"
     filler.unlink(missing_ok=True)
     free = os.statvfs(disk)
@@ -75,7 +76,7 @@ def until_there_is_room(disk, rooms, attempt):
 
 
 def in_process(main, capsys, *argv):
-    """attempt() of a script's main: None if it ended well, else its sentence."""
+    """attempt() of a command's main: None if it ended well, else its sentence."""
 
     def attempt():
         capsys.readouterr()
@@ -95,31 +96,18 @@ def in_process(main, capsys, *argv):
 @pytest.fixture(scope="module")
 def home(tiny_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
-    return SimpleNamespace(
-        folder=folder, model=make_model(folder / "model", tiny_dir), pairs=make_pairs(LENGTHS[:12] * 20, 3)
-    )
+    model = make_model(folder / "model", tiny_dir)
+    return SimpleNamespace(folder=folder, model=model, pairs=make_pairs(LENGTHS[:12] * 20, 3))
 
 
 @pytest.fixture(scope="module")
 def trained(home):
-    """The command of a run, but for where it writes, and what it makes where there is room."""
+    """The command of a run, up to its --output_dir, and what it makes if there is room."""
     data = pack(home.folder / "packed", home.pairs[:12], home.model)
     call(score.main, "--data", data, *NOISE)
-    command = [
-        ROOT / "train_dpo.py",
-        *NOISE,
-        "--data",
-        data,
-        *flags(
-            learning_rate=3e-3,
-            gradient_accumulation_steps=2,
-            max_steps=4,
-            eval_fraction=0.3,
-            save_total_limit=1,
-            deepspeed=ROOT / "ds_configs" / "zero3_offload_4080.json",
-        ),
-        "--output_dir",
-    ]
+    given = flags(learning_rate=3e-3, gradient_accumulation_steps=2, max_steps=4, eval_fraction=0.3, save_total_limit=1)
+    given += ["--deepspeed", ROOT / "ds_configs" / "zero3_offload_4080.json"]
+    command = [ROOT / "train_dpo.py", *NOISE, "--data", data, *given, "--output_dir"]
     run([*command, home.folder / "whole"])
     return SimpleNamespace(command=command, whole=made(home.folder / "whole"))
 
@@ -136,9 +124,8 @@ def contents(folder):
 def test_data_prep(disk, tiny_dir, tmp_path, capsys):
     argv = "--in", tiny_dir.parent / "prefs.jsonl", "--model_name_or_path", tiny_dir, "--out"
     call(data_prep.main, *argv, tmp_path / "whole")
-    said = until_there_is_room(
-        disk, range(0, 1 << 20, 16 << 10), in_process(data_prep.main, capsys, *argv, disk / "packed")
-    )
+    attempt = in_process(data_prep.main, capsys, *argv, disk / "packed")
+    said = until_there_is_room(disk, range(0, 1 << 20, 16 << 10), attempt)
     assert any("tokens.npy" in words for words in said)
     assert contents(disk / "packed") == contents(tmp_path / "whole")
 
@@ -147,9 +134,8 @@ def test_score(disk, home, tmp_path, capsys):
     for folder in (tmp_path / "whole", disk / "packed"):
         pack(folder, home.pairs, home.model)
     call(score.main, "--data", tmp_path / "whole", *NOISE)
-    said = until_there_is_room(
-        disk, range(0, 1 << 20, 16 << 10), in_process(score.main, capsys, "--data", disk / "packed", *NOISE)
-    )
+    attempt = in_process(score.main, capsys, "--data", disk / "packed", *NOISE)
+    said = until_there_is_room(disk, range(0, 1 << 20, 16 << 10), attempt)
     assert any("/chunks-0/" in words for words in said), said
     [made], [want] = disk.glob("packed/ref-*"), tmp_path.glob("whole/ref-*")
     assert contents(made) == contents(want) != {}
@@ -163,7 +149,7 @@ def test_score(disk, home, tmp_path, capsys):
     ],
 )
 def test_training(disk, trained, save_steps, rooms, places):
-    """TensorBoard's events, the log, a checkpoint, the model that comes out: whatever finds no room, nothing that was finished is lost."""
+    """TensorBoard's events, the log, a checkpoint, final/: whatever finds the disk full, finished work is safe."""
 
     def attempt():
         done = execute([*trained.command, disk / "run", "--save_steps", save_steps])
@@ -171,36 +157,42 @@ def test_training(disk, trained, save_steps, rooms, places):
         return done.stderr if done.returncode else None
 
     said = until_there_is_room(disk, rooms, attempt)
-    assert all(any(place in words for words in said) for place in places), said
+    for place in places:
+        assert any(place in words for words in said), said
     assert made(disk / "run") == trained.whole
+    if save_steps:
+        convert_without_room(disk)
+
+
+def convert_without_room(disk):
+    """DeepSpeed's own script, which makes a checkpoint one of another number of ranks, finds the disk full."""
+    [(_, path)] = Run(disk / "run").saved()
+    leave(disk, 64 << 10)
+    with pytest.raises(files.InputError, match="No space left on device.* Free some disk space") as error:
+        resume.convert(path, disk / "copy", 1, 2)
+    assert f"{disk / 'copy'}: cannot be written" in str(error.value) and f"{path} is complete" in str(error.value)
 
 
 def test_what_is_said_of_other_errors(tmp_path, capsys):
-    """Words of a user's that a writer may also use change nothing; nor is an error of another kind taken for a full disk."""
+    """A user's text may hold the words of a full disk; an error of another kind is not taken for one."""
 
     def fails(error):
         with files.replacing(tmp_path / "file") as file:
             file.write("half")
             raise error
 
-    said = "prefs.jsonl:3: expected a text, found 'No space left, 3 requested and 2 written'"
-    for error in (
-        files.InputError(said),
-        OSError(errno.ENOSPC, "No space left on device"),
-        OSError("3 requested and 2 written"),
+    said, full = "prefs.jsonl:3: found 'No space left, 3 requested'", f"{tmp_path / 'file'}: cannot be written ("
+    for error, expected in (
+        (files.InputError(said), said),
+        (OSError(errno.ENOSPC, "No space left on device"), full),
+        (OSError("3 requested and 2 written"), full),
     ):
         with pytest.raises(SystemExit) as end:
-            exits.run(lambda: fails(error))
-        words = capsys.readouterr().err
-        expected = said if error.args == (said,) else f"{tmp_path / 'file'}: cannot be written ("
-        assert end.value.code == 2 and words.startswith(f"error: {expected}")
-    for error in (
-        FileNotFoundError(errno.ENOENT, "No such file"),
-        ValueError("a number"),
-        OSError("neither number nor name"),
-    ):
+            exits.run(functools.partial(fails, error))
+        assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {expected}")
+    for error in (FileNotFoundError(errno.ENOENT, "No such file"), ValueError("a number"), OSError("no number")):
         with pytest.raises(type(error), match=error.args[-1]):
-            exits.run(lambda: fails(error))
+            exits.run(functools.partial(fails, error))
     assert not list(tmp_path.iterdir())
 
 

@@ -99,10 +99,10 @@ def test_a_signal_saves(home, tmp_path, number):
     process.send_signal(number)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "Traceback" not in said and not (tmp_path / "run" / "final").exists(), said
-    assert f"{number.name}: finishing what is in hand" in said and "stopped and saved; go on with: python " in said
+    assert "stopping: finishing the pair in hand" in said and "stopped and saved; to resume, run: python " in said
     [(step, path)] = runs.Run(tmp_path / "run").saved()
     assert step >= 2 and not runs.torn(path)
-    assert f"going on after step {step}" in run(command)
+    assert f"resuming after step {step}" in run(command)
     same(home, tmp_path / "run")
 
 
@@ -154,10 +154,10 @@ def test_launch_stops_and_goes_on(home, tmp_path, number):
     said = process.communicate(timeout=120)[0]
     assert (
         process.returncode == (0 if number == signal.SIGTERM else -number)
-        and "stopped and saved; go on with: bash " in said
+        and "stopped and saved; to resume, run: bash " in said
     ), said
-    again = shell(said.rpartition("go on with: ")[2].strip(), ROOT)
-    assert again.returncode == 0 and "going on after step" in again.stdout, again.stdout + again.stderr
+    again = shell(said.rpartition("to resume, run: ")[2].strip(), ROOT)
+    assert again.returncode == 0 and "resuming after step" in again.stdout, again.stdout + again.stderr
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     for mine, whole in zip(log(tmp_path / "run"), log(home.folder / "whole")):  # two ranks of one pair are one of two
         assert mine["loss"] == pytest.approx(whole["loss"], abs=1e-4)
@@ -188,8 +188,8 @@ def test_a_full_disk(home, tmp_path):
     ), said
     assert not list((tmp_path / "run" / "checkpoints").glob(".step-*.tmp"))
     newest = runs.Run(tmp_path / "run").start_from(None)
-    assert int(newest.name[5:]) >= 2 and f"{newest} is whole" in said
-    assert f"going on after step {newest.name[5:]}" in run(command)
+    assert int(newest.name[5:]) >= 2 and f"{newest} is complete" in said
+    assert f"resuming after step {newest.name[5:]}" in run(command)
     same(home, tmp_path / "run")
 
 
@@ -212,7 +212,7 @@ def test_two_runs_in_one_folder(home, tmp_path, capsys):
     assert f"a run is using it (process {process.pid} on " in said
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert "going on after step" in run(command)
+    assert "resuming after step" in run(command)
     same(home, tmp_path / "run")
 
 

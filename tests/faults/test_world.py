@@ -1,6 +1,6 @@
-"""Tests of other worlds: from one rank to two and back, hosts started one by one or by HOSTFILE.
+"""Tests of another number of ranks: from one to two and back, hosts started one by one or by HOSTFILE.
 
-.venv/bin/python -m pytest -q tests/faults/test_world.py
+bash tests/run.sh tests/faults/test_world.py
 """
 
 import shutil
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from small import LENGTHS, ROOT, flags, log, make_model, make_pairs, pack, run_jobs, shell_environment
 
-CLOSE = 2e-5  # of a loss, between two worlds in float32: their sums are added up in another order
+CLOSE = 2e-5  # between the losses of two worlds in float32, which add up in another order
 NOISE = flags(use_mixed_precision="no", diffusion_steps=2, trajectories=2, states_per_forward=3)
 TRAIN = flags(eval_fraction=0.1, learning_rate=3e-3, warmup_ratio=0, max_steps=6, save_steps=2, save_total_limit=0)
 
@@ -32,19 +32,8 @@ def test_one_two_one(home, tmp_path, stage, more):
     """Two steps on one rank, two on two, two on one again, four pairs a step: the losses of one rank alone."""
 
     def job(name, world, steps):
-        argv = [
-            "--data",
-            home.data,
-            *NOISE,
-            *TRAIN,
-            *more,
-            "--deepspeed",
-            ROOT / "ds_configs" / f"{stage}.json",
-            "--output_dir",
-            tmp_path / name,
-            "--gradient_accumulation_steps",
-            4 // world,
-        ]
+        argv = ["--data", home.data, *NOISE, *TRAIN, *more, "--deepspeed", ROOT / "ds_configs" / f"{stage}.json"]
+        argv += ["--output_dir", tmp_path / name, "--gradient_accumulation_steps", 4 // world]
         [did] = run_jobs(tmp_path / f"out-{name}-{world}-{steps}", world, [(name, "train_dpo", argv)]).values()
         assert [rank["error"] for rank in did] == [""] * world
         return [sorted(map(int, rank["items"])) for rank in did]
@@ -78,19 +67,8 @@ def command(home, out, *more):
     """launch.sh on `home`'s model and 24 preferences, in words."""
     rows = (ROOT / "examples" / "prefs.jsonl").read_text().splitlines(keepends=True)[:24]
     (out / "prefs.jsonl").write_text("".join(rows))
-    argv = [
-        "--in",
-        out / "prefs.jsonl",
-        "--data",
-        out / "packed",
-        "--model_name_or_path",
-        home.model,
-        *NOISE,
-        *TRAIN,
-        "--output_dir",
-        out / "run",
-        *more,
-    ]
+    argv = ["--in", out / "prefs.jsonl", "--data", out / "packed", "--model_name_or_path", home.model]
+    argv += [*NOISE, *TRAIN, "--output_dir", out / "run", *more]
     return ["bash", str(ROOT / "launch.sh"), str(ROOT / "ds_configs" / "zero3_offload_4080.json"), *map(str, argv)]
 
 
@@ -99,8 +77,10 @@ def launch(command, **variables):
 
 
 def test_two_launchers_and_a_host_file(home, tmp_path):
-    """Two hosts, here two loopback addresses: started by hand, and by HOSTFILE through ssh (a stand-in that runs it here). Both make
-    what one launcher with one rank makes."""
+    """Two hosts, here loopback addresses, started by hand, and by HOSTFILE through ssh (a stand-in that runs it here).
+
+    Both give the losses of one launcher with one rank.
+    """
     for name in ("one", "two", "file"):
         (tmp_path / name).mkdir()
     one = launch(command(home, tmp_path / "one", "--gradient_accumulation_steps", 2))
@@ -132,9 +112,9 @@ def test_two_launchers_and_a_host_file(home, tmp_path):
     want = log(tmp_path / "one" / "run")
     for name in ("two", "file"):
         got = log(tmp_path / name / "run")
-        assert len(got) == len(want) == 6 and all(
-            mine["loss"] == pytest.approx(whole["loss"], abs=CLOSE) for mine, whole in zip(got, want)
-        ), name
+        assert len(got) == len(want) == 6, name
+        for mine, whole in zip(got, want):
+            assert mine["loss"] == pytest.approx(whole["loss"], abs=CLOSE), name
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ def test_scripts_from_rows_to_a_model(model, tmp_path):
     assert log(home)[-1]["eval_loss"] > 0
     shutil.rmtree(home / "final")
     said = run([ROOT / "train_dpo.py", "--loss_type", "sft", *argv])
-    assert "going on after step 2" in said and (home / "final").exists()  # nothing was left but to write it
+    assert "resuming after step 2" in said and (home / "final").exists()  # nothing was left but to write it
     for script, more in (("train_dpo.py", []), ("train_dpo.py", ["--loss_type", "ipo"])):
         said = run([ROOT / script, *argv, *more], code=2)
         assert said.count("error: ") == 1 and "Traceback" not in said

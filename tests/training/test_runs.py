@@ -1,6 +1,6 @@
-"""Tests of runs.py: what a run's folder says after any way of stopping.
+"""Tests of training/runs.py: what a run's folder holds after any way of stopping.
 
-.venv/bin/python -m pytest -q tests/test_runs.py
+bash tests/run.sh tests/training/test_runs.py
 """
 
 import hashlib
@@ -65,7 +65,7 @@ def test_begin(run, monkeypatch):
     assert json.loads((run.folder / "run.json").read_text())["start_is_folder"] is True
 
 
-def test_starts_of_a_run_that_goes_on(run):
+def test_starts_of_a_resumed_run(run):
     run.begin(ARGUMENTS, INPUTS, {}, 9, start=4)
     run.begin(ARGUMENTS, INPUTS, {}, 9, start=6)
     record = json.loads((run.folder / "run.json").read_text())
@@ -75,7 +75,7 @@ def test_starts_of_a_run_that_goes_on(run):
 
 
 def test_no_home_in_run_json(tmp_path, monkeypatch):
-    """The user's folder is written as ~, found again, and no reason to refuse to go on."""
+    """The user's folder is written as ~, found again, and does not keep the run from resuming."""
     monkeypatch.setenv("HOME", str(tmp_path / "anna"))
     monkeypatch.setattr(
         "sys.argv",
@@ -130,14 +130,14 @@ def test_other_run_is_refused(run, change, inputs, words):
 
 
 def test_free_arguments(run):
-    """Where things are, how often it speaks, how the work is cut: these may differ. Every one is a real argument."""
+    """Where things are, how often it prints, how work is divided: these may differ. Every one is a real argument."""
     from dataclasses import fields
 
     import config
 
     assert runs.FREE - {"ranks"} <= {item.name for group in config.GROUPS for item in fields(group)}
     write_checkpoint(run, 3)
-    run.check_same(ARGUMENTS | {name: "other" for name in runs.FREE - {"ranks"}}, INPUTS)
+    run.check_same(ARGUMENTS | dict.fromkeys(runs.FREE - {"ranks"}, "other"), INPUTS)
     assert not runs.FREE & {
         "beta",
         "learning_rate",
@@ -217,22 +217,22 @@ def test_no_checkpoint(run):
         lambda path: (path / "state.json").write_bytes(b"\xff"),
     ],
 )
-def test_torn_is_passed_over(run, capsys, harm):
-    """The newest whole one is taken, and said; a torn one that was asked for, or nothing but torn ones, is refused."""
+def test_a_torn_checkpoint_is_skipped(run, capsys, harm):
+    """The newest complete one is taken, with a message. A torn one by name, or torn ones alone, are refused."""
     for step in (1, 2, 3):
         write_checkpoint(run, step)
     path = run.checkpoints / "step-3"
     harm(path)
     assert run.start_from(None) == run.start_from("latest") == run.checkpoints / "step-2"
     assert f"{path}: " in capsys.readouterr().err
-    refused(lambda: run.start_from(str(path)), f"--resume_from_checkpoint {path}: ", "newest whole one")
+    refused(lambda: run.start_from(str(path)), f"--resume_from_checkpoint {path}: ", "newest complete one")
     for step in (1, 2):
         shutil.rmtree(run.checkpoints / f"step-{step}")
-    refused(lambda: run.start_from(None), "none of its 1 checkpoint(s) is whole")
+    refused(lambda: run.start_from(None), "none of its 1 checkpoint(s) is complete")
 
 
 def test_a_checkpoint_from_elsewhere_is_not_unpickled(run, tmp_path):
-    """Whole as it may be: it is trusted where this project wrote it, or where its user puts it."""
+    """Even a complete one is trusted only where this project wrote it, or where its user puts it."""
     write_checkpoint(run, 2)
     other = shutil.copytree(run.checkpoints / "step-2", tmp_path / "download" / "step-2")
     refused(lambda: run.start_from(str(other)), str(other), "pickles", "copy it there", str(run.checkpoints))
@@ -330,7 +330,7 @@ def test_cut_log(run, name, torn, step, left):
 
 
 def test_cut_log_where_an_evaluation_is_pending(run):
-    """A run that went on, made it, and was killed before it saved: its line and its held-out scores are made once more, not twice."""
+    """A resumed run made it and was killed before it saved: its line and held-out scores are not there twice then."""
     run.add(run.log_path, [{"step": 3}, {"step": 4}, {"step": 5}])
     run.add(run.scores_path, [{"step": step, "split": split} for step in (4, 5) for split in ("train", "eval")])
     run.cut_log(4, pending=True)
@@ -339,11 +339,11 @@ def test_cut_log_where_an_evaluation_is_pending(run):
 
 
 def test_later_checkpoints_go_with_the_log(run, capsys):
-    """From an earlier checkpoint, by name: a later one, gone on from, would leave a hole in the log."""
+    """On resume from an earlier checkpoint: resuming from a later one then would leave a gap in the log."""
     for step in (2, 4, 6):
         write_checkpoint(run, step)
     run.cut_log(4)
-    assert steps(run) == [2, 4] and "step-6: of steps that are made anew; removed" in capsys.readouterr().out
+    assert steps(run) == [2, 4] and "step-6: its steps will be made again; removed" in capsys.readouterr().out
 
 
 def test_cut_log_that_lacks_its_last_newline(run):
@@ -362,7 +362,7 @@ def test_cut_no_log(run):
 
 
 def test_git_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "training" / "runs.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert runs.git_commit() is None
 

@@ -1,8 +1,9 @@
-"""Tests of tracking.py: the time left, the line on a terminal and elsewhere, TensorBoard and W&B for real, resumed runs.
+"""Tests of training/tracking.py: the time left, the line on a terminal and elsewhere, TensorBoard, W&B, resumed runs.
 
-.venv/bin/python -m pytest -q tests/test_tracking.py
+bash tests/run.sh tests/training/test_tracking.py
 """
 
+import errno
 import importlib.util
 import json
 import math
@@ -10,20 +11,24 @@ import os
 import pty
 import random
 import re
+import shlex
 import shutil
 import subprocess
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from small import ENV, LAUNCHER, ROOT, call, flags, log, make_model, make_pairs, pack, refusal, run, start
 
+import config
 import score
 import train_dpo
 from files import InputError
 from preferences import packed as disk
 from scoring.noise import step_of_state
-from training import tracking
+from training import runs, tracking
+from training.policy import next_commands
 
 STEPS, PER_STEP = 6, 2
 RUN = flags(
@@ -67,12 +72,11 @@ TRL = {
 
 
 def drive(clock, tokens, start, rng, pace, evaluation, eval_steps, save, save_steps, noise=0.2):
-    """A run whose steps take what their tokens take, give or take: [(when, what the clock says is left)], and when it ends."""
+    """A run whose steps take what their tokens take, give or take: ([(when, seconds left)], when it ends)."""
     now, said = 0.0, []
     for step in range(start + 1, clock.steps + 1):
-        seconds = pace(step) * tokens[step - 1 - start] * rng.uniform(1 - noise, 1 + noise) + (
-            5 if step == start + 1 else 0
-        )
+        seconds = pace(step) * tokens[step - 1 - start] * rng.uniform(1 - noise, 1 + noise)
+        seconds += 5 if step == start + 1 else 0
         now += seconds
         clock.stepped(seconds)
         if eval_steps and step % eval_steps == 0 or step == clock.steps:
@@ -99,17 +103,8 @@ def test_time_left_is_right_within_a_tenth(start, eval_steps, save_steps):
 
 def test_time_left_follows_a_machine_that_slows_down():
     tokens = np.full(400, 1000)
-    said, end = drive(
-        tracking.Clock(tokens, 0, 0, 0, 0),
-        tokens,
-        0,
-        random.Random(0),
-        lambda step: 1e-3 if step < 50 else 3e-3,
-        0,
-        0,
-        0,
-        0,
-    )
+    clock = tracking.Clock(tokens, 0, 0, 0, 0)
+    said, end = drive(clock, tokens, 0, random.Random(0), lambda step: 1e-3 if step < 50 else 3e-3, 0, 0, 0, 0)
     now, left = said[200]
     assert abs(now + left - end) < 0.1 * end
 
@@ -134,11 +129,11 @@ def test_time_left_counts_evaluations_and_saves_to_come():
 @pytest.mark.parametrize("start", [0, 4])
 def test_what_is_due_after_each_step(start):
     clock = tracking.Clock(np.full(10 - start, 100), 400, 4, 3, start)
-    assert [step for step in range(start + 1, 11) if clock.due(step)[0]] == [
-        step for step in (4, 8, 10) if step > start
-    ]
-    assert [step for step in range(start + 1, 11) if clock.due(step)[1]] == [step for step in (3, 6, 9) if step > start]
-    assert not any(any(tracking.Clock(np.full(10, 100), 0, 4, 0, 0).due(step)) for step in range(1, 11))
+    steps = range(start + 1, 11)
+    assert list(filter(clock.evaluation_due, steps)) == [step for step in (4, 8, 10) if step > start]
+    assert list(filter(clock.save_due, steps)) == [step for step in (3, 6, 9) if step > start]
+    none = tracking.Clock(np.full(10, 100), 0, 4, 0, 0)
+    assert not any(none.evaluation_due(step) or none.save_due(step) for step in range(1, 11))
 
 
 # --- a run, and one that goes on, on a terminal -----------------------------------------------------------
@@ -163,7 +158,7 @@ def on_a_terminal(command, env):
 
 @pytest.fixture(scope="module")
 def ran(tiny_dir, tmp_path_factory):
-    """A run with both trackers; a copy of it, stopped after step 4 of 6, that goes on upon a terminal."""
+    """A run with both trackers; a copy of it, stopped after step 4 of 6, that resumes on a terminal."""
     folder = tmp_path_factory.mktemp("tracking")
     model = make_model(folder / "model", tiny_dir)
     data = pack(folder / "packed", make_pairs([(5, 9, 11)] * 8, seed=3), model)
@@ -198,7 +193,7 @@ def ran(tiny_dir, tmp_path_factory):
 
 
 def test_plain_lines(ran):
-    """Not on a terminal: one line a print, none rewritten; the first, every second, those with an evaluation."""
+    """Not on a terminal no line is rewritten; the first, every second and those with an evaluation are printed."""
     lines = [line for line in ran.said.splitlines() if line.startswith("step ")]
     assert [line.split(" | ")[0] for line in lines] == [f"step {n}/{STEPS}" for n in (1, 2, 4, 6)]
     assert "\r" not in ran.said and "\x1b" not in ran.said
@@ -220,7 +215,7 @@ def test_plain_lines(ran):
 
 
 def test_line_on_a_terminal(ran):
-    """Rewritten pair by pair, never wider than the terminal; what is printed for good stands on lines of its own."""
+    """Rewritten pair by pair, never wider than the terminal; what stays is on lines of its own."""
     assert f"pair 9/{STEPS * PER_STEP}" in ran.screen and "evaluating 1/2 held-out pairs" in ran.screen
     for part in re.split(r"[\r\n]+", ran.screen):
         if re.search(r"pair 9/|pair 11/|evaluating", part):
@@ -230,35 +225,84 @@ def test_line_on_a_terminal(ran):
 
 
 def test_next_commands(ran):
-    assert f"next: python report.py {ran.folder / 'whole'}" in ran.said
+    """What the run prints last: the model is as small as the embedded one."""
+    run, small = ran.folder / "whole", "--gen_length 40 --block_length 8 --use_mixed_precision no"
+    assert ran.said.splitlines()[-3:] == [
+        f"next: python report.py {run}",
+        f"then: python evaluate.py --model {run}/final --compare {ran.model} --tasks arithmetic {small}",
+        f"and:  python generate.py --model {run}/final {small} --prompt '...'",
+    ]
+
+
+@pytest.mark.parametrize(
+    "given, streams, flags",
+    [
+        ({"deepspeed": "ds_configs/zero3_offload_4080.json"}, True, "--deepspeed ds_configs/zero3_offload_4080.json"),
+        ({"deepspeed": "ds_configs/zero2_offload_4080.json"}, False, ""),
+        ({"lora_r": 16, "load_in_4bit": True, "deepspeed": "ds_configs/zero0.json"}, False, "--load_in_4bit True"),
+    ],
+)
+def test_next_commands_of_a_real_model(given, streams, flags):
+    """They can be run as they are: other commands accept every flag, and with them weights that fit the card."""
+    model_args = config.ModelArguments(model_name_or_path="org/8B", **given)
+    lines = next_commands(runs.Run("runs/my night"), model_args, False, streams).splitlines()
+    sampling = f"--gen_length 256 --block_length 32 {flags}".rstrip()
+    assert lines == [
+        "next: python report.py 'runs/my night'",
+        f"then: python evaluate.py --model 'runs/my night/final' --compare org/8B --tasks gsm8k --limit 200 {sampling}",
+        f"and:  python generate.py --model 'runs/my night/final' {sampling} --prompt '...'",
+    ]
+    _, script, *argv = shlex.split(lines[1].removeprefix("then: "))
+    args, sample, _ = importlib.import_module(script.removesuffix(".py")).read_arguments(argv)
+    assert args.compare == ["org/8B"] and sample.load_in_4bit == model_args.load_in_4bit
+    assert bool(sample.deepspeed) == streams and sample.gen_length == 256
 
 
 def events(folder):
-    """{name: [steps]}, {name: [values]} as TensorBoard reads them."""
+    """What TensorBoard reads: .steps and .values, {name: list}, and .texts, names."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    read = EventAccumulator(str(folder)).Reload()
-    found = {name: read.Scalars(name) for name in read.Tags()["scalars"]}
-    return (
-        {name: [event.step for event in each] for name, each in found.items()},
-        {name: [event.value for event in each] for name, each in found.items()},
-        read.Tags()["tensors"],
-    )
+    read, steps, values = EventAccumulator(str(folder)).Reload(), {}, {}
+    for name in read.Tags()["scalars"]:
+        steps[name] = [event.step for event in read.Scalars(name)]
+        values[name] = [event.value for event in read.Scalars(name)]
+    return SimpleNamespace(steps=steps, values=values, texts=read.Tags()["tensors"])
 
 
 def test_tensorboard(ran):
     for name in ("whole", "again"):  # the second: the steps that were done twice stand once
-        steps, values, texts = events(ran.folder / name)
-        assert TRL <= steps.keys() and "args/text_summary" in texts
-        assert steps["train/loss"] == list(range(1, STEPS + 1)) and steps["eval/loss"] == [4, 6], name
+        found = events(ran.folder / name)
+        assert TRL <= found.steps.keys() and "args/text_summary" in found.texts
+        assert found.steps["train/loss"] == list(range(1, STEPS + 1)) and found.steps["eval/loss"] == [4, 6], name
         lines = log(ran.folder / name)
-        assert np.allclose(values["train/rewards/margins"], [line["rewards/margins"] for line in lines])
-        assert np.allclose(values["eval/rewards/accuracies"], [lines[i]["eval_rewards/accuracies"] for i in (3, 5)])
+        accuracies = [lines[i]["eval_rewards/accuracies"] for i in (3, 5)]
+        assert np.allclose(found.values["train/rewards/margins"], [line["rewards/margins"] for line in lines])
+        assert np.allclose(found.values["eval/rewards/accuracies"], accuracies)
+
+
+def test_only_tensorboards_own_thread_is_silenced(tmp_path, monkeypatch):
+    """A full disk there is raised by flush(), too. What fails in another thread, and any other error, is shown."""
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    before, full = threading.excepthook, OSError(errno.ENOSPC, "No space left on device")
+    tracker = tracking.TensorBoard(runs.Run(tmp_path), None, {"beta": 0.1}, 1)
+    own = tracker.writer.file_writer.event_writer._async_writer._worker
+    for thread, error in ((own, full), (own, ValueError("a fault")), (threading.Thread(), full), (None, full)):
+        threading.excepthook(SimpleNamespace(thread=thread, exc_value=error))
+    assert [(failed.thread is own, type(failed.exc_value)) for failed in shown] == [
+        (True, ValueError),
+        (False, OSError),
+        (False, OSError),
+    ]
+    tracker.close()
+    assert threading.excepthook == before
 
 
 def wandb_records(path):
-    """The protocol-buffer records of a W&B file: a header of 7 bytes, then LevelDB's log, blocks of 32 KiB of pieces (4 bytes of
-    checksum, 2 of length, 1 of kind: whole, first, middle, last)."""
+    """The protocol-buffer records of a W&B file: a header of 7 bytes, then LevelDB's log.
+
+    That is blocks of 32 KiB of pieces (4 bytes of checksum, 2 of length, 1 of kind: whole, first, middle, last).
+    """
     from wandb.proto import wandb_internal_pb2
 
     data, place, whole = path.read_bytes(), 7, b""
@@ -278,7 +322,7 @@ def wandb_records(path):
 
 
 def test_wandb(ran):
-    """Offline, for real: what its own file holds, under TRL's names; a run that goes on has the same id."""
+    """Offline: what W&B's own file holds, under TRL's names; a resumed run has the same id."""
     if "wandb" not in ran.trackers:
         pytest.skip("no wandb: pip install -r requirements-wandb.txt")
     ids = set()
@@ -300,27 +344,26 @@ def test_wandb(ran):
 
 
 def test_scores_of_pairs(ran):
-    """Each trained pair once a use, each held-out pair at each evaluation; sums that agree with the log; the first step's margin is 0."""
+    """Each trained pair for each use, each held-out pair at each evaluation; sums agree with the log."""
     entries = [json.loads(line) for line in (ran.folder / "whole" / "scores.jsonl").read_text().splitlines()]
     lines, S = log(ran.folder / "whole"), len(step_of_state("spread", 3, 2))
-    margin = lambda entry: (
-        sum(entry["policy"][0]) - sum(entry["ref"][0]) - sum(entry["policy"][1]) + sum(entry["ref"][1])
-    )  # noqa: E731
+
+    def margin(entry):
+        policy, ref = entry["policy"], entry["ref"]
+        return sum(policy[0]) - sum(ref[0]) - sum(policy[1]) + sum(ref[1])
+
     for step in range(1, STEPS + 1):
         mine = [entry for entry in entries if entry["step"] == step and entry["split"] == "train"]
         assert len(mine) == PER_STEP
-        assert np.mean([0.1 * margin(entry) for entry in mine]) == pytest.approx(
-            lines[step - 1]["rewards/margins"], abs=1e-3
-        )
+        logged = lines[step - 1]["rewards/margins"]
+        assert np.mean([0.1 * margin(entry) for entry in mine]) == pytest.approx(logged, abs=1e-3)
     for step in (4, 6):
         held = [entry for entry in entries if entry["step"] == step and entry["split"] == "eval"]
         assert len({entry["pair"] for entry in held}) == len(held) == 2
-        assert np.mean([0.1 * margin(entry) for entry in held]) == pytest.approx(
-            lines[step - 1]["eval_rewards/margins"], abs=1e-3
-        )
-    assert len(entries) == STEPS * PER_STEP + 4 and all(
-        np.shape(entry[each]) == (2, S) for entry in entries for each in ("policy", "ref")
-    )
+        logged = lines[step - 1]["eval_rewards/margins"]
+        assert np.mean([0.1 * margin(entry) for entry in held]) == pytest.approx(logged, abs=1e-3)
+    assert len(entries) == STEPS * PER_STEP + 4
+    assert all(np.shape(entry["policy"]) == np.shape(entry["ref"]) == (2, S) for entry in entries)
     assert all(abs(margin(entry)) < 1e-3 for entry in entries if entry["step"] == 1)
     assert all(entry["line"] == disk.Packed(ran.data).lines()[entry["pair"]] for entry in entries)
     assert (ran.folder / "again" / "scores.jsonl").read_bytes() == (ran.folder / "whole" / "scores.jsonl").read_bytes()
@@ -339,9 +382,8 @@ def test_names(text, found, monkeypatch):
 
 
 def test_unknown_tracker(ran, tmp_path, capsys):
-    said = refusal(
-        train_dpo.main, capsys, "--data", ran.data, *RUN, "--report_to", "mlflow", "--output_dir", tmp_path / "run"
-    )
+    argv = ["--data", ran.data, *RUN, "--report_to", "mlflow", "--output_dir", tmp_path / "run"]
+    said = refusal(train_dpo.main, capsys, *argv)
     assert "mlflow" in said and "tensorboard, wandb" in said and not (tmp_path / "run").exists()
     with pytest.raises(InputError):
         tracking.names("tensorboard,all")
@@ -366,17 +408,20 @@ def test_wandb_without_a_login(monkeypatch, tmp_path):
         tracking.WandB(SimpleNamespace(folder=tmp_path), SimpleNamespace(run_name=None, output_dir="runs/a"), {}, 1)
 
 
-def test_a_run_begun_anew_is_another_in_wandb(monkeypatch, tmp_path):
+def test_a_new_start_is_another_run_in_wandb(monkeypatch, tmp_path):
     wandb, ids = pytest.importorskip("wandb", reason="pip install -r requirements-wandb.txt"), []
-    monkeypatch.setattr(
-        wandb, "init", lambda **given: ids.append(given["id"]) or SimpleNamespace(define_metric=lambda *_, **__: None)
-    )
+
+    def init(**given):
+        ids.append(given["id"])
+        return SimpleNamespace(define_metric=lambda *_, **__: None)
+
+    monkeypatch.setattr(wandb, "init", init)
     for first in (1, 5, 1):
         tracking.WandB(SimpleNamespace(folder=tmp_path), SimpleNamespace(run_name=None, output_dir="runs/a"), {}, first)
     assert ids[0] == ids[1] != ids[2]
 
 
-def test_an_evaluation_that_is_not_finite_is_said():
+def test_an_evaluation_that_is_not_finite():
     """It once ended the run in a traceback."""
     clock = tracking.Clock(np.full(4, 10), 0, 0, 0, 0)
     record = tracking.Record(None, SimpleNamespace(first=True), None, None, [], clock, 2)

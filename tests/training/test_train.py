@@ -1,9 +1,9 @@
-"""Tests of train_dpo.py and engine.py: real runs of the command line, against plain AdamW on the formula in plain.py.
+"""Tests of train_dpo.py and training/engine.py: real runs, against plain AdamW on the formula in plain.py.
 
-    .venv/bin/python -m pytest -q tests/test_train.py
+    bash tests/run.sh tests/training/test_train.py
 
-Each of 1 and 2 ranks is started once and makes its runs one after the other (worker.py); stops and refusals are
-processes of their own.
+Each of 1 and 2 ranks is started once and makes its runs one after the other (worker.py). A run that is stopped is a
+process of its own.
 """
 
 import json
@@ -85,45 +85,17 @@ def runs(request, home):
     for name, dtype in (("score-no", FP32), ("score-bf16", BF16)):
         jobs.append((name, "score", base + dtype + ["--states_per_forward", 3]))
     for stage in STAGES:
-        path = ["--deepspeed", ds_config(folder / f"{stage}.json", stage, **ADAM)]
-        for cut, size in (
-            (("joint", 5), ("cut", 2), ("auto", "auto")) if stage in PLAIN else (("cut", 2), ("auto", "auto"))
-        ):
-            jobs.append(
-                (
-                    f"{stage}-{cut}",
-                    "train_dpo",
-                    base
-                    + FP32
-                    + RUN
-                    + path
-                    + flags(
-                        states_per_forward=size,
-                        output_dir=folder / f"{stage}-{cut}",
-                        gradient_checkpointing=cut != "joint",
-                        save_steps=int((stage, cut) == ("zero3", "joint")),
-                    ),
-                )
-            )
+        path = ds_config(folder / f"{stage}.json", stage, **ADAM)
+
+        kinds = [("cut", FP32, {"states_per_forward": 2}), ("auto", FP32, {"states_per_forward": "auto"})]
         if stage in PLAIN:
-            jobs.append(
-                (
-                    f"{stage}-bf16",
-                    "train_dpo",
-                    base + BF16 + RUN + path + flags(states_per_forward=3, output_dir=folder / f"{stage}-bf16"),
-                )
-            )
-            jobs.append(
-                (
-                    f"{stage}-part",
-                    "train_dpo",
-                    base
-                    + FP32
-                    + RUN
-                    + path
-                    + flags(states_per_forward=2, backprop_steps=3, output_dir=folder / f"{stage}-part"),
-                )
-            )
+            saving = {"save_steps": 1} if stage == "zero3" else {}
+            kinds.append(("joint", FP32, {"states_per_forward": 5, "gradient_checkpointing": False} | saving))
+            kinds.append(("bf16", BF16, {"states_per_forward": 3}))
+            kinds.append(("part", FP32, {"states_per_forward": 2, "backprop_steps": 3}))
+        for kind, dtype, more in kinds:
+            given = flags(deepspeed=path, output_dir=folder / f"{stage}-{kind}", **more)
+            jobs.append((f"{stage}-{kind}", "train_dpo", [*base, *dtype, *RUN, *given]))
     did = run_jobs(folder / "out", world, jobs)
     for name, ranks in did.items():
         assert [rank["error"] for rank in ranks] == [""] * world, name
@@ -167,12 +139,12 @@ def held_out(runs):
     return set(objective.split(packed.Packed(runs.data), 0.25, 42)[1].tolist())
 
 
-# The optimizer's steps
+# --- the optimizer's steps --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage, cut", [kind for kind in KINDS if kind[1] != "bf16"])
 def test_steps_are_plain_adamw(runs, truth, stage, cut):
-    """Loss, gradient norm (clipped after) and weights of three steps: engine, accumulation, ranks and segments add nothing."""
+    """Loss, gradient norm (before clipping) and weights of three steps, for any engine, accumulation and ranks."""
     name = f"{stage}-{cut}"
     for step, (loss, norm, weights) in enumerate(truth):
         line = log(runs.folder / name)[step]
@@ -221,7 +193,7 @@ def test_auto(runs):
 
 
 def test_part_of_the_states(runs):
-    """backprop_steps: the first loss is that of all states, the same at every stage; another gradient, of two segments a side."""
+    """backprop_steps: the first loss is that of all states, at every stage; the gradient is another."""
     lines = {stage: log(runs.folder / f"{stage}-part") for stage in PLAIN}
     for stage in PLAIN:
         whole = log(runs.folder / f"{stage}-cut")
@@ -308,7 +280,7 @@ def test_learning_rate(shape):
     assert train_dpo.learning_rate(0, 1, args) == 2  # one step: neither 0 nor a division by it
 
 
-# Stop and go on
+# --- stop and resume --------------------------------------------------------------------------------------
 
 
 LONG = flags(
@@ -403,13 +375,13 @@ def test_killed_run(whole, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "run" / "final").exists()
-    assert "going on after step" in run(command)
+    assert "resuming after step" in run(command)
     assert numbers(tmp_path / "run") == numbers(whole.folder) and weights(tmp_path / "run") == weights(whole.folder)
     assert (tmp_path / "run" / "scores.jsonl").read_bytes() == (whole.folder / "scores.jsonl").read_bytes()
 
 
 def test_finished_run(whole, capsys):
-    """Says so and exits 0, touching nothing; another beta is refused by name, other inputs too."""
+    """It is said, with exit code 0, and nothing is changed; another beta is refused by name."""
     before = {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*") if path.is_file()}
     argv = [*whole.argv, "--output_dir", whole.folder]
     assert call(train_dpo.main, *argv) == 0
@@ -433,7 +405,7 @@ def test_unfinished_run_refuses_other_arguments(whole, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("runs", [2], indirect=True)
-def test_two_ranks_go_on(runs, tmp_path, capsys):
+def test_two_ranks_resume(runs, tmp_path, capsys):
     """ZeRO-3 on 2 ranks, stopped after step 2 of 3; on 1 rank as many pairs a step are asked for."""
     first, second, alone = runs.folder / "zero3-joint", tmp_path / "second", tmp_path / "alone"
     assert sorted(path.name for path in (first / "checkpoints").glob("*step*")) == [

@@ -1,6 +1,6 @@
-"""Tests of what train_dpo.py refuses before a run, and of what engine.py knows of memory.
+"""Tests of what train_dpo.py refuses before a run, and of training/memory.py.
 
-.venv/bin/python -m pytest -q tests/test_train_refusals.py
+bash tests/run.sh tests/training/test_train_refusals.py
 """
 
 import json
@@ -19,7 +19,7 @@ import files
 import score
 import train_dpo
 from scoring.states import sizes
-from training import deepspeed_config, engine, memory
+from training import deepspeed_config, memory
 
 FP32 = flags(diffusion_steps=3, trajectories=2, use_mixed_precision="no")
 
@@ -30,7 +30,7 @@ def home(tiny_dir, tmp_path_factory):
     return SimpleNamespace(folder=folder, model=make_model(folder / "model", tiny_dir))
 
 
-# Refusals: one sentence, exit code 2
+# --- refusals: one sentence, exit code 2 ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def mended(sentence, *argv):
 
 
 def test_wrong_reference(home, scored, tmp_path, capsys):
-    """Missing, of another model, other T, R, noise seed, type or fewer sets: what differs, and the command that mends it."""
+    """Missing, of another model, other T, R, seed, dtype or fewer sets: what differs, and the command that mends it."""
 
     def refused(data, *argv):
         said = refusal(train_dpo.main, capsys, "--data", data, *argv, "--output_dir", tmp_path / "run")
@@ -123,7 +123,7 @@ def test_edited_scores(home, scored, tmp_path, capsys):
         (["--sft_weight", 1, "--loss_type", "sft"], "leave it out with --loss_type sft"),
         (["--backprop_steps", 6], "expected at most the 5 states"),
         (["--backprop_steps", -1], "--backprop_steps is -1"),
-        (["--states_per_forward", "many"], "neither a number nor auto"),
+        (["--states_per_forward", "many"], "many is neither a number nor auto"),
         (["--states_per_forward", 0], "--states_per_forward is 0"),
         (["--eval_fraction", 0.99], "leaves no pair to train on"),
         (["--resume_from_checkpoint", "latest"], "holds no checkpoint"),
@@ -166,30 +166,44 @@ def test_shipped_ds_configs(path):
     )
     assert made["gradient_accumulation_steps"] == 6 and made["optimizer"]["params"]["lr"] == 0.25
     assert (
-        made["gradient_clipping"] == 0.5
-        and made["bf16"]["enabled"]
-        and not list(deepspeed_config.paths_of(made, "auto"))
+        made["gradient_clipping"] == 0.5 and made["bf16"]["enabled"] and not list(deepspeed_config.places_of_auto(made))
     )
 
 
-# Memory
+# --- memory -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "free, other, want",
+    "free, other_rank_fits, want",
     [(1000, True, 16), (199, True, 8), (99, True, 4), (11, True, 1), (5, True, 1), (1000, False, 1)],
 )
-def test_grow(monkeypatch, free, other, want):
-    """A size is tried where twice what the last took fits 0.8 of what is free, on every rank; 10 bytes a row here."""
-    tried = []
-    monkeypatch.setattr(engine, "memory_now", lambda device: (2**20, free))
-    monkeypatch.setattr(
-        engine.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=2**10 + 10 * tried[-1] / 2**10)
-    )
-    ranks = SimpleNamespace(device=torch.device("cpu"), gather=lambda fits: [fits, other])
-    size, peak = memory.grow(sizes(16), lambda size: size, tried.append, ranks)
-    assert size == want == tried[-1] and peak == pytest.approx((2**20 + 10 * want) / 2**30)
+def test_largest_that_fits(monkeypatch, free, other_rank_fits, want):
+    """A size is tried if twice what the last one took fits 0.8 of what is free, on every rank; 10 bytes a row here."""
+    tried, held = [], 2**20
+
+    def usage(_):
+        return SimpleNamespace(ru_maxrss=(held + 10 * tried[-1]) / 2**10)
+
+    def gather(fits):
+        return [fits, other_rank_fits]
+
+    monkeypatch.setattr(memory, "memory_now", lambda device: (held, free))
+    monkeypatch.setattr(memory.resource, "getrusage", usage)
+    ranks = SimpleNamespace(device=torch.device("cpu"), gather=gather)
+    found = memory.largest_that_fits({size: size for size in sizes(16)}, tried.append, ranks)
+    assert found.size == want == tried[-1] and found.peak_gib == pytest.approx((held + 10 * want) / 2**30)
     assert tried == [1, 2, 4, 8, 16][: len(tried)]
+
+
+def test_memory_is_predicted_by_rows_and_kept_for_later(monkeypatch):
+    """The last size may hold twice as many rows (two responses in one graph); `reserved` is left free."""
+    tried = []
+    monkeypatch.setattr(memory, "memory_now", lambda device: (0, 100))
+    monkeypatch.setattr(memory, "peak_of", lambda trial, size, device: trial(size) or 10 * size)
+    ranks = SimpleNamespace(device=torch.device("cpu"), gather=lambda fits: [fits])
+    assert memory.largest_that_fits({1: 1, 2: 2, 4: 8}, tried.append, ranks).size == 2
+    assert memory.largest_that_fits({1: 1, 2: 2, 4: 4}, tried.append, ranks, reserved=76).size == 1
+    assert tried == [1, 2, 1]
 
 
 def test_memory_now():
