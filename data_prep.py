@@ -21,35 +21,26 @@ from pathlib import Path
 
 import config
 from cli import exits
-from cli.parser import arg
+from cli.parser import arg, names
 from files import InputError
 from preferences import reuse, sources
 
-UNUSED = {
-    "shift_logits",
-    "use_mixed_precision",
-    "lora_r",
-    "lora_alpha",
-    "lora_targets",
-    "load_in_4bit",
-    "gradient_checkpointing",
-    "states_per_forward",
-    "deepspeed",
-}  # of ModelArguments, by this script
+USED = {"model_name_or_path", "trust_remote_code", "mask_token_id", "end_token_id"}  # of ModelArguments
+UNUSED = names(config.ModelArguments) - USED
 
 
 @dataclass
 class PackArguments:
     reuse: bool = arg(
         False,
-        "do nothing where --data is complete and was made of the same file, task, tokenizer, template, columns "
+        "do nothing if --data is complete and was made from the same file, task, tokenizer, template, columns "
         "and max_length",
         heading="Data",
     )
 
 
 def read_arguments(argv=None):
-    """(DataArguments, ModelArguments, PackArguments), checked as far as nothing needs to be loaded for it."""
+    """[DataArguments, ModelArguments, PackArguments], checked as far as is possible without loading anything."""
     groups = config.parse(argv, __doc__, config.DataArguments, config.ModelArguments, PackArguments, hide=UNUSED)
     args, _, own = groups
     if not args.preference_data_path and not own.reuse:
@@ -62,7 +53,7 @@ def read_arguments(argv=None):
 
 
 def nothing_to_pack(args, model_args, own):
-    """Why --reuse leaves nothing to do; None if there is something. Fills in the model."""
+    """Why there is nothing to do with --reuse, else None. Fills in the model."""
     model_args.model_name_or_path = model_args.model_name_or_path or reuse.default_model(args.data, own.reuse)
     there = reuse.up_to_date(args, model_args) if own.reuse else None
     return there and f"{there.folder}: {len(there)} {'SFT rows' if there.task == 'sft' else 'pairs'}, up to date"

@@ -10,45 +10,32 @@ from preferences.forms import COLUMNS
 
 def summary(args, kept, left_out, tokenizer):
     """Lines to print of the rows kept and left out; args: DataArguments."""
-    return [
-        *counts(args, kept, left_out),
-        *lengths_table(COLUMNS[args.task], kept),
-        f"example, line {kept[0].number}:",
-        *(f"  {name:<9}{pieces(tokenizer, ids)}" for name, ids in zip(COLUMNS[args.task], kept[0].ids)),
-        *(length_warning(kept) if args.task == "preferences" else ()),
-    ]
-
-
-def counts(args, kept, left_out):
-    """How many rows were kept, and how many left out for each reason."""
+    # 1. Counts
     listed = f", listed in {args.data}/rejects.jsonl" if left_out else ""
     rows = len(kept) + len(left_out)
-    yield f"{args.preference_data_path}: {rows} rows, {len(kept)} kept, {len(left_out)} dropped{listed}"
+    lines = [f"{args.preference_data_path}: {rows} rows, {len(kept)} kept, {len(left_out)} dropped{listed}"]
     for reason, count in Counter(row.reason for row in left_out).most_common():
-        yield f"  {count:6d}  {reason}"
+        lines.append(f"  {count:6d}  {reason}")
 
-
-def lengths(kept):
-    """(pairs, 3) tokens of prompt, chosen and rejected."""
-    return np.array([[len(ids) for ids in row.ids] for row in kept])
-
-
-def lengths_table(names, kept):
-    """Percentiles of the lengths, one line for each name."""
-    yield "tokens    " + "".join(f"{name:>8}" for name in ("min", "50%", "90%", "99%", "max"))
-    for name, column in zip(names, lengths(kept).T):
+    # 2. Lengths
+    lengths = np.array([[len(ids) for ids in row.ids] for row in kept])  # (pairs, 3)
+    lines.append("tokens    " + "".join(f"{name:>8}" for name in ("min", "50%", "90%", "99%", "max")))
+    for name, column in zip(COLUMNS[args.task], lengths.T):
         percentiles = np.percentile(column, (0, 50, 90, 99, 100), method="nearest")
-        yield f"{name:<10}" + "".join(f"{length:8d}" for length in percentiles)
+        lines.append(f"{name:<10}" + "".join(f"{length:8d}" for length in percentiles))
 
+    # 3. An example
+    lines.append(f"example, line {kept[0].number}:")
+    lines += [f"  {name:<9}{pieces(tokenizer, ids)}" for name, ids in zip(COLUMNS[args.task], kept[0].ids)]
 
-def length_warning(kept):
-    """A line if one side is a quarter longer than the other."""
-    chosen, rejected = np.median(lengths(kept)[:, 1:], axis=0)
-    if max(chosen, rejected) > 1.25 * min(chosen, rejected):
-        yield (
+    # 4. A warning if one side is a quarter longer than the other
+    chosen, rejected = np.median(lengths[:, 1:], axis=0)
+    if args.task == "preferences" and max(chosen, rejected) > 1.25 * min(chosen, rejected):
+        lines.append(
             f"warning: the median response has {chosen:.0f} tokens if chosen, {rejected:.0f} if rejected; "
             "DPO may learn the length instead of the content"
         )
+    return lines
 
 
 def pieces(tokenizer, ids, most=40):
