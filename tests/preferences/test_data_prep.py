@@ -1,6 +1,6 @@
 """Tests of data_prep.py: ids against sentencepiece itself, its command line, when packed arrays are used again.
 
-.venv/bin/python -m pytest -q tests/test_data_prep.py
+bash tests/run.sh tests/preferences/test_data_prep.py
 """
 
 import json
@@ -24,34 +24,22 @@ from preferences import packed, reuse
 from reasoning import tasks
 
 SHARED = ROOT.parent / "shared" / "data"
+STACK_EXCHANGE = "prompt=question,chosen=response_j,rejected=response_k"
 
 
 def cli(*words):
     return execute([ROOT / "data_prep.py", *words], timeout=120)
 
 
-# --- the command line -------------------------------------------------------------------------------------
+# --- the command line ---
 
 
 def test_cli_packs_what_sentencepiece_says(tiny_dir, tmp_path):
     out = tmp_path / "packed"
     home = {**os.environ, "HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "data_prep.py",
-            "--in",
-            tiny_dir.parent / "prefs.jsonl",
-            "--out",
-            out,
-            "--model_name_or_path",
-            tiny_dir,
-        ],
-        capture_output=True,
-        text=True,
-        env=home,
-        timeout=120,
-    )
+    words = ["--in", str(tiny_dir.parent / "prefs.jsonl"), "--out", str(out), "--model_name_or_path", str(tiny_dir)]
+    command = [sys.executable, ROOT / "data_prep.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=home, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tiny_dir.parent / "prefs.jsonl").read_text().splitlines()]
     golden = sentencepiece.SentencePieceProcessor(model_file=str(tiny_dir / "tokenizer.model"))
@@ -64,12 +52,8 @@ def test_cli_packs_what_sentencepiece_says(tiny_dir, tmp_path):
             assert golden.decode(ids[: len(ids) - len(end)].tolist()) == row[name]
     assert np.load(out / "lines.npy").tolist() == list(range(1, 301)) and np.load(out / "lines.npy").dtype == np.int64
     meta = got.meta
-    assert (meta["end_token_id"], meta["pad_token_id"], meta["mask_token_id"], meta["template"]) == (
-        EOS,
-        EOS,
-        MASK,
-        "none",
-    )
+    assert meta["end_token_id"] == meta["pad_token_id"] == EOS
+    assert meta["mask_token_id"] == MASK and meta["template"] == "none"
     assert meta["source_sha256"] == files.file_sha256(tiny_dir.parent / "prefs.jsonl") and meta["dropped"] == {}
     form, found, *lines = done.stdout.splitlines()
     assert found == "template: none; mask: <mask> (3); end of a response: </s> (2)"
@@ -80,8 +64,7 @@ def test_cli_packs_what_sentencepiece_says(tiny_dir, tmp_path):
     )
     assert [line.split()[0] for line in lines[2:5]] == ["prompt", "chosen", "rejected"]
     assert "|Question|:|" in lines[6] and lines[7].endswith("|</s>|") and "\\n|####|" in lines[7]
-    words = f"--in {tiny_dir.parent / 'prefs.jsonl'} --out {out} --model_name_or_path {tiny_dir}"
-    assert lines[-1] == f"next: bash launch.sh ds_configs/zero3_offload_4080.json {words}"
+    assert lines[-1] == f"next: bash launch.sh ds_configs/zero3_offload_4080.json {' '.join(words)}"
     assert not (tmp_path / "home").exists() or not any(path.is_file() for path in (tmp_path / "home").rglob("*"))
 
 
@@ -116,19 +99,8 @@ def test_cli_two_processes_make_the_same(tiny_dir, tmp_path):
 def test_workers_end_with_a_killed_job(tiny_dir, tmp_path):
     """Nothing of it stays behind, which would hold its memory and its output open."""
     source = write_rows(tmp_path / "prefs.jsonl", list(tasks.preference_rows(6000, "train", 1)))
-    process = start(
-        [
-            ROOT / "data_prep.py",
-            "--in",
-            source,
-            "--out",
-            tmp_path / "out",
-            "--num_proc",
-            2,
-            "--model_name_or_path",
-            tiny_dir,
-        ]
-    )
+    words = ["--in", source, "--out", tmp_path / "out", "--num_proc", 2, "--model_name_or_path", tiny_dir]
+    process = start([ROOT / "data_prep.py", *words])
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not (found := children.read_text().split()):
         assert process.poll() is None, process.communicate()[0]
@@ -139,11 +111,10 @@ def test_workers_end_with_a_killed_job(tiny_dir, tmp_path):
 
     def lives(pid):
         try:
-            return (
-                Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-            )  # dead, but not yet reaped
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return False
+        return state not in "ZX"  # dead, but not yet reaped
 
     deadline = time.time() + 20  # the system's signal may take a moment on a busy machine
     while any(map(lives, found)) and time.time() < deadline:
@@ -151,7 +122,7 @@ def test_workers_end_with_a_killed_job(tiny_dir, tmp_path):
     assert not [pid for pid in found if lives(pid)]
 
 
-# --- reuse ------------------------------------------------------------------------------------------------
+# --- reuse ---
 
 
 def test_reuse(prep, tiny_dir, llada_chat_dir, tmp_path, capsys):
@@ -165,9 +136,8 @@ def test_reuse(prep, tiny_dir, llada_chat_dir, tmp_path, capsys):
         assert said == f"{folder}: 1 pairs, up to date\n" or "1 rows, 1 kept" in said
         return "up to date" in said
 
-    with pytest.raises(
-        InputError, match="holds no packed preferences, and --in was not given; run: python data_prep.py --in"
-    ):
+    missing = "holds no packed preferences, and --in was not given; run: python data_prep.py --in"
+    with pytest.raises(InputError, match=missing):
         again()
     prep([GOOD])
     given = "--in", str(source)
@@ -202,7 +172,7 @@ def test_the_model_when_none_is_given(prep, tiny_dir, llada_chat_dir, tmp_path, 
         data_prep.main(["--in", str(tmp_path / "prefs.jsonl"), *words])
 
 
-# --- real tokenizers and files ----------------------------------------------------------------------------
+# --- real tokenizers and files ---
 
 
 @pytest.mark.skipif(not (SHARED / "tokenizers").exists(), reason="needs ../shared/data")
@@ -211,21 +181,11 @@ def test_a_response_has_no_dummy_prefix_and_a_prompt_one_bos(prep, tiny_dir, tmp
     model.mkdir()
     shutil.copy(llama, model / "tokenizer.model")
     settings = json.loads((tiny_dir / "config.json").read_text())
-    (model / "config.json").write_text(
-        json.dumps(settings | dict.fromkeys(("vocab_size", "embedding_size"), 32001) | {"mask_token_id": 32000})
-    )
-    (model / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "LlamaTokenizer",
-                "add_bos_token": True,
-                "bos_token": "<s>",
-                "eos_token": "</s>",
-                "unk_token": "<unk>",
-                "legacy": False,
-            }
-        )
-    )
+    settings |= {"vocab_size": 32001, "embedding_size": 32001, "mask_token_id": 32000}
+    (model / "config.json").write_text(json.dumps(settings))
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False} | tokens
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
     got, _ = prep([{"prompt": "How many?", "chosen": "Twelve pens", "rejected": " 11"}], model=model)
     golden = sentencepiece.SentencePieceProcessor(model_file=str(llama))
     prompt, chosen, rejected = got[0]
@@ -238,21 +198,16 @@ def test_a_response_has_no_dummy_prefix_and_a_prompt_one_bos(prep, tiny_dir, tmp
 
 @pytest.mark.skipif(not (SHARED / "prefs").exists(), reason="needs ../shared/data")
 @pytest.mark.parametrize(
-    "name, model, flags, rows, kept",
+    "name, model, columns, rows, kept",
     [
-        ("hh_rlhf_harmless_test_500.jsonl", "tiny_dir", (), 500, 499),
-        ("llamafactory_dpo_en_demo_150.json", "llada_chat_dir", (), 150, 150),
-        (
-            "torchtune_stack_exchange_paired_tiny.json",
-            "tiny_dir",
-            ("--columns", "prompt=question,chosen=response_j,rejected=response_k"),
-            25,
-            25,
-        ),
+        ("hh_rlhf_harmless_test_500.jsonl", "tiny_dir", "", 500, 499),
+        ("llamafactory_dpo_en_demo_150.json", "llada_chat_dir", "", 150, 150),
+        ("torchtune_stack_exchange_paired_tiny.json", "tiny_dir", STACK_EXCHANGE, 25, 25),
     ],
 )
-def test_real_files(name, model, flags, rows, kept, request, tmp_path):
+def test_real_files(name, model, columns, rows, kept, request, tmp_path):
     words = "--in", SHARED / "prefs" / name, "--out", tmp_path, "--model_name_or_path", request.getfixturevalue(model)
+    flags = ("--columns", columns) if columns else ()
     data_prep.main([*map(str, words), "--max_length", "100000", *flags])
     meta = packed.Packed(tmp_path).meta
     assert meta["rows"] == rows == meta["kept"] + sum(1 for _ in open(tmp_path / "rejects.jsonl"))

@@ -1,9 +1,10 @@
-"""Tests of packed.py: round trips, bits by hand, every way in which a folder can be broken.
+"""Tests of preferences/packed.py, scoring/reference.py and files.py: round trips, bits by hand, all kinds of damage.
 
-.venv/bin/python -m pytest -q tests/test_packed.py
+bash tests/run.sh tests/preferences/test_packed.py
 """
 
 import hashlib
+import itertools
 import json
 import os
 
@@ -34,12 +35,12 @@ def refused(call, *words):
 
 
 def digest(value):
-    """packed.fingerprint of one JSON value, as the folders on disk are named."""
+    """files.fingerprint of one JSON value, as the folders on disk are named."""
     data = json.dumps(value, sort_keys=True).encode()
     return hashlib.sha256(len(data).to_bytes(8, "little") + data).hexdigest()[:16]
 
 
-# --- the data ---------------------------------------------------------------------------------------------
+# --- the data ---
 
 
 def test_round_trip(folder):
@@ -75,46 +76,76 @@ def test_data_fingerprint(tmp_path):
     assert len({same, *others}) == 6
 
 
+# Ways to harm a folder: functions of it
+
+
 def cut(name, size):
-    return lambda folder: os.truncate(folder / name, size if size >= 0 else (folder / name).stat().st_size + size)
+    """Cut a file to `size` bytes, or by so many where it is negative."""
+
+    def harm(folder):
+        os.truncate(folder / name, size if size >= 0 else (folder / name).stat().st_size + size)
+
+    return harm
 
 
 def meta(**change):
-    def edit(folder):
+    """Other entries in meta.json."""
+
+    def harm(folder):
         value = json.loads((folder / "meta.json").read_text())
         (folder / "meta.json").write_text(json.dumps(sealed(value | change)))
 
-    return edit
+    return harm
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def replace(name, old, new):
+    """A text in a file is another."""
+    return lambda folder: write(name, (folder / name).read_text().replace(old, new))(folder)
+
+
+def save(name, array):
+    return lambda folder: np.save(folder / name, array)
+
+
+def flip(name, place):
+    """A bit of one element is flipped."""
+
+    def harm(folder):
+        array = np.load(folder / name)
+        array.flat[place] ^= 1
+        np.save(folder / name, array)
+
+    return harm
 
 
 @pytest.mark.parametrize(
     "harm, words",
     [
-        (lambda folder: (folder / "meta.json").unlink(), "meta.json"),
+        (remove("meta.json"), "meta.json"),
         (cut("meta.json", 20), "meta.json"),
-        (lambda folder: (folder / "meta.json").write_text("[]"), "meta.json"),
-        (
-            lambda folder: (folder / "meta.json").write_text(
-                (folder / "meta.json").read_text().replace("prefs", "prefS")
-            ),
-            "as it was written",
-        ),
-        (
-            lambda folder: np.save(folder / "tokens.npy", np.load(folder / "tokens.npy") ^ (np.arange(16) == 7)),
-            "as it was written",
-        ),
+        (write("meta.json", "[]"), "meta.json"),
+        (replace("meta.json", "prefs", "prefS"), "as it was written"),
+        (flip("tokens.npy", 7), "as it was written"),
         (meta(format=1), "format 1, expected 2"),
         (meta(pairs=2), "disagree"),
-        (lambda folder: (folder / "tokens.npy").unlink(), "tokens.npy"),
-        (lambda folder: (folder / "bounds.npy").unlink(), "bounds.npy"),
+        (remove("tokens.npy"), "tokens.npy"),
+        (remove("bounds.npy"), "bounds.npy"),
         (cut("tokens.npy", -1), "tokens.npy"),
         (cut("bounds.npy", -8), "bounds.npy"),
         (cut("tokens.npy", 0), "tokens.npy"),
         (cut("tokens.npy", 5), "tokens.npy"),
         (cut("tokens.npy", 40), "tokens.npy"),
-        (lambda folder: np.save(folder / "tokens.npy", np.zeros(15, np.uint32)), "disagree"),
-        (lambda folder: np.save(folder / "bounds.npy", np.zeros((3, 3), np.int64)), "disagree"),
-        (lambda folder: np.save(folder / "tokens.npy", np.array([{}], object)), "tokens.npy"),
+        (save("tokens.npy", np.zeros(15, np.uint32)), "disagree"),
+        (save("bounds.npy", np.zeros((3, 3), np.int64)), "disagree"),
+        (save("tokens.npy", np.array([{}], object)), "tokens.npy"),
     ],
 )
 def test_broken_folder(folder, harm, words):
@@ -147,15 +178,19 @@ def test_killed_between_files(folder, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: names.append(b.name) or replace(a, b))
     write_packed(folder, PAIRS, META)
     assert sorted(names[:2]) == ["bounds.npy", "tokens.npy"] and names[2:] == ["meta.json"]
-    for last in range(3):
 
-        def killed(a, b, left=[last]):
-            if not left[0]:
+    def killed_at(number):
+        calls = itertools.count()
+
+        def rename(a, b):
+            if next(calls) == number:
                 raise KeyboardInterrupt
-            left[0] -= 1
             replace(a, b)
 
-        monkeypatch.setattr(os, "replace", killed)
+        return rename
+
+    for number in range(3):
+        monkeypatch.setattr(os, "replace", killed_at(number))
         with pytest.raises(KeyboardInterrupt):
             write_packed(folder, PAIRS, META)
         refused(lambda: Packed(folder), "meta.json")
@@ -192,7 +227,7 @@ def test_fingerprint(tmp_path):
     assert files.file_sha256(tmp_path / "big") == hashlib.sha256(bytes(range(256)) * 5000).hexdigest()
 
 
-# --- the reference ----------------------------------------------------------------------------------------
+# --- the reference ---
 
 
 def test_bits_by_hand():
@@ -213,18 +248,16 @@ def reference(folder):
     rng, truth = np.random.default_rng(0), {}
     for k in range(2):
         rows = []
-        for index, pair in enumerate(PAIRS):
-            for side in (0, 1):
-                truth[k, index, side] = rng.random((S, len(pair[1 + side]))) < 0.5
-                for i in range(len(pair[1 + side])):
-                    word = "".join("01"[int(hidden)] for hidden in truth[k, index, side][:, i]).ljust(16, "0")
-                    rows.append([int(word[:8], 2), int(word[8:], 2)])
+        for index, side in itertools.product(range(len(PAIRS)), (0, 1)):
+            masked = truth[k, index, side] = rng.random((S, len(PAIRS[index][1 + side]))) < 0.5
+            for hidden in masked.T.tolist():  # a token's states
+                word = "".join(str(int(bit)) for bit in hidden).ljust(16, "0")
+                rows.append([int(word[:8], 2), int(word[8:], 2)])
         np.save(place / f"noise-{k}.npy", np.array(rows, np.uint8))
         np.save(place / f"ref_scores-{k}.npy", rng.random((3, 2, S), np.float32))
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in place.glob("*.npy")}
-    (place / "meta.json").write_text(
-        json.dumps(sealed({"depends_on": WANTED, "states": S, "noise_sets": 2, "files": files}))
-    )
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in place.glob("*.npy")}
+    written = sealed({"depends_on": WANTED, "states": S, "noise_sets": 2, "files": hashes})
+    (place / "meta.json").write_text(json.dumps(written))
     return place, truth
 
 
@@ -241,23 +274,17 @@ def test_reference_round_trip(folder, reference):
 @pytest.mark.parametrize(
     "harm, words",
     [
-        (lambda place: (place / "noise-1.npy").unlink(), ["noise-1.npy"]),
-        (lambda place: (place / "meta.json").write_text("{"), ["meta.json"]),
-        (
-            lambda place: np.save(place / "noise-1.npy", np.load(place / "noise-1.npy") ^ np.uint8(1)),
-            ["noise-1.npy", "as it was written"],
-        ),
-        (
-            lambda place: (place / "meta.json").write_text((place / "meta.json").read_text().replace(": 10,", ": 11,")),
-            ["as it was written"],
-        ),
+        (remove("noise-1.npy"), ["noise-1.npy"]),
+        (write("meta.json", "{"), ["meta.json"]),
+        (flip("noise-1.npy", 0), ["noise-1.npy", "as it was written"]),
+        (replace("meta.json", ": 10,", ": 11,"), ["as it was written"]),
         (cut("ref_scores-0.npy", -1), ["ref_scores-0.npy"]),
         (cut("noise-0.npy", 0), ["noise-0.npy"]),
         (meta(noise_sets=1), ["holds 1 noise sets", "--noise_sets 2"]),
         (meta(states=17), ["shapes"]),
         (meta(states=9), ["shapes"]),
-        (lambda place: np.save(place / "noise-0.npy", np.zeros((12, 2), np.uint8)), ["shapes"]),
-        (lambda place: np.save(place / "ref_scores-1.npy", np.zeros((2, 2, S), np.float32)), ["shapes"]),
+        (save("noise-0.npy", np.zeros((12, 2), np.uint8)), ["shapes"]),
+        (save("ref_scores-1.npy", np.zeros((2, 2, S), np.float32)), ["shapes"]),
     ],
 )
 def test_broken_reference(folder, reference, harm, words):

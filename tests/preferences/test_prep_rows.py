@@ -1,6 +1,6 @@
-"""Tests of data_prep.py: every form of a row, every reason to leave one out.
+"""Tests of data_prep.py: forms of a row with and without a chat template, every reason to leave a row out.
 
-.venv/bin/python -m pytest -q tests/test_prep_rows.py
+bash tests/run.sh tests/preferences/test_prep_rows.py
 """
 
 import json
@@ -16,7 +16,7 @@ import data_prep
 from files import InputError
 from models import tokenization
 
-# --- forms of a row ---------------------------------------------------------------------------------------
+# --- forms of a row ---
 
 
 def test_columns(prep, tiny_dir):
@@ -141,7 +141,7 @@ def test_every_malformed_row_is_counted_and_ten_are_named(prep, tiny_dir, tmp_pa
     assert len(got) == 1 and Counter(row["reason"] for row in rejects) == {"malformed": 13, "duplicate": 1}
 
 
-# --- rows left out ----------------------------------------------------------------------------------------
+# --- rows left out ---
 
 
 def test_every_reason_is_listed(prep):

@@ -1,10 +1,10 @@
-"""Tests of rows.py: every source and form of preferences, through data_prep's own command: rows in = kept + listed.
+"""Tests of preferences/sources.py, forms.py and rows.py: every source and form of preferences, through data_prep.py.
 
-.venv/bin/python -m pytest -q tests/test_rows.py
+bash tests/run.sh tests/preferences/test_rows.py
 """
 
-import errno
 import json
+import resource
 
 import pytest
 from small import call, refusal
@@ -17,21 +17,28 @@ from preferences.sources import Row, read_rows
 
 USER = [{"role": "user", "content": "Q"}]
 AB = {"question": "Q", "response_a": "first", "response_b": "second"}
-said = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
-wanted = (USER, "good", "bad")
-FORMS = {  # name in what is printed: (row, (prompt, chosen, rejected))
-    "prompt, chosen, rejected": ({"prompt": "Q", "chosen": "good", "rejected": "bad"}, ("Q", "good", "bad")),
+WANTED = (USER, ["good", "bad"])
+SYSTEM = [{"role": "system", "content": "S"}, *USER]
+
+
+def said(text):
+    """A response as messages."""
+    return [{"role": "assistant", "content": text}]
+
+
+FORMS = {  # name in what is printed: (row, (prompt, [chosen, rejected]))
+    "prompt, chosen, rejected": ({"prompt": "Q", "chosen": "good", "rejected": "bad"}, ("Q", ["good", "bad"])),
     "LLaMA-Factory conversations": (
         {
             "conversations": [{"from": "human", "value": "Q"}],
             "chosen": {"from": "gpt", "value": "good"},
             "rejected": {"from": "gpt", "value": "bad"},
         },
-        wanted,
+        WANTED,
     ),
     "LLaMA-Factory instruction": (
         {"instruction": "Add.", "input": "1 2", "chosen": "good", "rejected": "bad"},
-        ("Add.\n1 2", "good", "bad"),
+        ("Add.\n1 2", ["good", "bad"]),
     ),
     "OpenAI preference": (
         {
@@ -39,29 +46,29 @@ FORMS = {  # name in what is printed: (row, (prompt, chosen, rejected))
             "preferred_output": said("good"),
             "non_preferred_output": said("bad"),
         },
-        wanted,
+        WANTED,
     ),
     "question, chosen, rejected": (
         {"system": "S", "question": "Q", "chosen": "good", "rejected": "bad"},
-        ([{"role": "system", "content": "S"}, *USER], "good", "bad"),
+        (SYSTEM, ["good", "bad"]),
     ),
     "question, response_j over response_k": (
         {"question": "Q", "response_j": "good", "response_k": "bad"},
-        ("Q", "good", "bad"),
+        ("Q", ["good", "bad"]),
     ),
     "input, chosen, rejected": (  # Orca pairs
         {"system": "S", "input": "Q", "chosen": "good", "rejected": "bad"},
-        ([{"role": "system", "content": "S"}, *USER], "good", "bad"),
+        (SYSTEM, ["good", "bad"]),
     ),
-    "implicit prompt": ({"chosen": USER + said("good"), "rejected": USER + said("bad")}, wanted),
-    "A/B (response_a, response_b, preferred by preference)": ({**AB, "preference": "B"}, ("Q", "second", "first")),
+    "implicit prompt": ({"chosen": USER + said("good"), "rejected": USER + said("bad")}, WANTED),
+    "A/B (response_a, response_b, preferred by preference)": ({**AB, "preference": "B"}, ("Q", ["second", "first"])),
     "A/B (output_1, output_2, preferred by preference)": (  # AlpacaFarm
         {"instruction": "Sort.", "input": "2 1", "output_1": "first", "output_2": "second", "preference": 1.0},
-        ("Sort.\n2 1", "first", "second"),
+        ("Sort.\n2 1", ["first", "second"]),
     ),
     "A/B (conversation_a, conversation_b, preferred by winner)": (  # Chatbot Arena
         {"conversation_a": USER + said("first"), "conversation_b": USER + said("second"), "winner": "model_b"},
-        (USER, "second", "first"),
+        (USER, ["second", "first"]),
     ),
 }
 
@@ -80,7 +87,7 @@ def test_forms(form, chat_dir, tmp_path, capsys):
     row, want = FORMS[form]
     table = [Row(1, row)]
     columns, found = forms.find_columns("preferences", table, {}, "x")
-    assert found == form and rows.preference(row, columns, True) == (want[0], [*want[1:]])
+    assert found == form and rows.preference(row, columns, True) == want
     other = json.loads(json.dumps(row).replace("good", "very good").replace("first", "the first"))
     sources = {name: tmp_path / name for name in ("a.jsonl", "a.json", "b.json", "a.parquet")}
     sources["a.jsonl"].write_text(json.dumps(row) + "\n\n" + json.dumps(other) + "\n")
@@ -89,23 +96,17 @@ def test_forms(form, chat_dir, tmp_path, capsys):
     import pyarrow
     import pyarrow.parquet
 
-    plain = [{name: value for name, value in each.items()} for each in (row, other)]
+    plain = [dict(row), dict(other)]
     for each in plain:
-        each.get("input", {}).pop("tools", None) if isinstance(
-            each.get("input"), dict
-        ) else None  # parquet has no empty struct
+        if isinstance(each.get("input"), dict):
+            each["input"] = {"messages": USER}  # no "tools": parquet has no list of unknown type
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(plain), sources["a.parquet"])
     made = set()
     for name, source in sources.items():
         meta, listed = prep(source, tmp_path / "out" / name, chat_dir)
         assert meta["form"] == form and meta["kept"] == 2 and not listed
         assert f"form: {form}\n" in capsys.readouterr().out
-        made.add(
-            (
-                (tmp_path / "out" / name / "tokens.npy").read_bytes(),
-                (tmp_path / "out" / name / "bounds.npy").read_bytes(),
-            )
-        )
+        made.add(tuple((tmp_path / "out" / name / file).read_bytes() for file in ("tokens.npy", "bounds.npy")))
     assert len(made) == 1
 
 
@@ -140,10 +141,10 @@ def test_ab(names, value, chosen):
     ids=list,
 )
 def test_a_system_column_is_part_of_every_forms_prompt(row):
-    for system, head in (("S", [{"role": "system", "content": "S"}]), (" ", None), (None, None)):
+    for system, prompts in (("S", [SYSTEM]), (" ", ["Q", USER]), (None, ["Q", USER])):
         columns, _ = forms.find_columns("preferences", [Row(1, row | {"system": system})], {}, "x")
         prompt, responses = rows.preference(row | {"system": system}, columns, True)
-        assert responses == ["good", "bad"] and prompt in ([head + USER] if head else ["Q", USER])
+        assert responses == ["good", "bad"] and prompt in prompts
     own = {"prompt": [{"role": "system", "content": "own"}, *USER], "chosen": "good", "rejected": "bad", "system": "S"}
     assert rows.preference(own, {name: name for name in ("prompt", "chosen", "rejected")}, True)[0] == own["prompt"]
 
@@ -239,25 +240,19 @@ def test_ties_are_listed(tiny_dir, tmp_path):
 )
 def test_refusals(row, words, tiny_dir, tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
-    said = refusal(
-        data_prep.main,
-        capsys,
-        "--in",
-        tmp_path / "x.jsonl",
-        "--out",
-        tmp_path / "out",
-        "--model_name_or_path",
-        tiny_dir,
-    )
+    argv = ["--in", tmp_path / "x.jsonl", "--out", tmp_path / "out", "--model_name_or_path", tiny_dir]
+    said = refusal(data_prep.main, capsys, *argv)
     assert words in said and str(tmp_path / "x.jsonl") in said and not (tmp_path / "out").exists()
 
 
 def test_text_parts(chat_dir, tmp_path):
-    parts = lambda *texts: [{"type": "text", "text": text} for text in texts]  # noqa: E731
+    def parts(*texts):
+        return [{"type": "text", "text": text} for text in texts]
+
     row = {
         "prompt": [{"role": "user", "content": parts("Q", " and more")}],
-        "chosen": [{"role": "assistant", "content": parts("good")}],
-        "rejected": [{"role": "assistant", "content": parts("bad")}],
+        "chosen": said(parts("good")),
+        "rejected": said(parts("bad")),
     }
     columns, _ = forms.find_columns("preferences", [Row(1, row)], {}, "x")
     assert rows.preference(row, columns, True) == ([{"role": "user", "content": "Q and more"}], ["good", "bad"])
@@ -270,17 +265,15 @@ def test_no_such_source(name):
 
 
 def test_hub(chat_dir, tmp_path, monkeypatch):
-    """A data set of the hub by its name, offline a folder of that name; --split; packed again only when it has changed."""
+    """A data set of the Hub by its name, offline a folder of that name; packed again only if it has changed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "prefs").mkdir(parents=True)
     row = FORMS["prompt, chosen, rejected"][0]
     for split, count in (("train", 3), ("test", 2)):
-        (tmp_path / "org" / "prefs" / f"{split}.jsonl").write_text(
-            "".join(json.dumps(row | {"prompt": f"Q{i}"}) + "\n" for i in range(count))
-        )
-    monkeypatch.setattr(
-        "preferences.sources.is_file", lambda path: False
-    )  # a folder is no hub name; `datasets` reads it like one
+        lines = [json.dumps(row | {"prompt": f"Q{number}"}) for number in range(count)]
+        (tmp_path / "org" / "prefs" / f"{split}.jsonl").write_text("\n".join(lines))
+    # a folder is not a name of the Hub, but `datasets` reads it like one
+    monkeypatch.setattr("preferences.sources.is_file", lambda path: False)
     assert prep("org/prefs", tmp_path / "out", chat_dir)[0]["kept"] == 3
     meta, _ = prep("org/prefs", tmp_path / "test", chat_dir, "--split", "test")
     assert meta["kept"] == 2 and meta["source"] == "org/prefs"
@@ -293,21 +286,27 @@ def test_hub(chat_dir, tmp_path, monkeypatch):
         read_rows("org/absent")
 
 
-def test_a_disk_that_fills_while_a_data_set_downloads(tmp_path, monkeypatch, tiny_dir, capsys):
-    """`datasets` wraps the error of its writer into one that says nothing of a disk."""
+def test_a_disk_that_fills_while_a_data_set_downloads(chat_dir, tmp_path, monkeypatch, capsys):
+    """`datasets` wraps its writer's error into one that does not mention a disk. Here files are limited to 20 kB."""
     import datasets
 
-    def fails(*_, **__):
-        try:
-            raise OSError(errno.ENOSPC, "No space left on device", "/home/me/.cache/huggingface/datasets/1.arrow")
-        except OSError as error:
-            raise datasets.exceptions.DatasetGenerationError(
-                "An error occurred while generating the dataset"
-            ) from error
-
-    monkeypatch.setattr(datasets, "load_dataset", fails)
-    said = refusal(data_prep.main, capsys, "--in", "org/prefs", "--out", tmp_path, "--model_name_or_path", tiny_dir)
-    assert said.startswith("error: /home/me/.cache/huggingface/datasets/1.arrow: cannot be written (No space left")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("preferences.sources.is_file", lambda path: False)
+    (tmp_path / "org" / "prefs").mkdir(parents=True)
+    row = FORMS["prompt, chosen, rejected"][0]
+    (tmp_path / "org" / "prefs" / "train.jsonl").write_text("\n".join([json.dumps(row)] * 5000))
+    argv = ["--in", "org/prefs", "--out", tmp_path / "out", "--model_name_or_path", chat_dir]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        sentence = refusal(data_prep.main, capsys, *argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be written (" in sentence and "File too large" in sentence and "Free some disk space" in sentence
+    assert not (tmp_path / "out").exists()
+    call(data_prep.main, *argv)
+    assert packed.Packed(tmp_path / "out").meta["rows"] == 5000
 
 
 @pytest.mark.parametrize(

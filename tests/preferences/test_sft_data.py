@@ -1,6 +1,6 @@
 """Tests of SFT data: every form of a row through data_prep's own command, what refuses it, and training on it.
 
-.venv/bin/python -m pytest -q tests/test_sft_data.py
+bash tests/run.sh tests/preferences/test_sft_data.py
 """
 
 import json
