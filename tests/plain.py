@@ -1,4 +1,4 @@
-"""The mathematics once more, naively, to test against: float64, one state at a time, nothing of ours imported.
+"""The mathematics in its plainest form, to test against: float64, one state at a time, nothing of ours imported.
 
 A model is {tensor name: float64 tensor}, as its safetensors file names them. n response tokens, V vocabulary, D width,
 L length, T denoising steps, R trajectories. reveal: R lists of n steps. p(y | x) is a softmax over V at each position.
@@ -29,35 +29,37 @@ def rotated(x, theta=10000.0):
     """x (L, hd): dimension j and j + hd/2 turned by the angle position * theta ** (-2j / hd)."""
     L, width = x.shape
     half = width // 2
-    out = []
+    first, second = [], []
     for j in range(half):
         angle = torch.arange(L, dtype=torch.float64) * theta ** (-2 * j / width)
-        out.append(
-            (x[:, j] * angle.cos() - x[:, j + half] * angle.sin(), x[:, j + half] * angle.cos() + x[:, j] * angle.sin())
-        )
-    return torch.stack([a for a, _ in out] + [b for _, b in out], -1)
+        first.append(x[:, j] * angle.cos() - x[:, j + half] * angle.sin())
+        second.append(x[:, j + half] * angle.cos() + x[:, j] * angle.sin())
+    return torch.stack(first + second, -1)
 
 
 def log_probs(model, ids, heads=4):
     """LLaDA on one row: log p (L, V), every position attending to every other."""
-    take = lambda name: model[f"model.transformer.{name}.weight"]  # noqa: E731
-    x = take("wte")[torch.tensor(ids)]  # (L, D)
+
+    def weight(name, block=None):
+        place = name if block is None else f"blocks.{block}.{name}"
+        return model[f"model.transformer.{place}.weight"]
+
+    x = weight("wte")[torch.tensor(ids)]  # (L, D)
     width, block = x.shape[1] // heads, 0
     while f"model.transformer.blocks.{block}.attn_norm.weight" in model:
-        part = lambda name: take(f"blocks.{block}.{name}")  # noqa: E731
-        h = rms_norm(x, part("attn_norm"))
-        q, k, v = (h @ part(name).T for name in ("q_proj", "k_proj", "v_proj"))
+        h = rms_norm(x, weight("attn_norm", block))
+        q, k, v = (h @ weight(name, block).T for name in ("q_proj", "k_proj", "v_proj"))
         mixed = []
         for head in range(heads):
             cut = slice(head * width, (head + 1) * width)
             attention = torch.softmax(rotated(q[:, cut]) @ rotated(k[:, cut]).T / math.sqrt(width), -1)
             mixed.append(attention @ v[:, cut])
-        x = x + torch.cat(mixed, -1) @ part("attn_out").T
-        h = rms_norm(x, part("ff_norm"))
-        gate = h @ part("ff_proj").T
-        x = x + (gate * torch.sigmoid(gate) * (h @ part("up_proj").T)) @ part("ff_out").T
+        x = x + torch.cat(mixed, -1) @ weight("attn_out", block).T
+        h = rms_norm(x, weight("ff_norm", block))
+        gate = h @ weight("ff_proj", block).T
+        x = x + (gate * torch.sigmoid(gate) * (h @ weight("up_proj", block).T)) @ weight("ff_out", block).T
         block += 1
-    return torch.log_softmax(rms_norm(x, take("ln_f")) @ take("ff_out").T, -1)
+    return torch.log_softmax(rms_norm(x, weight("ln_f")) @ weight("ff_out").T, -1)
 
 
 def hidden(masked, prompt, response):
@@ -66,7 +68,10 @@ def hidden(masked, prompt, response):
 
 
 def score(model, prompt, response, reveal, T, spread=True):
-    """1/R sum_r sum_s sum_{i revealed at s} log p(y_i | state before s, x); spread: the mean over all that s hides, as many times."""
+    """1/R sum_r sum_s sum_{i revealed at s} log p(y_i | state before s, x).
+
+    spread: at each s the mean over all tokens that it hides, times the number of those that it reveals.
+    """
     total = 0.0
     for steps in reveal:
         for s in range(T):
@@ -80,17 +85,13 @@ def score(model, prompt, response, reveal, T, spread=True):
 
 
 def reveal_steps(bits, T, R):
-    """reveal (R, n) of one response's rows of noise-k.npy (n, bytes): the last step before which its token is hidden."""
+    """reveal (R, n) of one response's rows of noise-k.npy (n, bytes): the last step before which a token is hidden."""
     reveal = []
     for r in range(R):
+        states = [0, *range(1 + r * (T - 1), 1 + (r + 1) * (T - 1))]  # before step 0, 1, ..., T - 1
         steps = []
         for row in bits:
-            hides = [
-                s
-                for s in range(T)
-                for state in [0 if s == 0 else 1 + r * (T - 1) + s - 1]
-                if row[state // 8] >> (7 - state % 8) & 1
-            ]
+            hides = [s for s, state in enumerate(states) if row[state // 8] >> (7 - state % 8) & 1]
             assert hides == list(range(len(hides))) and hides, "a token shows and hides again"
             steps.append(hides[-1])
         reveal.append(steps)
@@ -141,7 +142,10 @@ def pair_loss(model, reference, pair, reveal, T, beta, smoothing=0.0):
 
 
 def train(model, reference, batches, T, *, rates, betas, eps, weight_decay, clip, beta):
-    """AdamW with clipping by global norm over `batches` of (pair, reveal), a rate each. Yields (mean loss, norm, weights)."""
+    """AdamW with clipping by the global norm over `batches` of (pair, reveal), each with its rate.
+
+    Yields (mean loss, norm of the gradient, weights after the step).
+    """
     optimizer = torch.optim.AdamW(list(model.values()), lr=rates[0], betas=betas, eps=eps, weight_decay=weight_decay)
     for batch, rate in zip(batches, rates):
         optimizer.param_groups[0]["lr"] = rate

@@ -35,7 +35,7 @@ def imported(source, known):
 
 
 def upward(known):
-    """["room.module imports other.module"] for each import of a command, of a higher room, or of config by what it needs."""
+    """["room.module imports other.module"] for each import of a command or of a higher room."""
     wrong = []
     for name, source in known.items():
         if name in COMMANDS:

@@ -1,9 +1,9 @@
-"""Runs several of our scripts in one process per rank, and writes down what each did (small.run_jobs).
+"""Runs several of our scripts in one process per rank, and records what each did. small.run_jobs starts it.
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/worker.py FOLDER
 
-FOLDER/jobs.json -> FOLDER/NAME.RANK.json: exit code, error, forwards with and without a graph, forwards of evaluations,
-backwards, (pair, epoch) of each step; FOLDER/NAME.step-N.pt: the weights after each step.
+FOLDER/jobs.json -> FOLDER/NAME.RANK.json: exit code, error, forward passes with and without a graph, forward passes of
+evaluations, backward passes, (pair, epoch) of each step; FOLDER/NAME.step-N.pt: the weights after each step.
 """
 
 import importlib
@@ -128,7 +128,7 @@ def main(folder):
         path.write_text(json.dumps({key: value for key, value in seen.items() if key != "path"}))
     destroy()
     sys.stdout.flush()
-    os._exit(0)  # as config.run ends a rank
+    os._exit(0)  # as exits.run ends a rank
 
 
 if __name__ == "__main__":

@@ -43,7 +43,10 @@ class Reader(HTMLParser):
 
 
 def write_run(folder, steps=40, held=20, data=None, model="gone", finished=True, **changes):
-    """A run's folder as train_dpo.py leaves it; margins of pair i by state are (i - 3) / 10 * (1, 2, 3, 2, 3) / 11, before beta."""
+    """A run's folder as train_dpo.py leaves it.
+
+    Margins of pair i by state are (i - 3) / 10 * (1, 2, 3, 2, 3) / 11, before beta.
+    """
     groups = [group() for group in config.GROUPS]
     arguments = (
         {name: value for group in groups for name, value in dataclasses.asdict(group).items()}

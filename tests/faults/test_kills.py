@@ -1,6 +1,6 @@
-"""Tests of stopping and going on: kills at random moments, signals with their promise, a disk that is full, torn artifacts.
+"""Tests of stopping and resuming: kills at random moments, signals, a full disk, two runs at once, damaged files.
 
-.venv/bin/python -m pytest -q tests/faults/test_kills.py        # bench/faults.py is the long version of the first
+bash tests/run.sh tests/faults/test_kills.py        # bench/faults.py is the longest version of the first
 """
 
 import io
@@ -56,8 +56,9 @@ def home(tiny_dir, tmp_path_factory):
     data = pack(folder / "packed", make_pairs(LENGTHS[:12], 3), model)
     argv = ["--data", data, *NOISE, *TRAIN]
     call(score.main, "--data", data, *NOISE)
-    run([ROOT / "train_dpo.py", *argv, "--deepspeed", DS, "--output_dir", folder / "whole"])
-    return SimpleNamespace(folder=folder, model=model, data=data, argv=argv)
+    made = SimpleNamespace(folder=folder, model=model, data=data, argv=argv)
+    run(training(made, folder / "whole"))
+    return made
 
 
 def numbers(folder):
@@ -72,13 +73,21 @@ def same(home, folder):
     assert numbers(folder) == numbers(home.folder / "whole") and weights(folder) == weights(home.folder / "whole")
 
 
-def test_random_kills(tmp_path):
-    kills, _, wrong = faults.measure(tmp_path, ["train", "score", "prep"], 9, random.randrange(10**6), str(DS))
-    assert not wrong, wrong
-    assert kills.total() >= 9
+@pytest.mark.parametrize("count", [9, pytest.param(45, marks=pytest.mark.long)])
+def test_random_kills(tmp_path, count):
+    seed = random.randrange(10**6)
+    kills, _, wrong = faults.measure(tmp_path, ["train", "score", "prep"], count, seed, str(DS))
+    assert not wrong, (seed, wrong)
+    assert kills.total() >= count
+
+
+def training(home, folder, *more):
+    """The command of home's run, into `folder`."""
+    return [ROOT / "train_dpo.py", *home.argv, "--deepspeed", DS, "--output_dir", folder, *more]
 
 
 def wait_for(process, ready):
+    """Wait until ready(); fail if the process ends before."""
     while not ready():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.002)
@@ -86,16 +95,11 @@ def wait_for(process, ready):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves(home, tmp_path, number):
-    """It ends with 0 and a checkpoint that no save_steps asked for, says how to go on, and the rest is as if nothing had been."""
-    command = [ROOT / "train_dpo.py", *home.argv, "--deepspeed", DS, "--output_dir", tmp_path / "run"]
+    """It ends with 0 and a checkpoint that no save_steps asked for, and prints the command that resumes the run."""
+    command = training(home, tmp_path / "run")
     process = start(command)
-    wait_for(
-        process,
-        lambda: (
-            (tmp_path / "run" / "log.jsonl").exists()
-            and len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) > 1
-        ),
-    )
+    lines = tmp_path / "run" / "log.jsonl"
+    wait_for(process, lambda: lines.exists() and len(lines.read_text().splitlines()) > 1)
     process.send_signal(number)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "Traceback" not in said and not (tmp_path / "run" / "final").exists(), said
@@ -107,18 +111,7 @@ def test_a_signal_saves(home, tmp_path, number):
 
 
 def test_two_signals_stop_at_once(home, tmp_path):
-    process = start(
-        [
-            ROOT / "train_dpo.py",
-            *home.argv,
-            "--deepspeed",
-            DS,
-            "--output_dir",
-            tmp_path / "run",
-            "--gradient_accumulation_steps",
-            4000,
-        ]
-    )
+    process = start(training(home, tmp_path / "run", "--gradient_accumulation_steps", 4000))
     wait_for(process, lambda: (tmp_path / "run" / "run.json").exists())
     time.sleep(1)
     began = time.time()
@@ -131,31 +124,17 @@ def test_two_signals_stop_at_once(home, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_launch_stops_and_goes_on(home, tmp_path, number):
-    """launch.sh on two ranks, a signal to it alone: they save. The command that it prints goes on by itself; so does its own."""
-    argv = [
-        *home.argv,
-        "--model_name_or_path",
-        home.model,
-        "--output_dir",
-        tmp_path / "run",
-        "--gradient_accumulation_steps",
-        1,
-    ]
-    process = subprocess.Popen(
-        ["bash", ROOT / "launch.sh", DS, "--num_gpus", "2", *map(str, argv)],
-        cwd=ROOT,
-        text=True,
-        env=shell_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    """launch.sh on two ranks gets a signal: the ranks save, and the command that is printed resumes the run."""
+    argv = [*home.argv, *flags(num_gpus=2, model_name_or_path=home.model, output_dir=tmp_path / "run")]
+    argv += flags(gradient_accumulation_steps=1)
+    command = ["bash", ROOT / "launch.sh", DS, *map(str, argv)]
+    one_pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, env=shell_environment(), **one_pipe)
     wait_for(process, lambda: (tmp_path / "run" / "log.jsonl").exists())
     process.send_signal(number)
     said = process.communicate(timeout=120)[0]
-    assert (
-        process.returncode == (0 if number == signal.SIGTERM else -number)
-        and "stopped and saved; to resume, run: bash " in said
-    ), said
+    assert process.returncode == (0 if number == signal.SIGTERM else -number), said
+    assert "stopped and saved; to resume, run: bash " in said, said
     again = shell(said.rpartition("to resume, run: ")[2].strip(), ROOT)
     assert again.returncode == 0 and "resuming after step" in again.stdout, again.stdout + again.stderr
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
@@ -164,28 +143,15 @@ def test_launch_stops_and_goes_on(home, tmp_path, number):
 
 
 def test_a_full_disk(home, tmp_path):
-    """A file that cannot be written whole: one sentence, the last checkpoint stays whole, and with room the run goes on from it."""
-    command = [
-        ROOT / "train_dpo.py",
-        *home.argv,
-        "--deepspeed",
-        DS,
-        "--output_dir",
-        tmp_path / "run",
-        "--save_steps",
-        1,
-    ]
+    """A file does not fit: one sentence, the last checkpoint stays, and with room the run resumes from it."""
+    command = training(home, tmp_path / "run", "--save_steps", 1)
     process = start(command)
     wait_for(process, lambda: (tmp_path / "run" / "checkpoints" / "step-2").exists())
     limit = 100_000  # bytes of any one file: less than a checkpoint's
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     said = process.communicate(timeout=120)[0]
-    assert (
-        process.returncode == 2
-        and "Traceback" not in said
-        and "cannot be written" in said
-        and "Free some disk space" in said
-    ), said
+    assert process.returncode == 2 and "Traceback" not in said, said
+    assert "cannot be written" in said and "Free some disk space" in said, said
     assert not list((tmp_path / "run" / "checkpoints").glob(".step-*.tmp"))
     newest = runs.Run(tmp_path / "run").start_from(None)
     assert int(newest.name[5:]) >= 2 and f"{newest} is complete" in said
@@ -195,20 +161,11 @@ def test_a_full_disk(home, tmp_path):
 
 def test_two_runs_in_one_folder(home, tmp_path, capsys):
     """The second is refused while the first lives; a dead one keeps no lock."""
-    command = [
-        ROOT / "train_dpo.py",
-        *home.argv,
-        "--deepspeed",
-        DS,
-        "--output_dir",
-        tmp_path / "run",
-        "--save_steps",
-        1,
-    ]
+    command = training(home, tmp_path / "run", "--save_steps", 1)
     process = start(command)
     wait_for(process, lambda: (tmp_path / "run" / "checkpoints" / "step-1").exists())
     os.kill(process.pid, signal.SIGSTOP)
-    said = refusal(train_dpo.main, capsys, *home.argv, "--deepspeed", DS, "--output_dir", tmp_path / "run")
+    said = refusal(train_dpo.main, capsys, *training(home, tmp_path / "run")[1:])
     assert f"a run is using it (process {process.pid} on " in said
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -222,7 +179,7 @@ def test_two_reference_jobs_share(home, tmp_path):
     both = [start([ROOT / "score.py", "--data", data, *NOISE]) for _ in range(2)]
     said = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert sum("6 a forward" in each or "2 a forward" in each for each in said) == 1, said
+    assert sum("in a forward pass" in each for each in said) == 1, said
     [made], [want] = data.glob("ref-*"), home.data.glob("ref-*")
     for name in ("noise-0.npy", "ref_scores-0.npy"):
         assert files.file_sha256(made / name) == files.file_sha256(want / name)
@@ -251,17 +208,11 @@ def same_value(path, content):
 
 
 def test_every_artifact_harmed(home, tmp_path, capsys):
-    """Each file of packed/ and ref-*/ cut short, or a bit of it flipped: refused by its name or the folder's, and never used."""
+    """Each file of packed/ and ref-*/ is cut short, or a bit of it flipped: refused, with the folder's name."""
     rng, tried = random.Random(0), 0
     argv = [*home.argv, "--deepspeed", DS, "--output_dir", tmp_path / "run"]
-    for path in sorted(
-        [
-            *home.data.glob("*.npy"),
-            home.data / "meta.json",
-            *home.data.glob("ref-*/*.npy"),
-            *home.data.glob("ref-*/meta.json"),
-        ]
-    ):
+    patterns = ("*.npy", "meta.json", "ref-*/*.npy", "ref-*/meta.json")
+    for path in sorted(path for pattern in patterns for path in home.data.glob(pattern)):
         original = path.read_bytes()
         for content in harmed(original, rng, 14):
             path.write_bytes(content)
@@ -275,20 +226,8 @@ def test_every_artifact_harmed(home, tmp_path, capsys):
 
 
 def test_every_file_of_a_checkpoint_harmed(home, capsys):
-    """Cut short or a bit flipped, in any file of the newest: passed over for the one before."""
-    if not (home.folder / "saved").exists():
-        run(
-            [
-                ROOT / "train_dpo.py",
-                *home.argv,
-                "--deepspeed",
-                DS,
-                "--output_dir",
-                home.folder / "saved",
-                "--save_steps",
-                3,
-            ]
-        )
+    """A file of the newest is cut short, or a bit of it flipped: the checkpoint before it is taken."""
+    run(training(home, home.folder / "saved", "--save_steps", 3))
     target, rng = runs.Run(home.folder / "saved"), random.Random(0)
     (_, before), (_, newest) = target.saved()
     assert target.start_from(None) == newest
