@@ -4,6 +4,7 @@ bash tests/run.sh tests/preferences/test_sft_data.py
 """
 
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -71,9 +72,14 @@ def write_rows(path, table):
     return path
 
 
+def packing(source, out, model):
+    """The arguments of data_prep.py that pack SFT rows."""
+    return ["--task", "sft", "--in", source, "--out", out, "--model_name_or_path", model]
+
+
 def prep(source, out, model, *more):
-    """(Packed, rejects) of data_prep --task sft; rows in = kept + listed."""
-    call(data_prep.main, "--task", "sft", "--in", source, "--out", out, "--model_name_or_path", model, *more)
+    """(Packed, rejects) of data_prep.py with packing(); rows in = kept + listed."""
+    call(data_prep.main, *packing(source, out, model), *more)
     got, listed = packed.Packed(out), [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert got.meta["task"] == got.task == "sft" and (got.bounds[:, 3] == got.bounds[:, 2]).all()
     assert got.meta["rows"] == got.meta["kept"] + len(listed) == len(got) + sum(got.meta["dropped"].values())
@@ -140,21 +146,14 @@ def test_forms(name, chat_dir, tmp_path, capsys):
 )
 def test_refusals(row, words, tiny_dir, tmp_path, capsys):
     source = write_rows(tmp_path / "x.jsonl", [row])
-    argv = ["--task", "sft", "--in", source, "--out", tmp_path / "out", "--model_name_or_path", tiny_dir]
-    said = refusal(data_prep.main, capsys, *argv)
+    said = refusal(data_prep.main, capsys, *packing(source, tmp_path / "out", tiny_dir))
     assert words in said and str(source) in said and not (tmp_path / "out").exists()
 
 
 def test_single_responses_are_no_preferences(tiny_dir, tmp_path, capsys):
     for row in (GOOD, {"question": "Q", "answer": "A"}, {"messages": USER + SAID}):
-        argv = [
-            "--in",
-            write_rows(tmp_path / "x.jsonl", [row]),
-            "--out",
-            tmp_path / "out",
-            "--model_name_or_path",
-            tiny_dir,
-        ]
+        source = write_rows(tmp_path / "x.jsonl", [row])
+        argv = ["--in", source, "--out", tmp_path / "out", "--model_name_or_path", tiny_dir]
         assert "look like single responses, which --task sft packs" in refusal(data_prep.main, capsys, *argv)
     said = refusal(data_prep.main, capsys, "--task", "sft", *argv, "--columns", "prompt=prompt,chosen=response")
     assert "expected prompt=NAME,response=NAME, found 'chosen=response'" in said
@@ -217,16 +216,7 @@ def test_columns(tiny_dir, tmp_path, capsys):
 )
 def test_judged_rows_are_not_learnt_unsaid(tiny_dir, tmp_path, capsys, row):
     """KTO's and a judge's rows hold bad responses; with --columns they were meant."""
-    argv = [
-        "--task",
-        "sft",
-        "--in",
-        write_rows(tmp_path / "rows.jsonl", [row]),
-        "--out",
-        tmp_path / "out",
-        "--model_name_or_path",
-        tiny_dir,
-    ]
+    argv = packing(write_rows(tmp_path / "rows.jsonl", [row]), tmp_path / "out", tiny_dir)
     said = refusal(data_prep.main, capsys, *argv)
     assert "make_prefs.py --strategy label" in said and said.endswith("response=" + list(row)[1])
     call(data_prep.main, *argv, "--columns", said.rpartition("--columns ")[2])
@@ -311,30 +301,25 @@ def test_the_loss_is_that_of_lladas_guidelines(pad_to, model, tmp_path):
 
 
 def test_scripts_from_rows_to_a_model(model, tmp_path):
-    """The two commands as they are typed, and a resumed run that does not repeat --task; preferences are refused there."""
+    """The two commands as they are typed, and a resumed run without --task. A loss of preferences is refused."""
     source, out, home = write_rows(tmp_path / "sft.jsonl", pairs_of(30)[1]), tmp_path / "packed", tmp_path / "run"
-    said = run([ROOT / "data_prep.py", "--task", "sft", "--in", source, "--out", out, "--model_name_or_path", model])
+    said = run([ROOT / "data_prep.py", *packing(source, out, model)])
     assert f"{source}: 30 rows, 30 kept, 0 dropped" in said and "warning: the median" not in said
-    words = f"--task sft --in {source} --out {out} --model_name_or_path {model}"
+    words = shlex.join(map(str, packing(source, out, model)))
     assert f"next: bash launch.sh ds_configs/zero3_offload_4080.json --loss_type sft {words}" in said
     lines = [line.split()[0] for line in said.splitlines() if line]
     assert lines.count("prompt") == lines.count("response") == 2 and not {"chosen", "rejected"} & set(lines)
-    argv = [
-        "--data",
-        out,
-        "--output_dir",
-        home,
-        *flags(
-            use_mixed_precision="no",
-            max_steps=2,
-            eval_fraction=0.2,
-            learning_rate=0.01,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            sft_pad_to=40,
-            save_steps=1,
-        ),
-    ]
+    argv = ["--data", out, "--output_dir", home]
+    argv += flags(
+        use_mixed_precision="no",
+        max_steps=2,
+        eval_fraction=0.2,
+        learning_rate=0.01,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        sft_pad_to=40,
+        save_steps=1,
+    )
     said = run([ROOT / "score.py", "--loss_type", "sft", "--task", "sft", *argv])
     assert "loss_type sft needs no reference scores" in said
     said = run([ROOT / "train_dpo.py", "--loss_type", "sft", "--task", "sft", *argv])
@@ -360,22 +345,14 @@ def test_what_needs_preferences_refuses_sft_data(model, tmp_path, capsys):
     before = sorted(path.name for path in out.iterdir())
     for main, more in ((score.main, []), (score.main, ["--diffusion_steps", "auto"]), (calibrate.main, [])):
         said = refusal(main, capsys, "--data", out, *more)
-        assert said.startswith(f"error: {out}: holds SFT data") and said.endswith(
-            "or pack preferences into another folder"
-        )
+        assert said.startswith(f"error: {out}: holds SFT data")
+        assert said.endswith("or pack preferences into another folder")
     assert sorted(path.name for path in out.iterdir()) == before
     for more in ([], ["--loss_type", "hinge", "--diffusion_steps", "auto"]):
         assert f"{out}: holds SFT data" in refusal(
             train_dpo.main, capsys, "--data", out, "--output_dir", tmp_path / "run", *more
         )
-    argv = [
-        "--data",
-        str(out),
-        "--loss_type",
-        "sft",
-        "--diffusion_steps",
-        "auto",
-    ]  # SFT takes no steps: nothing to calibrate
+    argv = flags(data=out, loss_type="sft", diffusion_steps="auto")  # SFT takes no steps: nothing to calibrate
     assert isinstance(train_dpo.prepare(train_dpo.read_arguments(argv))[0], objective.SFT)
 
 
