@@ -1,10 +1,10 @@
-"""data_prep.py against hostile rows: files of odd texts, torn lines and wrong types through its main(), every outcome checked.
+"""data_prep.py against hostile rows: files of odd texts, torn lines and wrong types, every outcome checked.
 
     python bench/fuzz.py --rows 100000 --seed 0
 
-Each row is made with what must become of it: kept, with texts that its tokens must decode to, or listed for one of the reasons
-that hold for it. Never a traceback. A file is refused only where --on_bad_row stop meets a malformed row, which the sentence
-names, or where it cannot be read. Prints a table; exits 1 if anything was wrong.
+Each row is made with what must become of it: kept, with texts that its tokens must decode to, or listed for one of the
+reasons that hold for it. Never a traceback. A file is refused only if it cannot be read, or if --on_bad_row stop meets
+malformed rows, which the message counts and names. Prints a table; exits 1 if anything was wrong.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hostile import FORMS, HEADERS, MAKERS, MOST, TEMPLATE, make_row, said
+from hostile import FORMS, HEADERS, MAKERS, MOST, TEMPLATE, decoded, make_row
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -50,21 +50,8 @@ def attempt(source, out, model, *flags):
     shutil.rmtree(out, ignore_errors=True)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            data_prep.main(
-                [
-                    "--in",
-                    str(source),
-                    "--out",
-                    str(out),
-                    "--model_name_or_path",
-                    str(model),
-                    "--num_proc",
-                    "1",
-                    "--max_length",
-                    str(MOST),
-                    *flags,
-                ]
-            )
+            words = ["--in", source, "--out", out, "--model_name_or_path", model, "--num_proc", 1]
+            data_prep.main([str(word) for word in (*words, "--max_length", MOST, *flags)])
     except InputError as error:
         return Outcome(refused=str(error))
     except (Exception, SystemExit):
@@ -81,8 +68,8 @@ def attempt(source, out, model, *flags):
 
 def rendered(turns):
     """What TEMPLATE makes of (role, content)s."""
-    said_so = (f"<|start_header_id|>{role}<|end_header_id|>{said(content, True)}<|eot_id|>" for role, content in turns)
-    return "".join(said_so) + "<|start_header_id|>assistant<|end_header_id|>"
+    texts = [f"<|start_header_id|>{role}<|end_header_id|>{decoded(content, True)}<|eot_id|>" for role, content in turns]
+    return "".join(texts) + "<|start_header_id|>assistant<|end_header_id|>"
 
 
 class Reader:
@@ -100,32 +87,35 @@ class Reader:
 
     def prompt(self, content):
         if not self.chat:
-            return said(content, False)
+            return decoded(content, False)
         return rendered([("user", content)])
 
     def faults(self, ids, parts, strings):
-        """What is wrong with the ids of a kept row that should say `parts`, or, if those are not known, some of `strings`."""
+        """What is wrong with the ids of a kept row of `parts`, or, if those are not known, of some of `strings`."""
         prompt, *responses = (each.tolist() for each in ids)
         responses = [each for each in responses if each]
         if self.masks & {*prompt, *sum(responses, [])}:
             yield "a mask among the tokens"
         if any(each[-1] != self.end or self.end in each[:-1] for each in responses):
             yield "an end token too few or too many"
-        got, wanted = [self.text(prompt), *(self.text(each[:-1]) for each in responses)], None
+        got = [self.text(prompt), *(self.text(each[:-1]) for each in responses)]
         if parts:
-            wanted = [self.prompt(parts[0]), *(said(part, self.chat) for part in parts[1:])]
-        elif got[0] not in map(self.prompt, strings) or not {*got[1:]} <= {said(part, self.chat) for part in strings}:
-            wanted = "strings of the row"
-        if wanted and got != wanted:
-            yield f"tokens say {got}, expected {wanted}"
+            wanted = [self.prompt(parts[0]), *(decoded(part, self.chat) for part in parts[1:])]
+            if got != wanted:
+                yield f"tokens say {got}, expected {wanted}"
+            return
+        sides = {decoded(part, self.chat) for part in strings}
+        if got[0] not in map(self.prompt, strings) or not {*got[1:]} <= sides:
+            yield f"tokens say {got}, expected strings of the row"
 
 
 def strings_in(value):
     """Every string in a JSON value."""
     if isinstance(value, str):
         yield value
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from strings_in(item)
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(item)
 
 
 def check_rows(lines, outcome, reader):
@@ -195,60 +185,61 @@ def check(lines, outcome, source, reader, stop):
 
 
 def make_models(folder):
-    """Two models of the embedded one's tokenizer: as it is, and with LLaDA's special tokens, mask and a chat template."""
+    """Folders of two models: the embedded tokenizer as it is, and with LLaDA's special tokens, mask and a template."""
     plain, chat = folder / "plain", folder / "chat"
-    for place, special in ((plain, {}), (chat, {"chat_template": TEMPLATE, "additional_special_tokens": HEADERS})):
+    for place in (plain, chat):
         shutil.copytree(ROOT / "examples" / "tiny", place, ignore=shutil.ignore_patterns("*.safetensors"))
-        settings, config = (
-            {**json.loads((place / name).read_text())} for name in ("tokenizer_config.json", "config.json")
-        )
-        (place / "tokenizer_config.json").write_text(json.dumps(settings | special))
-        if special:
-            mask = tokenization.load_tokenizer(str(place)).convert_tokens_to_ids("<|mdm_mask|>")
-            changes = {"mask_token_id": mask, "vocab_size": 520, "embedding_size": 520}
-            (place / "config.json").write_text(json.dumps(config | changes))
+    change(chat / "tokenizer_config.json", chat_template=TEMPLATE, additional_special_tokens=HEADERS)
+    mask = tokenization.load_tokenizer(str(chat)).convert_tokens_to_ids("<|mdm_mask|>")
+    change(chat / "config.json", mask_token_id=mask, vocab_size=520, embedding_size=520)
     return plain, chat
+
+
+def change(path, **entries):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def make_rows(rng, size, stop, *kind):
+    """`size` rows of a kind (make_row's arguments), the first not spoilt, some twice. stop: few are spoilt."""
+    rows = []
+    for index in range(size):
+        plain = index == 0 or stop and rng.random() < 0.97
+        rows.append(make_row(rng, *kind, plain=plain))
+    for index in range(1, size):
+        if rng.random() < 0.02:
+            rows[index] = rng.choice(rows[:index])
+    return rows
 
 
 def run(rows, seed, folder, per_file=200, show=print):
     """Fuzz with `rows` rows; the counts."""
     folder, counts, rng = Path(folder), Counter(), random.Random(seed)
-    readers = {model: Reader(model) for model in make_models(folder)}
+    readers = [Reader(model) for model in make_models(folder)]
     while counts["rows tried"] < rows:
-        model, reader = rng.choice(list(readers.items()))
-        task, ending = rng.choice(["preferences", "sft"]), rng.choices(list(MAKERS), (6, 2, 1))[0]
+        # 1. A file
+        reader, task = rng.choice(readers), rng.choice(["preferences", "sft"])
+        ending = rng.choices(list(MAKERS), (6, 2, 1))[0]
         columns, build = rng.choice(FORMS[task, False] + (FORMS[task, True] if reader.chat else []))
-        size = min(per_file, rows - counts["rows tried"])
-        stop = rng.random() < 0.1  # then few rows are spoilt, else the first would always be
-        made = [
-            make_row(rng, task, columns, build, reader.chat, plain=i == 0 or stop and rng.random() < 0.97)
-            for i in range(size)
-        ]
-        made = [
-            rng.choice(made[:i]) if i and rng.random() < 0.02 else row for i, row in enumerate(made)
-        ]  # again: duplicates
+        stop = rng.random() < 0.1
+        made = make_rows(rng, min(per_file, rows - counts["rows tried"]), stop, task, columns, build, reader.chat)
         source = folder / f"rows{ending}"
         lines = MAKERS[ending](rng, source, made)
-        outcome = attempt(source, folder / "packed", model, "--task", task, "--on_bad_row", "stop" if stop else "skip")
+
+        # 2. What becomes of it
+        flags = ["--task", task, "--on_bad_row", "stop" if stop else "skip"]
+        outcome = attempt(source, folder / "packed", reader.folder, *flags)
         wrong = check(lines, outcome, source, reader, stop)
+
+        # 3. Counts
         tried = made if lines is None else [row for row in lines if not row.blank]
-        counts.update(
-            {
-                "files": 1,
-                "rows tried": len(tried),
-                "refused files": bool(outcome.refused),
-                "kept": len(outcome.kept or ()),
-                "listed": len(outcome.listed or ()),
-                "tracebacks": bool(outcome.crash),
-                "wrong results": len(wrong) - bool(outcome.crash),
-            }
-        )
-        counts.update(f"listed: {reason}" for reason, _ in (outcome.listed or {}).values())
+        kept, listed, crashes = outcome.kept or {}, outcome.listed or {}, int(bool(outcome.crash))
+        counts.update({"files": 1, "rows tried": len(tried), "kept": len(kept), "listed": len(listed)})
+        counts.update({"refused files": int(bool(outcome.refused)), "tracebacks": crashes})
+        counts.update({"wrong results": len(wrong) - crashes})
+        counts.update(f"listed: {reason}" for reason, _ in listed.values())
         for fault in wrong[:3]:
-            show(
-                f"file {counts['files']} ({task}, {columns}, {model.name}, {ending}, {'stop' if stop else 'skip'}): {fault} "
-                f"{outcome.crash}"
-            )
+            kind = f"{task}, {columns}, {reader.folder.name}, {ending}, {flags[-1]}"
+            show(f"file {counts['files']} ({kind}): {fault} {outcome.crash}")
     return counts
 
 

@@ -1,7 +1,8 @@
-"""Files of rows as one would rather not get them, each row with what must become of it. For fuzz.py and the tests.
+"""Files of hostile rows, each row with what must become of it. For fuzz.py and the tests.
 
-Rows are of the forms of rows.py and demonstrations.py, their texts odd (control tokens, NUL, surrogates, look-alikes), and half
-of them spoilt: torn, of wrong types, in other encodings, nested, with keys twice. Everything comes from one random.Random.
+Rows are of the forms of preferences/forms.py. Their texts are odd (control tokens, NUL, surrogates, look-alikes), and
+half of them are spoilt: torn, of wrong types, in other encodings, nested, with keys twice. All of it comes from one
+random.Random.
 """
 
 import datetime
@@ -80,14 +81,11 @@ WRONG = [
     {"role": ["user"]},
 ]
 NO_ROWS = [b"null", b"7", b"NaN", b'"x"', b"[]", b"{}", b"true", b"[{}]", b"-", b"\0", b"{"]
-STRAY = [
-    dict.fromkeys(names)
-    for names in (  # rows of other forms, which must not decide over the file's
-        ("input", "preferred_output", "non_preferred_output"),
-        ("prompt", "completion", "label"),
-        ("instruction", "chosen"),
-        ("text",),
-    )
+STRAY = [  # rows of other forms, which must not decide the file's
+    dict.fromkeys(("input", "preferred_output", "non_preferred_output")),
+    dict.fromkeys(("prompt", "completion", "label")),
+    dict.fromkeys(("instruction", "chosen")),
+    {"text": None},
 ]
 MOST = 400  # --max_length
 
@@ -182,15 +180,15 @@ def reasons_of(parts, chat):
         found.add("empty response")
     if any(token in part for token in (*SPECIAL, *(HEADERS if chat else ())) for part in parts):
         found.add("special token in the text")
-    if len({said(part, chat) for part in parts[1:]}) < len(parts) - 1:
+    if len({decoded(part, chat) for part in parts[1:]}) < len(parts) - 1:
         found.add("chosen equals rejected")
     if len(joined.encode()) > MOST - 50:  # a token is a byte at least, and the template takes some
         found.add("too long")
     return frozenset(found)
 
 
-def said(part, chat):
-    """A text as its tokens give it back: the template strips it, and sentencepiece has one piece for a space and U+2581."""
+def decoded(part, chat):
+    """A text as its tokens give it back: the template strips it, and sentencepiece reads U+2581 as a space."""
     return (part.strip() if chat else part).replace("\u2581", " ")
 
 
@@ -201,11 +199,14 @@ def nested(depth):
 def spoil(rng, row, line, columns, chat):
     """(line, outcome): a good row spoilt. outcome: "bad" (malformed), "free", or "good" (kept as it was)."""
     key, more = rng.choice(columns), line[:-1]
-    changed = lambda **values: json.dumps(row | values).encode()  # noqa: E731
+
+    def changed(**values):
+        return json.dumps(row | values).encode()
+
     ways = {
         "cut": lambda: (line[: rng.randrange(1, len(line) - 1)], "bad"),
         "type": lambda: (changed(**{key: rng.choice(WRONG)}), "bad"),
-        "missing": lambda: (json.dumps({name: value for name, value in row.items() if name != key}).encode(), "bad"),
+        "missing": lambda: (json.dumps({name: row[name] for name in row if name != key}).encode(), "bad"),
         "twice": lambda: (more + f', "{key}": "again"}}'.encode(), "bad"),
         "no object": lambda: (rng.choice(NO_ROWS), "bad"),
         "two": lambda: (line + b" " + line, "bad"),
@@ -224,18 +225,17 @@ def spoil(rng, row, line, columns, chat):
         "CR": lambda: (line + b"\r", "good"),
         "BOM": lambda: (b"\xef\xbb\xbf" + line, "good"),
         "numbers": lambda: (more + b', "x": [NaN, -Infinity, 1e999, -0.0, 123456789012345678901234567890]}', "good"),
-        "columns": lambda: (
-            more + b"".join(b', "%d": %d' % (i, i) for i in range(rng.choice([10, 100, 1000]))) + b"}",
-            "good",
-        ),
+        "columns": lambda: (more + many_columns(rng.choice([10, 100, 1000])) + b"}", "good"),
     }
     if "instruction" in row:
         ways["input"] = lambda: (changed(input=rng.choice([7, 0, ["x"], {"a": 1}])), "bad")
-        ways["history"] = lambda: (
-            changed(history=rng.choice([7, "ab", ["ab"], {"ab": 1}, [["a"]], [["a", 1]]])),
-            "bad",
-        )
+        wrong = [7, "ab", ["ab"], {"ab": 1}, [["a"]], [["a", 1]]]
+        ways["history"] = lambda: (changed(history=rng.choice(wrong)), "bad")
     return ways[rng.choice(list(ways))]()
+
+
+def many_columns(count):
+    return b"".join(b', "%d": %d' % (number, number) for number in range(count))
 
 
 def flipped(rng, line):

@@ -1,19 +1,21 @@
-"""data_prep.py against TRL's own DPO tokenization of the same file: rows/s, side by side, and whether the ids agree.
+"""data_prep.py against TRL's DPO tokenization of the same file: rows per second, and whether the ids agree.
 
     pip install trl==1.16.0   (beside requirements.txt; nothing else needs it)
     python bench/prep.py [--in prefs.jsonl] [--model examples/tiny] [--num_proc 1 2] [--repeats 5] [--json FILE]
 
-Without --in: --rows problems of tasks.py with a planted error, the same ones every time. TRL's side is its own code,
-DPOTrainer._prepare_dataset on load_dataset("json"), with no trainer built around it and nothing cached from run to run.
-Each run is a process of its own; the two sides take turns. Printed for each number of worker processes, medians:
-rows/s     what is compared: from the file to the ids on disk. Ours reads, checks, encodes, finds duplicates, packs;
-           TRL reads, appends eos, encodes, drops what is too long (it truncates the rest later, in its collator).
-s          of the whole process: imports and the tokenizer's loading too
-ratio      how many times as fast as TRL data_prep is, by the medians; in brackets, the least and the most of the turns
-The rows that data_prep keeps are compared with TRL's, up to the end token (a template may go on after it): "same ids"; or
-"same text", where TRL, which encodes prompt and response as one text, has a token that spans the place where they meet; or
-"different", which makes the exit code 1. Rows that data_prep leaves out, by reason, are not compared. A row of strings gets
-no chat template in TRL, hence --template none; for rows of messages: --template chat.
+Without --in: --rows problems of reasoning/tasks.py with a planted error, always the same ones. TRL's side is its own
+code, DPOTrainer._prepare_dataset on load_dataset("json"), without a trainer and without a cache. Each run is a process
+of its own, and the two sides take turns. Printed for each number of worker processes, medians:
+
+rows/s     from the file to the ids on disk. data_prep.py reads, checks, encodes, finds duplicates and packs; TRL reads,
+           appends eos, encodes and drops what is too long (it truncates the rest later, in its collator).
+s          of the whole process, with imports and loading the tokenizer
+ratio      TRL's time over data_prep.py's, by the medians; in brackets, the least and the greatest of the turns
+
+The rows that data_prep.py keeps are compared with TRL's up to the end token (a template may go on after it). "same
+ids"; "same text": TRL encodes prompt and response as one text, and a token spans the place where they meet; "different"
+makes the exit code 1. Rows that data_prep.py leaves out are not compared. TRL applies no chat template to rows of
+strings, hence --template none; for rows of messages give --template chat.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jsonlines
 import numpy as np
@@ -42,7 +45,7 @@ from preferences import packed  # noqa: E402
 
 
 def run_ours(args, folder):
-    import datasets  # noqa: F401  data_prep imports it when it starts to encode; TRL's side has it before its clock starts
+    import datasets  # noqa: F401  before the clock starts, as on TRL's side; data_prep.py imports it when it encodes
 
     import data_prep
 
@@ -54,23 +57,11 @@ def run_ours(args, folder):
         seconds.append(time.perf_counter() - started)
         return result
 
-    data_prep.prepare, data_prep.write = (partial(timed, step) for step in (data_prep.prepare, data_prep.write))
-    data_prep.main(
-        [
-            "--in",
-            args.source,
-            "--out",
-            str(folder / "packed"),
-            "--model_name_or_path",
-            args.model,
-            "--template",
-            args.template,
-            "--max_length",
-            str(args.max_length),
-            "--num_proc",
-            str(args.num_proc[0]),
-        ]
-    )
+    data_prep.prepare = partial(timed, data_prep.prepare)
+    data_prep.write = partial(timed, data_prep.write)
+    words = ["--in", args.source, "--out", str(folder / "packed"), "--model_name_or_path", args.model]
+    words += ["--template", args.template, "--max_length", str(args.max_length), "--num_proc", str(args.num_proc[0])]
+    data_prep.main(words)
     return sum(seconds)
 
 
@@ -101,31 +92,15 @@ def run_trl(args, folder):
 
 def run(side, args, num_proc, folder, keep=False):
     """(seconds from the file to the ids, seconds of the whole process)"""
-    command = [
-        sys.executable,
-        __file__,
-        "--worker",
-        side,
-        "--out",
-        str(folder),
-        "--in",
-        args.source,
-        "--model",
-        args.model,
-        "--template",
-        args.template,
-        "--max_length",
-        str(args.max_length),
-        "--num_proc",
-        str(num_proc),
-    ]
+    command = [sys.executable, __file__, "--worker", side, "--out", folder, "--in", args.source, "--model", args.model]
+    command += ["--template", args.template, "--max_length", args.max_length, "--num_proc", num_proc]
+    command += ["--keep"] if keep else []
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
-    done = subprocess.run(
-        command + ["--keep"] * keep, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
     whole = time.perf_counter() - started
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1].removeprefix("error: ")
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
         raise InputError(f"{side} could not tokenize {args.source} ({last})")
     return float(done.stdout.split()[-1]), whole
 
@@ -133,28 +108,40 @@ def run(side, args, num_proc, folder, keep=False):
 # --- the comparison ---
 
 
+class Comparison(NamedTuple):
+    counts: dict  # {how a row that data_prep.py keeps compares: number of rows}
+    dropped: dict  # {why data_prep.py left rows out: number of rows}
+    rows: int  # of the file
+
+
 def compare(args, folder):
-    """({how a row that data_prep keeps compares: how many do}, {why it left rows out: how many}, rows of the file)"""
+    """The Comparison of both sides' ids."""
     from datasets import load_from_disk
 
-    pass
-    run("data_prep", args, 1, folder), run("TRL", args, 1, folder, keep=True)
+    run("data_prep", args, 1, folder)
+    run("TRL", args, 1, folder, keep=True)
     ours, theirs = packed.Packed(folder / "packed"), load_from_disk(folder / "trl")
     tokenizer = tokenization.load_tokenizer(args.model)
     with open(args.source, "rb") as file:
-        place = {
-            line: index for index, line in enumerate(number for number, text in enumerate(file, 1) if text.strip())
-        }
-    assert len(place) == len(theirs) == ours.meta["rows"]
-    end, counts = ours.meta["end_token_id"], dict.fromkeys(("same ids", "same text", "different"), 0)
-    for index, line in enumerate(np.load(folder / "packed" / "lines.npy")):
+        lines = [number for number, text in enumerate(file, 1) if text.strip()]
+    assert len(lines) == len(theirs) == ours.meta["rows"]
+    place, end = {line: index for index, line in enumerate(lines)}, ours.meta["end_token_id"]
+    counts = dict.fromkeys(("same ids", "same text", "different"), 0)
+
+    def texts(prompt, *sides):
+        return [tokenizer.decode(prompt + side) for side in sides]
+
+    for index, line in enumerate(ours.lines()):
         mine, row = [ids.tolist() for ids in ours[index]], theirs[place[int(line)]]
-        other = [row["prompt_ids"]] + [
-            ids[: ids.index(end) + 1] if end in ids else ids for ids in (row["chosen_ids"], row["rejected_ids"])
-        ]
-        texts = [[tokenizer.decode(prompt + side) for side in sides] for prompt, *sides in (mine, other)]
-        counts["same ids" if mine == other else "same text" if texts[0] == texts[1] else "different"] += 1
-    return counts, ours.meta["dropped"], len(place)
+        other = [row["prompt_ids"], up_to(end, row["chosen_ids"]), up_to(end, row["rejected_ids"])]
+        same = "same ids" if mine == other else "same text"
+        counts[same if texts(*mine) == texts(*other) else "different"] += 1
+    return Comparison(counts, ours.meta["dropped"], len(lines))
+
+
+def up_to(end, ids):
+    """The ids up to the first end token."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 def measure(args, num_proc, rows):
@@ -218,11 +205,10 @@ def report(args, folder):
             writer.write_all(tasks.preference_rows(args.rows, "train", 0, tuple(tasks.FAMILIES)))
     counts, dropped, rows = compare(args, folder)
     versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers", "datasets", "tokenizers")}
-    print(
-        f"{named}, tokenizer of {args.model}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
-    )
-    said = [", ".join(f"{count} {name}" for name, count in each.items()) for each in (counts, dropped)]
-    print(f"{rows} rows, {sum(counts.values())} kept by data_prep: {said[0]}; left out: {said[1] or 'none'}")
+    releases = ", ".join(f"{name} {version}" for name, version in versions.items())
+    print(f"{named}, tokenizer of {args.model}; {releases}")
+    kept, left_out = listed(counts), listed(dropped) or "none"
+    print(f"{rows} rows, {sum(counts.values())} kept by data_prep: {kept}; left out: {left_out}")
     print(f"{'':9}{'rows/s, from the file to the ids':>42}{'s, whole process':>42}")
     print("processes" + f"{'data_prep':>12}{'TRL':>10}{'ratio':>20}" * 2, flush=True)
     lines = []
@@ -235,20 +221,14 @@ def report(args, folder):
             flush=True,
         )
     if args.json:
-        files.write_json(
-            args.json,
-            {
-                "source": named,
-                "model": args.model,
-                "versions": versions,
-                "rows": rows,
-                **counts,
-                "left_out": dropped,
-                "max_length": args.max_length,
-                "measured": lines,
-            },
-        )
+        written = {"source": named, "model": args.model, "versions": versions, "rows": rows, **counts}
+        written |= {"left_out": dropped, "max_length": args.max_length, "measured": lines}
+        files.write_json(args.json, written)
     return int(counts["different"] > 0)
+
+
+def listed(counts):
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 if __name__ == "__main__":

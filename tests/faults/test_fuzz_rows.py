@@ -1,6 +1,6 @@
-"""Hostile rows through data_prep's own command: never a traceback, never a wrong result (bench/fuzz.py runs the same for long).
+"""Hostile rows through data_prep.py: never a traceback, never a wrong result. bench/fuzz.py runs the same for long.
 
-.venv/bin/python -m pytest -q tests/faults/test_fuzz_rows.py
+bash tests/run.sh tests/faults/test_fuzz_rows.py
 """
 
 import datetime
@@ -37,9 +37,7 @@ def models(tmp_path_factory):
 def attempt(tmp_path, models):
     """attempt(source, *flags) -> what became of it, by the model without a template."""
 
-    def run(
-        source, *flags, reader=None
-    ):  # no lambda: hypothesis would read its source, default and all, to describe it
+    def run(source, *flags, reader=None):
         return fuzz.attempt(source, tmp_path / "packed", (reader or models[0]).folder, *flags)
 
     return run
@@ -52,8 +50,7 @@ def refused(outcome, *words):
     assert "\n" not in outcome.refused or " rows are malformed " in outcome.refused, outcome.refused
 
 
-# Strategies
-
+# --- strategies ---
 
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=20)  # every code point, surrogates and NUL too
 KEYS = st.sampled_from(["role", "content", "from", "value", "messages", "type", "text"]) | TEXTS
@@ -69,7 +66,7 @@ def tables(task):
     """(task, some rows of any JSON, most of it in the columns that are read)."""
     names = st.sampled_from([*GOOD[task], "system"]) | TEXTS.map(lambda name: "x" + name)
     row = (
-        st.fixed_dictionaries({}, optional={name: JSON | TEXTS for name in GOOD[task]})
+        st.fixed_dictionaries({}, optional=dict.fromkeys(GOOD[task], JSON | TEXTS))
         | st.dictionaries(names, JSON, max_size=4)
         | JSON
     )
@@ -81,17 +78,17 @@ def tables(task):
 def test_any_json_in_any_column(attempt, models, tmp_path_factory, table, stop, ending):
     """Beside good rows, which are more, and kept."""
     task, rows = table
-    most = [
-        GOOD[task] | {"prompt": f"How many? {i}"} for i in range(len(rows) + 1)
-    ]  # half of the rows would settle the form
+    # half of the rows would settle the form
+    most = [GOOD[task] | {"prompt": f"How many? {number}"} for number in range(len(rows) + 1)]
     lines = [Made(json.dumps(good).encode(), parts=tuple(good.values())) for good in most]
     lines += [Made(json.dumps(value).encode(), free=True) for value in rows]
     source = tmp_path_factory.mktemp("any") / f"rows{ending}"
+    texts = [row.line for row in lines]
     if ending == ".json":
-        source.write_bytes(b"[" + b",".join(line.line for line in lines) + b"]")
+        source.write_bytes(b"[" + b",".join(texts) + b"]")
         lines = lines if all(map(is_json, lines)) else None
     else:
-        source.write_bytes(b"\n".join(line.line for line in lines))
+        source.write_bytes(b"\n".join(texts))
     outcome = attempt(source, "--task", task, "--on_bad_row", "stop" if stop else "skip")
     assert not fuzz.check(lines, outcome, source, models[0], stop), outcome
 
@@ -111,16 +108,18 @@ def test_any_bytes(task, attempt, tmp_path_factory, body, ending, good):
         assert list(outcome.kept) == [1] and len(outcome.listed) <= body.count(b"\n") + 1
 
 
+DIALOGUES = st.tuples(st.lists(TURN, min_size=1, max_size=4), TEXTS, TEXTS)  # turns, chosen, rejected
+
+
 @FEW
-@given(table=st.lists(st.tuples(st.lists(TURN, min_size=1, max_size=4), TEXTS, TEXTS), min_size=1, max_size=8))
+@given(table=st.lists(DIALOGUES, min_size=1, max_size=8))
 def test_any_turns(attempt, models, tmp_path_factory, table):
-    """What the tokens of a dialogue say is what its messages say, one turn after the other."""
+    """The tokens of a dialogue decode to its messages, one turn after the other."""
     source, reader = tmp_path_factory.mktemp("turns") / "rows.jsonl", models[1]
-    good = ([("user", "Q")], "good", "bad")
-    rows = [
-        {"prompt": [{"role": role, "content": text} for role, text in turns], "chosen": chosen, "rejected": rejected}
-        for turns, chosen, rejected in (good, *table)
-    ]
+    rows = []
+    for turns, chosen, rejected in (([("user", "Q")], "good", "bad"), *table):
+        prompt = [{"role": role, "content": text} for role, text in turns]
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     source.write_bytes(b"\n".join(json.dumps(row).encode() for row in rows))
     outcome = attempt(source, "--on_bad_row", "skip", reader=reader)
     assert outcome.kept and 1 in outcome.kept, outcome
@@ -140,7 +139,7 @@ def test_a_share_of_the_long_run(tmp_path, seed):
     assert counts["listed: special token in the text"] > 50
 
 
-# A corpus of hostile files
+# --- a corpus of hostile files ---
 
 
 def jsonl_corpus(good):
@@ -149,8 +148,13 @@ def jsonl_corpus(good):
     first, *_, last = good
     other = json.dumps(good | {last: " 13"}).encode()
     many = b"".join(b', "%d": 1' % i for i in range(10**5))
-    add = lambda extra: g[:-1] + b", " + extra + b"}"  # noqa: E731
-    put = lambda text: json.dumps(good | {first: text}).encode()  # noqa: E731
+
+    def add(extra):
+        return g[:-1] + b", " + extra + b"}"
+
+    def put(text):
+        return json.dumps(good | {first: text}).encode()
+
     return {
         "torn at the end": (g + b"\n" + other[:-9], [1], [2]),
         "BOM and CRLF": (b"\xef\xbb\xbf" + g + b"\r\n" + other + b"\r\n", [1, 2], []),
@@ -251,23 +255,14 @@ def test_every_depth(name, attempt, tmp_path):
     assert not outcome.crash and [*outcome.kept] == [1] and len(outcome.listed) == 550, outcome.crash
 
 
+NOT_JSON = [b"", b" \n", b"[", b'[{"a": 1}', b"[" * 10**5, b'{"x":' * 10**5, b"[" + b"9" * 5000 + b"]"]
+NOT_JSON += ['[{"a": 1}]'.encode("utf-16"), gzip.compress(b"[]", mtime=0)]
+
+
 @pytest.mark.parametrize(
     "body, words",
     [
-        *(
-            (body, "not valid JSON")
-            for body in (
-                b"",
-                b" \n",
-                b"[",
-                b'[{"a": 1}',
-                b"[" * 10**5,
-                b'{"x":' * 10**5,
-                b"[" + b"9" * 5000 + b"]",
-                '[{"a": 1}]'.encode("utf-16"),
-                gzip.compress(b"[]", mtime=0),
-            )
-        ),
+        *((body, "not valid JSON") for body in NOT_JSON),
         (b"7", "found a number"),
         (b"NaN", "found a number"),
         (b"{}", "found an object"),
@@ -292,7 +287,10 @@ def parquet_corpus():
     torn = "not a parquet file that can be read"
     invalid = pa.array([b"\xff\xfe", b"ok"]).cast(pa.binary()).view(pa.string())
     maps = pa.array([[("a", 1)]] * 2, pa.map_(pa.string(), pa.int64()))
-    with_column = lambda name, array: pa.Table.from_pydict(good).append_column(name, array)  # noqa: E731
+
+    def with_column(name, array):
+        return pa.Table.from_pydict(good).append_column(name, array)
+
     return {
         "strings that are no UTF-8": (pa.Table.from_pydict(good).set_column(0, "prompt", invalid), torn),
         "one name twice": (with_column("chosen", pa.array(["a", "b"])), torn),
@@ -330,16 +328,8 @@ def test_torn_parquet(cut, attempt, tmp_path):
 def test_types_that_json_lacks_beside_and_in_a_preference(attempt, tmp_path):
     import pyarrow.parquet
 
-    table = [
-        {
-            "prompt": "Q",
-            "response_a": f"a{i}",
-            "response_b": "b",
-            "preference": decimal.Decimal(said),
-            "x": datetime.time(1),
-        }
-        for i, said in enumerate(("0.5", "1.5"))
-    ] + [{"prompt": "Q", "response_a": "a", "response_b": "b"}]
+    row = {"prompt": "Q", "response_a": "a", "response_b": "b"}
+    table = [row | {"preference": decimal.Decimal(worth), "x": datetime.time(1)} for worth in ("0.5", "1.5")] + [row]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "rows.parquet")
     refused(
         attempt(tmp_path / "rows.parquet", "--on_bad_row", "skip"),
@@ -348,7 +338,7 @@ def test_types_that_json_lacks_beside_and_in_a_preference(attempt, tmp_path):
     )
 
 
-# What is no file, or cannot be read
+# --- what is not a file, or cannot be read ---
 
 
 def test_what_is_no_file(attempt, tmp_path):
@@ -392,13 +382,12 @@ def test_a_torn_data_set_of_the_hub(attempt, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "prefs").mkdir(parents=True)
     (tmp_path / "org" / "prefs" / "train.jsonl").write_text(json.dumps(GOOD["preferences"]) + '\n{"prompt": ')
-    monkeypatch.setattr(
-        "preferences.sources.is_file", lambda path: False
-    )  # a folder is no hub name; `datasets` reads it like one
+    # a folder is not a name of the Hub, but `datasets` reads it like one
+    monkeypatch.setattr("preferences.sources.is_file", lambda path: False)
     refused(attempt("org/prefs"), "org/prefs is not a file and could not be loaded from the Hub")
 
 
-# Rows that must not decide over others, and masks that no one wrote
+# --- rows that must not decide for others, and masks that no one wrote ---
 
 
 @TASKS
@@ -407,11 +396,8 @@ def test_one_dialogue_among_strings_is_listed(task, attempt, tmp_path):
     row = GOOD[task] | {"prompt": [{"role": "user", "content": "x"}]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD[task]) + "\n" + json.dumps(row))
     outcome = attempt(tmp_path / "rows.jsonl", "--task", task, "--on_bad_row", "skip")
-    assert (
-        [*outcome.kept] == [1]
-        and outcome.listed[2][0] == "malformed"
-        and "need a chat template" in outcome.listed[2][1]
-    )
+    reason, detail = outcome.listed[2]
+    assert [*outcome.kept] == [1] and reason == "malformed" and "need a chat template" in detail
 
 
 @pytest.mark.parametrize(
@@ -462,7 +448,6 @@ def test_a_mask_that_the_tokenizer_reads_into_a_text(column, tiny_dir, tmp_path)
     rows = [good, *(good | {column: f"a {text} b"} for text in ("\uff1cmask\uff1e", "<mask\uff1e", "<mask>"))]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     outcome = fuzz.attempt(tmp_path / "rows.jsonl", tmp_path / "packed", model)
-    assert [*outcome.kept] == [1] and {reason for reason, _ in outcome.listed.values()} == {
-        "special token in the text"
-    }, outcome
+    assert [*outcome.kept] == [1], outcome
+    assert {reason for reason, _ in outcome.listed.values()} == {"special token in the text"}, outcome
     assert outcome.meta["mask_token_id"] == 3 and not any(3 in part for part in outcome.kept[1])
