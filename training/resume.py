@@ -124,8 +124,8 @@ def convert(path, copy, saved_by, world):
     done = subprocess.run([*script, *folders], capture_output=True, text=True)
     if done.returncode == 0:
         return
-    error = OSError(done.stderr)
-    if files.no_room(error):
-        raise exits.cannot_write(copy, error, f"{path} is complete")
+    full = [line for line in done.stderr.splitlines() if files.no_room(OSError(line))]
+    if full:
+        raise exits.cannot_write(copy, OSError(f"the disk is full: {full[-1]}"), f"{path} is complete")
     why = " ".join(done.stderr.splitlines()[-1:])[-300:]
     raise InputError(f"{path}: cannot be converted for {world} rank(s) ({why}); resume on {saved_by}", local=True)

@@ -1,11 +1,14 @@
-"""A frozen model for forward passes: streamed under ZeRO-3, else plain."""
+"""A frozen model for forward passes: its weights streamed from the host under ZeRO-3, or all on the device."""
 
 from models import checkpoint
 from training import deepspeed_config, engine
 
 
 def load(model_args, ranks, name=None):
-    """The model of the arguments (or another, `name`) ready to be scored with: streamed under ZeRO-3, else plain."""
+    """The model of the arguments, or of `name`, ready for forward passes.
+
+    Under ZeRO-3 it is a DeepSpeed engine that streams the weights; otherwise they fit, and no engine is needed.
+    """
     ds_config = deepspeed_config.scoring_config(deepspeed_config.read_ds_config(model_args.deepspeed), model_args)
     model = checkpoint.load_model(
         name or model_args.model_name_or_path,
@@ -15,5 +18,6 @@ def load(model_args, ranks, name=None):
         model_args.shift_logits,
         model_args.load_in_4bit,
     )
-    streamed = ds_config["zero_optimization"]["stage"] == 3  # else the model fits: no engine is needed
-    return engine.build(model, ds_config) if streamed else model.to(ranks.device)
+    if ds_config["zero_optimization"]["stage"] == 3:
+        return engine.build(model, ds_config)
+    return model.to(ranks.device)

@@ -39,7 +39,14 @@ def converting(monkeypatch, code, said):
 @pytest.mark.parametrize(
     "said, words",
     [
-        (NO_ROOM, [".step-2.universal: cannot be written", "No space left", "step-2 is complete", "Free some disk"]),
+        (
+            NO_ROOM,
+            [
+                ".step-2.universal: cannot be written",
+                "(the disk is full: OSError: [Errno 28] No space left",
+                "step-2 is complete. Free some disk",
+            ],
+        ),
         (FAULT, ["step-2: cannot be converted for 1 rank(s) (KeyError: 'param_shapes'); resume on 2"]),
     ],
 )
