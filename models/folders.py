@@ -124,7 +124,7 @@ def sampled(path):
 
 
 def tokenizer_files(name):
-    """Hex digest of a tokenizer's files and of transformers' version: while it is the same, the tokenizer is the same."""
+    """Hex digest of a tokenizer's files and of transformers' version: the same digest, the same tokenizer."""
     folder = model_folder(name)
     texts = [path for path in folder.iterdir() if path.suffix in (".json", ".model", ".txt", ".jinja")]
     digests = {path.name: file_sha256(path) for path in sorted(texts) if path.is_file()}

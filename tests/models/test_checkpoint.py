@@ -5,6 +5,7 @@ bash tests/run.sh tests/models/test_checkpoint.py
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -200,29 +201,28 @@ def test_dropout_is_zero(monkeypatch, tmp_path):
 
 @pytest.fixture
 def trained(make_llada, tiny_dir, tmp_path):
-    """trained(**fields) -> (save, config.json of the source, weights); save() writes them to runs/final."""
+    """trained(**fields) -> save, config (config.json of the source), weights; save() writes them to runs/final."""
 
     def make(**fields):
         config, _ = make_llada(source := tmp_path / "source", **fields)
-        model, tokenizer = load(source), tokenization.load_tokenizer(str(tiny_dir))
+        model, own_tokenizer = load(source), tokenization.load_tokenizer(str(tiny_dir))
         with torch.no_grad():
             weights = {name: parameter.mul_(1.5).clone() for name, parameter in model.named_parameters()}
         (tmp_path / "runs").mkdir()
-        return (
-            lambda tokenizer=tokenizer, card="card é": checkpoint.save_model(
-                tmp_path / "runs" / "final", model, weights, source, tokenizer, card
-            ),
-            config,
-            weights,
-        )
+
+        def save(tokenizer=own_tokenizer, card="card é"):
+            checkpoint.save_model(tmp_path / "runs" / "final", model, weights, source, tokenizer, card)
+
+        return SimpleNamespace(save=save, config=config, weights=weights)
 
     return make
 
 
 @pytest.mark.parametrize("fields", [{}, {"n_kv_heads": 2, "include_qkv_bias": True, "weight_tying": True}])
 def test_save_and_load(trained, tmp_path, tiny_dir, fields):
-    save, config, weights = trained(**fields)
-    save()
+    made = trained(**fields)
+    config, weights = made.config, made.weights
+    made.save()
     final = tmp_path / "runs" / "final"
     assert os.listdir(tmp_path / "runs") == ["final"]
     assert {"config.json", "model.safetensors", "tokenizer_config.json", "README.md"} <= set(os.listdir(final))
@@ -241,7 +241,7 @@ def test_save_and_load(trained, tmp_path, tiny_dir, fields):
 
 def test_save_is_all_or_nothing(trained, tmp_path):
     """Killed half-way: no folder, or the old one whole; the next save clears what was left."""
-    save, _, _ = trained()
+    save = trained().save
     final = tmp_path / "runs" / "final"
 
     class Broken:

@@ -3,6 +3,8 @@
 bash tests/run.sh tests/models/test_head.py
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -12,18 +14,30 @@ from models import head
 D, V = 24, 300
 
 
+class Case(NamedTuple):
+    x: torch.Tensor  # (N, D)
+    weight: torch.Tensor  # (V, D)
+    targets: torch.Tensor  # (N,)
+    slopes: torch.Tensor  # (N,) of the loss by each log-probability
+
+
+class Result(NamedTuple):
+    logps: torch.Tensor  # (N,)
+    grad_x: torch.Tensor
+    grad_weight: torch.Tensor
+
+
 def case(N, dtype=torch.float32, scale=1.0):
-    """x (N, D), weight (V, D), targets (N,), slopes (N,)."""
     rng = torch.Generator().manual_seed(N)
     x, weight = (scale * torch.randn(size, D, generator=rng).to(dtype) for size in (N, V))
-    return x, weight, torch.randint(V, (N,), generator=rng), torch.randn(N, generator=rng)
+    return Case(x, weight, torch.randint(V, (N,), generator=rng), torch.randn(N, generator=rng))
 
 
 def truth(x, weight, targets, slopes):
-    """logps, d sum(slopes * logps) by x and by weight, in float64 from the very same numbers."""
+    """Log-probabilities and the gradients of sum(slopes * logps), in float64 from the same numbers."""
     x, weight = (tensor.double().detach().requires_grad_() for tensor in (x, weight))
     logps = (x @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    return logps.detach(), *torch.autograd.grad((slopes.double() * logps).sum(), (x, weight))
+    return Result(logps.detach(), *torch.autograd.grad((slopes.double() * logps).sum(), (x, weight)))
 
 
 def ours(x, weight, targets, slopes):
@@ -33,7 +47,7 @@ def ours(x, weight, targets, slopes):
     x = x.detach().requires_grad_()
     logps = made(x, targets)
     (slopes * logps).sum().backward()
-    return logps.detach(), x.grad, made.weight.grad
+    return Result(logps.detach(), x.grad, made.weight.grad)
 
 
 def close(got, want, loose):
