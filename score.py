@@ -265,6 +265,17 @@ def score_all(job, first_set, wanted, model_name):
     return True
 
 
+def what_next(job, is_done, seconds, flags):
+    """The lines that a job ends with. flags: the command line, which train_dpo.py accepts too."""
+    if not is_done:
+        return f"stopped; all scores but of {CHUNK} pairs at most are kept. To resume, run: {exits.command()}"
+    states = f"{state_count(job.noise_args)} states per response, {job.states_per_forward} in a forward pass"
+    done = f"{job.folder}: {len(job.packed)} pairs, {job.noise_args.noise_sets} noise set(s), {states}, {seconds:.0f} s"
+    if os.environ.get("LAUNCH_COMMAND"):  # launch.sh trains next
+        return done
+    return f"{done}\nnext: {shlex.join(['python', 'train_dpo.py', *flags])}"
+
+
 def main(argv=None):
     # 1. What is to be scored
     groups = data_args, model_args, noise_args, _ = read_arguments(argv)
@@ -303,15 +314,8 @@ def main(argv=None):
     # 5. What to do next
     if ranks.first:
         lock.close()
-        if is_done:
-            words = sys.argv[1:] if argv is None else argv
-            states = f"{state_count(noise_args)} states per response, {size} in a forward pass"
-            seconds = time.time() - began
-            print(f"{folder}: {len(packed)} pairs, {noise_args.noise_sets} noise set(s), {states}, {seconds:.0f} s")
-            if not os.environ.get("LAUNCH_COMMAND"):  # launch.sh goes on by itself
-                print(f"next: {shlex.join(['python', 'train_dpo.py', *words])}")
-        else:
-            print(f"stopped; all scores but of {CHUNK} pairs at most are kept. To resume, run: {exits.command()}")
+        flags = sys.argv[1:] if argv is None else argv
+        print(what_next(job, is_done, time.time() - began, flags), flush=True)
     return engine.leave()
 
 

@@ -90,6 +90,10 @@ def model_shape(model_config, model_args):
         raise InputError(
             f"config.json: model_type {model_config.model_type} has no blocks with linear layers to plan for"
         )
+
+    def numel(block):
+        return sum(parameter.numel() for parameter in block.parameters())
+
     weights = [parameter.numel() for parameter in model.parameters()]  # tied ones once
     adapters = []
     if model_args.lora_r:
@@ -105,7 +109,7 @@ def model_shape(model_config, model_args):
         frozen=weights if adapters else [],
         packed=in_linears if model_args.load_in_4bit else 0,
         block_weights=in_linears * layers // len(blocks),  # ALBERT runs one block many times
-        largest_block=max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks),
+        largest_block=max(map(numel, blocks)),
         head=head.weight.numel(),
         vocabulary=head.out_features,
         width=model_config.hidden_size,

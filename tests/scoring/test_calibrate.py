@@ -4,6 +4,7 @@ bash tests/run.sh tests/scoring/test_calibrate.py
 """
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,13 +33,12 @@ def few(monkeypatch):
 def home(tiny_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrate")
     model = make_model(folder / "model", tiny_dir)
-    pairs = [lengths for lengths in LENGTHS if max(lengths) < 50][:6]
-    return folder, model, pairs
+    short = [lengths for lengths in LENGTHS if max(lengths) < 50][:6]
+    return SimpleNamespace(folder=folder, model=model, pairs=make_pairs(short))
 
 
 def data_of(home, name):
-    folder, model, lengths = home
-    return pack(folder / name, make_pairs(lengths), model)
+    return pack(home.folder / name, home.pairs, home.model)
 
 
 def test_measure():
@@ -79,7 +79,7 @@ def test_command(few, home, capsys):
     assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert not list(data.glob("*.tmp*")) and not list(data.glob("ref-*"))
     table = json.loads(path.read_text())
-    assert [tuple(row[name] for name in calibrate.Design._fields) for row in table["rows"]] == FEW
+    assert [(row["estimator"], row["diffusion_steps"], row["trajectories"]) for row in table["rows"]] == FEW
     assert table["pairs"] == 3 and table["draws"] == 3 and "moved" in table["policy"]
     for row in table["rows"]:
         assert row["score_variance"] > 0 and row["margin_variance"] > 0 and row["seconds"] > 0
@@ -98,7 +98,7 @@ def test_command(few, home, capsys):
     assert {depends["estimator"] for depends in depends_of(data)} == {best["estimator"], "elbo_stratified"}
     assert arguments_of(data).estimator == "elbo_stratified"
     noise = config.NoiseArguments(estimator="elbo", diffusion_steps="auto")  # given: the best of its own rows
-    model_args = config.ModelArguments(model_name_or_path=str(home[1]), use_mixed_precision="no")
+    model_args = config.ModelArguments(model_name_or_path=str(home.model), use_mixed_precision="no")
     calibration.settle(packed.Packed(data), model_args, noise)
     assert (noise.estimator, noise.diffusion_steps, noise.trajectories) == ("elbo", 4, 1)
 
@@ -131,7 +131,7 @@ def test_policy_and_same_numbers(few, home, tiny_dir):
     """A policy of one's own; the same command makes the same table, but for the seconds."""
     data = data_of(home, "policy")
     tables = []
-    for policy in (make_model(home[0] / "other", tiny_dir, seed=1), home[0] / "other"):
+    for policy in [make_model(home.folder / "other", tiny_dir, seed=1)] * 2:
         assert call(calibrate.main, "--data", data, *SMALL, "--policy", policy) == 0
         [path] = data.glob("calibration-*.json")
         table = json.loads(path.read_text())["rows"]
@@ -165,7 +165,7 @@ def test_refusals(few, home, capsys):
         (["--diffusion_steps", "auto", "--order", "blocks"], "measured in random order"),
         (["--estimator", "elbo", "--order", "blocks"], "goes with stepwise"),
         (["--policy", "nowhere"], "nowhere"),
-        (["--policy", home[1]], "are those of the reference"),
+        (["--policy", home.model], "are those of the reference"),
         (["--diffusion_steps", "some"], "neither a number nor auto"),
     ):
         assert words in refusal(calibrate.main, capsys, "--data", data, *FP32, *argv), argv

@@ -41,8 +41,11 @@ def naive_reveal_step(rank, T, R):
 
 def naive_masks(reveal_step, T):
     """State 0 is all masks; then trajectory by trajectory, before steps 1 .. T-1."""
-    n = len(reveal_step[0])
-    return [[True] * n] + [[reveal[i] >= s for i in range(n)] for reveal in reveal_step for s in range(1, T)]
+    masks = [[True] * len(reveal_step[0])]
+    for reveal in reveal_step:
+        for s in range(1, T):
+            masks.append([step >= s for step in reveal])
+    return masks
 
 
 def naive_weights(reveal_step, T):
@@ -115,9 +118,9 @@ def test_blocks(T, R, b):
                 tokens = list(range(first, min(first + b, n)))
                 for k, i in enumerate(sorted(tokens, key=lambda i: rank[i])):
                     place[r][i] = first + (k + r * len(tokens) // R) % len(tokens)
-        naive = [[step_of(k, n, T) for k in row] for row in place]
         reveal_step = trajectories(n, T, R, Ranks(rank), b)
-        assert reveal_step.tolist() == naive
+        for steps, row in zip(reveal_step.tolist(), place):
+            assert steps == [step_of(k, n, T) for k in row]
         blocks = [reveal_step[:, first : first + b] for first in range(0, n, b)]
         assert all(left.max() <= right.min() for left, right in zip(blocks, blocks[1:]))
         weight = trajectory_weights(trajectory_masks(reveal_step, T), T, R)

@@ -130,7 +130,7 @@ def test_gradient(home, index, epoch, smoothing, sft_weight):
     want = plain.pair_loss(moved, reference, home.pairs[index], home.reveal[epoch % 2][index], T, beta, smoothing)
     if sft_weight:
         prompt, chosen, _ = home.pairs[index]
-        draw = noise.generator(0, [token for ids in home.pairs[index] for token in ids], "sft", epoch)
+        draw = noise.generator(0, np.concatenate(home.pairs[index]), "sft", epoch)
         masked, weight = noise.sft_noise(len(chosen), draw)
         logp = plain.log_probs(moved, plain.hidden(masked, prompt, chosen))
         for i in range(len(chosen)):
@@ -211,7 +211,7 @@ def test_gradient_of_part_of_the_states(home, k, sft_weight):
     loss, scores = score.score_and_backward(model, whole.responses(item), whole.loss(item), 1, "cpu", lambda loss: None)
     factors = []
     for masked, states in zip(made.reference.masks(index, epoch % 2), whole.responses(item)):
-        rng = noise.generator(0, [token for ids in home.pairs[index] for token in ids], "pair gradient", epoch)
+        rng = noise.generator(0, np.concatenate(home.pairs[index]), "pair gradient", epoch)
         factors.append(noise.gradient_states(masked, states.weight, k, rng))
         assert np.count_nonzero(factors[-1]) == k
     parts = [score.state_scores(model, states, 5, "cpu") for states in whole.responses(item)]
@@ -285,8 +285,8 @@ def test_split():
     prompts += [prompts[i] for i in range(0, 60, 2)]  # a second pair of every other prompt
     train, held = objective.split(Rows(prompts), 0.25, 42)
     assert sorted([*train, *held]) == list(range(90))
-    sides = [{tuple(prompts[i]) for i in side} for side in (train, held)]
-    assert not sides[0] & sides[1] and len(sides[1]) == 15
+    trained, held_out = (set(map(tuple, np.array(prompts)[side])) for side in (train, held))
+    assert not trained & held_out and len(held_out) == 15
     assert list(train) == sorted(train) and list(held) == sorted(held)
     assert objective.split(Rows(prompts), 0.25, 43)[1].tolist() != held.tolist()
     none = objective.split(Rows(prompts), 0.0, 42)
@@ -294,7 +294,7 @@ def test_split():
     assert len(objective.split(Rows(prompts), 0.001, 42)[1]) > 0  # a share that was asked for is not rounded away
     order = rng.permutation(90)  # content decides, not the place in the file
     again = objective.split(Rows([prompts[i] for i in order]), 0.25, 42)[1]
-    assert {tuple(prompts[order[i]]) for i in again} == sides[1]
+    assert {tuple(prompts[order[i]]) for i in again} == held_out
     with pytest.raises(InputError, match="eval_fraction"):
         objective.split(Rows(prompts[:1]), 0.5, 42)
 
@@ -323,9 +323,10 @@ def test_stream(lengths, block):
 
     stream = make()
     places = [stream[place] for place in range(40)]
-    epochs = [[pair for pair, epoch in places if epoch == e] for e in range(4)]
-    assert [epoch for _, epoch in places] == [place // 10 for place in range(40)]
-    assert all(sorted(epoch) == train.tolist() for epoch in epochs) and len(set(map(tuple, epochs))) > 2
+    pairs, epochs = np.array(places).T
+    assert epochs.tolist() == [place // 10 for place in range(40)]
+    orders = pairs.reshape(4, 10)
+    assert (np.sort(orders) == train).all() and len(np.unique(orders, axis=0)) > 2
     for place in np.random.default_rng(1).permutation(40):  # any access order, an old reader or a new one
         assert stream[place] == make()[place] == places[place]
     assert [make(1)[place] for place in range(10)] != places[:10]
@@ -335,8 +336,8 @@ def test_stream_blocks():
     """SFT: pairs of like length stand together, in blocks of a micro-batch."""
     lengths = np.random.default_rng(0).permutation(96)
     stream = objective.Stream(np.arange(96), 0, 4, lengths)
-    spread = [np.ptp([lengths[stream[place][0]] for place in range(first, first + 4)]) for first in range(0, 96, 4)]
-    assert max(spread) < 10 < np.mean([np.ptp(row) for row in lengths.reshape(-1, 4)])
+    streamed = np.array([lengths[stream[place][0]] for place in range(96)]).reshape(-1, 4)
+    assert np.ptp(streamed, axis=1).max() < 10 < np.ptp(lengths.reshape(-1, 4), axis=1).mean()
 
 
 # SFT
@@ -377,9 +378,11 @@ def test_sft_does_not_give_the_length_away(home, tmp_path):
         made = objective.SFT(config.TrainArguments(sft_pad_to=40), config.NoiseArguments(), data, MASK)
         assert made.work([(3, 0), (1, 0)]) == [([(3, 0), (1, 0)], 1.0)]
         stream = objective.Stream(np.arange(40), 0, 4, made.lengths)
-        batches = [[stream[place] for place in range(first, first + 4)] for first in range(0, 40, 4)]
+        places = [stream[place] for place in range(40)]
+        batches = [places[first : first + 4] for first in range(0, 40, 4)]
         rooms.append([(batch, made.responses(batch)[0].inputs.shape) for batch in batches])
-        assert max(np.ptp([len(each[index][0]) for index, _ in batch]) for batch in batches) < 12  # little is padded
+        prompts = np.array([len(each[index][0]) for index, _ in places]).reshape(-1, 4)
+        assert np.ptp(prompts, axis=1).max() < 12  # little is padded
     assert rooms[0] == rooms[1]
 
 
