@@ -15,6 +15,7 @@ The keeper ends with the command, and kills it when the client is gone.
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -40,7 +41,6 @@ IMPORTS = (
     "transformers.models.llama.tokenization_llama",
     "peft",
     "deepspeed",
-    "cpuinfo",
     "jsonlines",
     "sentencepiece",
     "safetensors.torch",
@@ -62,10 +62,14 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 def serve(folder):
     """Answer requests until stdin is closed, then exit. Returns only in the processes of requests, with theirs."""
+    import cpuinfo
+
     for name in IMPORTS:
         with contextlib.suppress(ImportError):  # of an optional requirement
             importlib.import_module(name)
     sys.modules["torch"].set_num_threads(1)
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)  # DeepSpeed's Adam asks, which takes 1.5 s
+    cpuinfo.get_cpu_info()
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would not survive the fork"
     gc.collect()
     gc.freeze()  # the collector of a child must not touch, and so copy, all these pages

@@ -59,12 +59,14 @@ def test_needed_arithmetic(estimator, k):
     assert step.flops(model, states) == pytest.approx(counted, rel=0.01)
 
 
+@pytest.mark.long
 def test_memory(tmp_path):
     table, said = bench("memory", tmp_path, "--states", "4", "12", "--length", "128")
     assert [row["states"] for row in table["table"]] == [4, 12] and table["largest_over_smallest"] >= 1
     assert all(0 < row["segmented_mib"] < row["joint_mib"] for row in table["table"]) and "largest / smallest" in said
 
 
+@pytest.mark.long
 def test_scaling(tmp_path):
     table, _ = bench("scaling", tmp_path, "--quick", "--turns", "1")
     assert [row["states"] for row in table["states"]] == [2, 4] and all(row["per_state"] > 0 for row in table["states"])

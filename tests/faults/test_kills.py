@@ -42,7 +42,7 @@ import train_dpo
 from training import runs
 
 DS = ROOT / "ds_configs" / "zero3_offload_4080.json"
-NOISE = flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=2)
+NOISE = flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=5)
 TRAIN = flags(
     learning_rate=3e-3, gradient_accumulation_steps=2, max_steps=6, eval_fraction=0.3, eval_steps=2, save_total_limit=0
 )
