@@ -54,7 +54,7 @@ if __name__ == "__main__":
 
 import tempfile
 
-from files import no_room, replacing
+from files import replacing
 from reporting import charts, diagnosis, evaluations, history, page, poster, texts
 
 ROOM = 4 << 20  # bytes that a report may take
@@ -67,9 +67,9 @@ def make_folder(folder):
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(ROOM))
     except OSError as error:
-        mend = "free some disk space" if no_room(error) else "name another folder"
         raise InputError(
-            f"--out {folder}: a report cannot be written there ({error.strerror}); {mend}, then run: {exits.command()}"
+            f"--out {folder}: a report cannot be written there ({error.strerror}); free some disk space or name "
+            "another folder"
         ) from None
     return folder
 

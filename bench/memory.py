@@ -2,9 +2,9 @@
 
     python bench/memory.py [--states 4 8 16 32 64] [--states_per_forward 2] [--length 512] [--device cpu] [--json FILE]
 
-Each cell is a process of its own: peak memory over what the process held with its model and gradients (resident set on a CPU,
-allocated on a GPU), with states_per_forward as given and with all states in one graph. The last line is the largest over the
-smallest of the first column.
+Each cell is a process of its own: peak memory over what the process held with its model and gradients (resident set on
+a CPU, allocated on a GPU), with states_per_forward as given and with all states in one graph. The last line is the
+largest over the smallest of the first column.
 """
 
 import argparse
@@ -19,14 +19,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import files
-
-# noqa: E402
-import score  # noqa: E402
-from models.llada import LLaDAConfig, LLaDAModelLM  # noqa: E402
+import score
+from models.llada import LLaDAConfig, LLaDAModelLM
 from scoring import noise
-from scoring.states import response_states  # noqa: E402
+from scoring.states import response_states
 
-# What is freed goes back at once: else the resident set shows the allocator's habits, which change with every allocation.
+# Freed memory is returned at once. Else the resident set shows the allocator's habits, which change all the time.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -41,11 +39,8 @@ def worker(states, args):
     """Print the growth of the peak, in MiB, of one pair's gradient with so many states of one trajectory."""
     device = torch.device(args.device)
     torch.manual_seed(0)
-    model = (
-        LLaDAModelLM(LLaDAConfig(d_model=256, n_layers=4, n_heads=8, mlp_hidden_size=768, vocab_size=8192))
-        .to(device)
-        .train()
-    )
+    config = LLaDAConfig(d_model=256, n_layers=4, n_heads=8, mlp_hidden_size=768, vocab_size=8192)
+    model = LLaDAModelLM(config).to(device).train()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     rng, made = np.random.default_rng(0), []
@@ -55,34 +50,21 @@ def worker(states, args):
         weight = noise.state_weights(masked, "spread", states, 1)
         made.append(response_states(prompt, rng.integers(10, 8000, n), masked, weight, 3))
     before = peak(device)
-    score.score_and_backward(
-        model,
-        made,
-        lambda s: -torch.nn.functional.logsigmoid(s[0] - s[1]),
-        args.states_per_forward or states,
-        device,
-        lambda loss: loss.backward(),
-    )
+    size = args.states_per_forward or states
+    score.score_and_backward(model, made, loss, size, device, torch.Tensor.backward)
     print(peak(device) - before)
 
 
-def measure(states, per, args):
+def loss(scores):
+    return -torch.nn.functional.logsigmoid(scores[0] - scores[1])
+
+
+def measure(states, per_forward, args):
     """MiB of one cell."""
-    command = [
-        sys.executable,
-        __file__,
-        "--worker",
-        str(states),
-        "--states_per_forward",
-        str(per),
-        "--length",
-        str(args.length),
-        "--device",
-        args.device,
-    ]
-    return float(
-        subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | MALLOC).stdout.split()[-1]
-    )
+    options = {"worker": states, "states_per_forward": per_forward, "length": args.length, "device": args.device}
+    command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in options.items())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | MALLOC)
+    return float(done.stdout.split()[-1])
 
 
 def main(argv=None):
@@ -96,32 +78,25 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.worker:
         return worker(args.worker, args)
-    print(
-        f"{'states':>8}{f'{args.states_per_forward} a forward':>16}{'one graph':>16}   (peak MiB, {args.length} tokens, {args.device})"
-    )
+    first = f"{args.states_per_forward} a forward"
+    print(f"{'states':>8}{first:>16}{'one graph':>16}   (peak MiB, {args.length} tokens, {args.device})")
     table = []
     for states in args.states:
-        table.append(
-            {
-                "states": states,
-                "segmented_mib": measure(states, args.states_per_forward, args),
-                "joint_mib": measure(states, 0, args),
-            }
-        )
-        print(f"{states:8d}{table[-1]['segmented_mib']:16.0f}{table[-1]['joint_mib']:16.0f}", flush=True)
+        segmented, joint = measure(states, args.states_per_forward, args), measure(states, 0, args)
+        table.append({"states": states, "segmented_mib": segmented, "joint_mib": joint})
+        print(f"{states:8d}{segmented:16.0f}{joint:16.0f}", flush=True)
     flat = [row["segmented_mib"] for row in table]
-    print(f"largest / smallest at {args.states_per_forward} a forward: {max(flat) / min(flat):.3f}")
+    ratio = max(flat) / min(flat)
+    print(f"largest / smallest at {first}: {ratio:.3f}")
     if args.json:
-        files.write_json(
-            args.json,
-            {
-                "table": table,
-                "largest_over_smallest": max(flat) / min(flat),
-                "length": args.length,
-                "states_per_forward": args.states_per_forward,
-                "device": args.device,
-            },
-        )
+        result = {
+            "table": table,
+            "largest_over_smallest": ratio,
+            "length": args.length,
+            "states_per_forward": args.states_per_forward,
+            "device": args.device,
+        }
+        files.write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,22 @@
 
     python bench/step.py [--json FILE] [--device cuda] [--quick]
 
-The guide's loop, its pseudocode to the letter but for teacher forcing: a deep-copied reference, T forwards one after the other
-with their graph, logits of the whole row, a batch of one. Ours: reference scores from disk, states in batches, the head where a
-token is scored. Both take stepwise, T steps of one trajectory, of the same pair and the same masks. calibrated: ours again, with
-the design and k of CALIBRATED, whose gradient has less error than 20 steps of one trajectory (bench/estimators.py has both).
+guide       its pseudocode to the letter but for teacher forcing: a deep-copied reference, T forwards one after
+            the other with their graph, logits of the whole row, a batch of one
+ours        reference scores from disk, states in batches, the head where a token is scored; the same pair and masks as
+            the guide's, both stepwise with T steps of one trajectory
+calibrated  ours again, with the design and k of CALIBRATED, whose gradient has less error than 20 steps of one
+            trajectory (bench/estimators.py has both)
+limit       seconds of the arithmetic that the gradient needs (forward, and twice that backward) at the rate of a large
+            matrix product, measured in the same process
 
-Each row's two or three workers run by turns, each in a process of its own: seconds are medians, memory is the peak above the
-process with its model. limit: the arithmetic that the gradient needs (forward, and twice that backward) at the rate of a large
-matrix product, measured in the same process; of it: how near the step comes.
+A row's workers run in turns, each in a process of its own: seconds are medians, memory is the peak above the process
+with its model. n response tokens, T denoising steps, R trajectories, S states, L length, V vocabulary.
 """
 
 import argparse
 import copy
+import functools
 import json
 import resource
 import statistics
@@ -21,31 +25,48 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import files
-
-# noqa: E402
-import score  # noqa: E402
-from models.llada import LLaDAConfig, LLaDAModelLM  # noqa: E402
+import score
+from models.llada import LLaDAConfig, LLaDAModelLM
 from scoring import noise
-from scoring.losses import preference_loss  # noqa: E402
-from scoring.states import response_states  # noqa: E402
+from scoring.losses import preference_loss
+from scoring.states import response_states
 
 MASK, BETA = 3, 0.1
-CALIBRATED = ("spread", 2, 3, 0)  # estimator, T, R, k
+KINDS = ("guide", "ours", "calibrated")
 PER_FORWARD = 4  # states a forward pass, of ours
-# T, prompt, response, V, width, layers; the first is the headline
-ROWS = [
-    (20, 32, 96, 126464, 64, 2),
-    (4, 32, 96, 126464, 64, 2),
-    (20, 32, 96, 32000, 256, 4),
-    (20, 64, 192, 8192, 256, 4),
+
+
+class Design(NamedTuple):
+    estimator: str
+    T: int
+    R: int
+    k: int  # states in the gradient; 0: all
+
+
+class Row(NamedTuple):
+    T: int
+    prompt: int  # tokens
+    response: int
+    V: int
+    width: int
+    layers: int
+
+
+CALIBRATED = Design("spread", 2, 3, 0)
+ROWS = [  # the first is the headline
+    Row(20, 32, 96, 126464, 64, 2),
+    Row(4, 32, 96, 126464, 64, 2),
+    Row(20, 32, 96, 32000, 256, 4),
+    Row(20, 64, 192, 8192, 256, 4),
 ]
-QUICK = [(12, 8, 24, 32000, 32, 1)]
+QUICK = [Row(12, 8, 24, 32000, 32, 1)]
 
 
 def build(V, width, layers, device):
@@ -78,21 +99,19 @@ class Pair:
         self.prompt, *self.sides = (rng.integers(10, V, size) for size in (P, n, n))
         self.reveal = [noise.trajectories(n, T, 1, rng) for _ in range(2)]
 
+    def guide_scores(self, model):
+        """The guide's scores of chosen and rejected."""
+        sides = zip(self.sides, self.reveal)
+        return [guide_score(model, self.prompt, side, reveal[0], self.T, self.device) for side, reveal in sides]
+
     def guide(self, reference):
-        scores = [
-            guide_score(self.model, self.prompt, side, reveal[0], self.T, self.device)
-            for side, reveal in zip(self.sides, self.reveal)
-        ]
+        scores = self.guide_scores(self.model)
         with torch.no_grad():
-            refs = [
-                guide_score(reference, self.prompt, side, reveal[0], self.T, self.device)
-                for side, reveal in zip(self.sides, self.reveal)
-            ]
-        loss = preference_loss((scores[0] - refs[0]) - (scores[1] - refs[1]), BETA)
-        loss.backward()
+            refs = self.guide_scores(reference)
+        loss_of(scores, refs).backward()
 
     def states(self, estimator, T, R, k):
-        """The States of both responses."""
+        """The States of both responses by a Design."""
         rng, made = np.random.default_rng(1), []
         for side, reveal in zip(self.sides, self.reveal):
             masked = noise.trajectory_masks(reveal, T) if R == 1 else noise.state_masks(len(side), estimator, T, R, rng)
@@ -103,8 +122,16 @@ class Pair:
 
     def ours(self, states, refs, states_per_forward):
         """refs: the scores that the reference job left on disk."""
-        of = lambda scores: preference_loss((scores[0] - refs[0]) - (scores[1] - refs[1]), BETA)  # noqa: E731
-        score.score_and_backward(self.model, states, of, states_per_forward, self.device, lambda loss: loss.backward())
+
+        def loss(scores):
+            return loss_of(scores, refs)
+
+        score.score_and_backward(self.model, states, loss, states_per_forward, self.device, torch.Tensor.backward)
+
+
+def loss_of(scores, refs):
+    """DPO's loss of the scores of chosen and rejected, and those of the reference."""
+    return preference_loss((scores[0] - refs[0]) - (scores[1] - refs[1]), BETA)
 
 
 def matrix_rate(device, size=2048):
@@ -124,94 +151,140 @@ def wait(device):
 
 
 def flops(model, states):
-    """Floating-point operations that the gradient needs: forward, and twice that backward, of the states that carry it."""
-    config, total = model.config, 0
-    block = 4 * config.d_model**2 + 3 * config.d_model * config.mlp_width
+    """Floating-point operations of the gradient: forward, and twice that backward, of the states that carry it."""
+    total = 0
     for part in states:
-        for which, factor in ((part, 1), (part.graph or part, 2 if part.graph is None else 3)):
-            (S, L), scored = which.inputs.shape, np.count_nonzero(which.weight)
-            total += factor * (
-                2 * S * L * config.n_layers * (block + 2 * L * config.d_model)
-                + 2 * scored * config.d_model * config.rows
-            )
+        total += forward_flops(model.config, part)
+        if part.graph is None:  # the forward above is the graph's
+            total += 2 * forward_flops(model.config, part)
+        else:
+            total += 3 * forward_flops(model.config, part.graph)
     return total
+
+
+def forward_flops(config, states):
+    """Floating-point operations of one forward of these states: blocks, and the head where a token is scored."""
+    (S, L), scored = states.inputs.shape, np.count_nonzero(states.weight)
+    block = 4 * config.d_model**2 + 3 * config.d_model * config.mlp_width + 2 * L * config.d_model  # a token, a layer
+    return 2 * S * L * config.n_layers * block + 2 * scored * config.d_model * config.rows
 
 
 def peak(device):
     """Bytes."""
-    return (
-        torch.cuda.max_memory_allocated(device)
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-    )
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+
+
+def bytes_of(model):
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def worker(kind, row, device, repeats):
     """Print what one way takes, as JSON."""
-    T, P, n, V, width, layers = row
-    model = build(V, width, layers, device)
+    # 1. The model, its gradients, which are part of an accumulating step's own memory, and the pair.
+    model = build(row.V, row.width, row.layers, device)
     rate = matrix_rate(device)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # an accumulating step's gradients are part of the model's own
-    pair, reference = Pair(model, T, P, n, V, device), None
-    design = CALIBRATED if kind == "calibrated" else ("stepwise", T, 1, 0)
+        parameter.grad = torch.zeros_like(parameter)
+    pair = Pair(model, row.T, row.prompt, row.response, row.V, device)
+
+    # 2. The way to the gradient, and the process's memory before it. The guide's reference counts as its own.
+    need = None
     if kind == "guide":
         reference = copy.deepcopy(model).requires_grad_(False)
-        run = lambda: pair.guide(reference)  # noqa: E731
+        run = functools.partial(pair.guide, reference)
     else:
-        states = pair.states(*design)
+        states = pair.states(*(CALIBRATED if kind == "calibrated" else Design("stepwise", row.T, 1, 0)))
         with torch.no_grad():
             refs = [float(score.state_scores(model, part, 4, device).sum()) for part in states]
-        run = lambda: pair.ours(states, refs, PER_FORWARD)  # noqa: E731
+        run = functools.partial(pair.ours, states, refs, PER_FORWARD)
+        need = flops(model, states)
     wait(device)
-    before = peak(device) - (sum(p.numel() * p.element_size() for p in reference.parameters()) if reference else 0)
+    before = peak(device) - (bytes_of(reference) if kind == "guide" else 0)
+
+    # 3. Its seconds; the first run warms up.
     seconds = []
-    for repeat in range(repeats + 1):  # the first warms up
+    for _ in range(repeats + 1):
         for parameter in model.parameters():
             parameter.grad.zero_()
         began = time.perf_counter()
         run()
         wait(device)
         seconds.append(time.perf_counter() - began)
+    result = {
+        "seconds": statistics.median(seconds[1:]),
+        "mib": (peak(device) - before) / 2**20,
+        "marks": marks_of(model, device),
+        "limit": need and need / rate,
+        "gflops": rate / 1e9,
+    }
+    print(json.dumps(result))
+
+
+def marks_of(model, device):
+    """Numbers by which equal gradients are recognised: the norm, and four products with known vectors."""
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double()
-    probe = torch.randn(4, 1, generator=torch.Generator().manual_seed(0)).double()  # fingerprints of the gradient
-    marks = [float(gradient.norm())] + [
-        float((gradient * torch.cos(torch.arange(len(gradient), device=device) * value)).sum())
-        for value in probe.flatten().tolist()
-    ]
-    need = flops(model, states) if kind != "guide" else None
-    print(
-        json.dumps(
-            {
-                "seconds": statistics.median(seconds[1:]),
-                "mib": (peak(device) - before) / 2**20,
-                "marks": marks,
-                "limit": need and need / rate,
-                "gflops": rate / 1e9,
-            }
-        )
-    )
+    frequencies = torch.randn(4, generator=torch.Generator().manual_seed(0)).double().tolist()
+    places = torch.arange(len(gradient), device=device)
+    products = [float((gradient * torch.cos(places * frequency)).sum()) for frequency in frequencies]
+    return [float(gradient.norm()), *products]
 
 
 def measure(row, args):
-    """{kind: what its workers said}, by turns."""
-    said = {kind: [] for kind in ("guide", "ours", "calibrated")}
-    for turn in range(args.turns):
-        for kind, results in said.items():
+    """{kind: medians of what its workers said}, in turns."""
+    results = {kind: [] for kind in KINDS}
+    for _ in range(args.turns):
+        for kind in KINDS:
             command = [sys.executable, __file__, "--worker", kind, "--row", *map(str, row), "--device", args.device]
-            results.append(
-                json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-            )
-    marks = np.array([said[kind][0]["marks"] for kind in ("guide", "ours")])
-    assert np.abs(marks[0] - marks[1]).max() < 1e-4 * marks[0, 0], f"not the same gradient: {marks}"
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            results[kind].append(json.loads(done.stdout.splitlines()[-1]))
+    guide_marks, our_marks = (np.array(results[kind][0]["marks"]) for kind in ("guide", "ours"))
+    difference = np.abs(guide_marks - our_marks).max()
+    assert difference < 1e-4 * guide_marks[0], f"not the same gradient: {guide_marks}, {our_marks}"
+    return {kind: medians(each) for kind, each in results.items()}
+
+
+def medians(results):
+    found = {name: statistics.median(result[name] for result in results) for name in ("seconds", "mib")}
+    has_limit = results[0]["limit"] is not None
+    return found | {"limit": statistics.median(result["limit"] for result in results) if has_limit else None}
+
+
+def line_of(row, got):
+    """A line of the table; got: {kind: medians}."""
+    guide, ours, calibrated = (got[kind] for kind in KINDS)
     return {
-        kind: {
-            "seconds": statistics.median(r["seconds"] for r in results),
-            "mib": statistics.median(r["mib"] for r in results),
-            "limit": results[0]["limit"] and statistics.median(r["limit"] for r in results),
-        }
-        for kind, results in said.items()
+        "row": row,
+        **got,
+        "speedup": guide["seconds"] / ours["seconds"],
+        "memory_ratio": ours["mib"] / guide["mib"],
+        "calibrated_speedup": guide["seconds"] / calibrated["seconds"],
     }
+
+
+def show_head(args):
+    estimator, T, R, k = CALIBRATED
+    print(
+        f"ours: the same gradient, {PER_FORWARD} states a forward; "
+        f"calibrated: {estimator}, T = {T}, R = {R}, k = {k or 'all'}; "
+        f"{args.device}, {torch.get_num_threads()} thread(s)\n"
+        f"{'T':>3}{'prompt':>7}{'resp.':>6}{'V':>8}{'width':>6}{'layers':>7} | "
+        f"{'pairs/s: guide':>14}{'ours':>7}{'x':>6}{'calibr.':>9}{'x':>6} | "
+        f"{'MiB: guide':>10}{'ours':>6}{'share':>7}{'calibr.':>8} | {'limit/step: ours':>16}{'calibr.':>8}"
+    )
+
+
+def show(line):
+    guide, ours, calibrated = (line[kind] for kind in KINDS)
+    print(
+        "{:3d}{:7d}{:6d}{:8d}{:6d}{:7d} | ".format(*line["row"])
+        + f"{1 / guide['seconds']:14.2f}{1 / ours['seconds']:7.2f}{line['speedup']:6.1f}"
+        f"{1 / calibrated['seconds']:9.2f}{line['calibrated_speedup']:6.1f} | "
+        f"{guide['mib']:10.0f}{ours['mib']:6.0f}{line['memory_ratio']:7.3f}{calibrated['mib']:8.0f} | "
+        f"{ours['limit'] / ours['seconds']:16.2f}{calibrated['limit'] / calibrated['seconds']:8.2f}",
+        flush=True,
+    )
 
 
 def main(argv=None):
@@ -220,51 +293,26 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--turns", type=int, default=3, help="processes of each kind")
     parser.add_argument("--quick", action="store_true", help="one small row")
-    parser.add_argument("--worker", choices=("guide", "ours", "calibrated"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--row", type=int, nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        return worker(args.worker, args.row, torch.device(args.device), 2)
-    estimator, T, R, k = CALIBRATED
-    print(
-        f"ours: the same gradient, {PER_FORWARD} states a forward; calibrated: {estimator}, T = {T}, R = {R}, k = {k or 'all'}; "
-        f"{args.device}, {torch.get_num_threads()} thread(s)\n"
-        f"{'T':>3}{'prompt':>7}{'resp.':>6}{'V':>8}{'width':>6}{'layers':>7} | {'pairs/s: guide':>14}{'ours':>7}{'x':>6}{'calibr.':>9}{'x':>6}"
-        f" | {'MiB: guide':>10}{'ours':>6}{'share':>7}{'calibr.':>8} | {'limit/step: ours':>16}{'calibr.':>8}"
-    )
+        return worker(args.worker, Row(*args.row), torch.device(args.device), 2)
+    show_head(args)
     table = []
     for row in QUICK if args.quick else ROWS:
-        got = measure(row, args)
-        guide, ours, fewer = got["guide"], got["ours"], got["calibrated"]
-        table.append(
-            {
-                "row": row,
-                **got,
-                "speedup": guide["seconds"] / ours["seconds"],
-                "memory_ratio": ours["mib"] / guide["mib"],
-                "calibrated_speedup": guide["seconds"] / fewer["seconds"],
-            }
-        )
-        line = table[-1]
-        print(
-            "{:3d}{:7d}{:6d}{:8d}{:6d}{:7d} | ".format(*row)
-            + f"{1 / guide['seconds']:14.2f}{1 / ours['seconds']:7.2f}{line['speedup']:6.1f}{1 / fewer['seconds']:9.2f}"
-            f"{line['calibrated_speedup']:6.1f} | {guide['mib']:10.0f}{ours['mib']:6.0f}{line['memory_ratio']:7.3f}{fewer['mib']:8.0f} | "
-            f"{ours['limit'] / ours['seconds']:16.2f}{fewer['limit'] / fewer['seconds']:8.2f}",
-            flush=True,
-        )
+        table.append(line_of(row, measure(row, args)))
+        show(table[-1])
     if args.json:
         keys = ("speedup", "memory_ratio", "calibrated_speedup")
-        files.write_json(
-            args.json,
-            {
-                "headline": {key: table[0][key] for key in keys},
-                "table": table,
-                "device": args.device,
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-            },
-        )
+        result = {
+            "headline": {key: table[0][key] for key in keys},
+            "table": table,
+            "device": args.device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        files.write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -330,7 +330,7 @@ def mount(tmp_path):
     subprocess.run(["umount", "--lazy", folder], capture_output=True)
 
 
-@pytest.mark.parametrize("options, why", [("size=1m", "free some disk space"), ("ro", "name another folder")])
+@pytest.mark.parametrize("options, why", [("size=1m", "No space left"), ("ro", "Read-only file system")])
 @pytest.mark.parametrize("below", ["", "report"])
 def test_folder_that_cannot_be_written(mount, tmp_path, capsys, monkeypatch, options, why, below):
     """A full disk, or no permission: one sentence before anything is drawn, and nothing is left behind."""
