@@ -1,11 +1,11 @@
-"""A training step's gradient against the guide's loop: pairs a second and peak memory, the same gradient.
+"""A training step's gradient against a plain loop: pairs a second and peak memory, the same gradient.
 
     python bench/step.py [--json FILE] [--device cuda] [--quick]
 
 guide       its pseudocode to the letter but for teacher forcing: a deep-copied reference, T forwards one after
             the other with their graph, logits of the whole row, a batch of one
 ours        reference scores from disk, states in batches, the head where a token is scored; the same pair and masks as
-            the guide's, both stepwise with T steps of one trajectory
+            the plain loop's, both stepwise with T steps of one trajectory
 calibrated  ours again, with the design and k of CALIBRATED, whose gradient has less error than 20 steps of one
             trajectory (bench/estimators.py has both)
 limit       seconds of the arithmetic that the gradient needs (forward, and twice that backward) at the rate of a large
@@ -100,7 +100,7 @@ class Pair:
         self.reveal = [noise.trajectories(n, T, 1, rng) for _ in range(2)]
 
     def guide_scores(self, model):
-        """The guide's scores of chosen and rejected."""
+        """The plain loop's scores of chosen and rejected."""
         sides = zip(self.sides, self.reveal)
         return [guide_score(model, self.prompt, side, reveal[0], self.T, self.device) for side, reveal in sides]
 
@@ -189,7 +189,7 @@ def worker(kind, row, device, repeats):
         parameter.grad = torch.zeros_like(parameter)
     pair = Pair(model, row.T, row.prompt, row.response, row.V, device)
 
-    # 2. The way to the gradient, and the process's memory before it. The guide's reference counts as its own.
+    # 2. The way to the gradient, and the process's memory before it. The plain loop's reference counts as its own.
     need = None
     if kind == "guide":
         reference = copy.deepcopy(model).requires_grad_(False)

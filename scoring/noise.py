@@ -3,7 +3,7 @@
 Every estimator has one form: masked (S, n) booleans say which response tokens are hidden in each state, weight (S, n)
 how much each token's log-probability counts there; the score is sum(weight * logp).
 
-    stepwise         trajectories; a token counts in the state that reveals it (the guide's S_theta)
+    stepwise         trajectories; a token counts in the state that reveals it
     spread           trajectories; the weight of what a state reveals is spread evenly over all that it hides. In random
                      order any of the hidden tokens may be next, so the mean is the same, with less noise
     elbo             iid levels l ~ U{1..n}, l random tokens hidden, each with weight n/l (arXiv 2505.19223; 2502.09992,

@@ -44,7 +44,7 @@ def test_defaults(parse):
 
 
 def test_guide_names(parse):
-    """The names that the guide's config.yaml uses."""
+    """The usual names of a training config.yaml."""
     got = parse(
         """
         model_name_or_path: GSAI-ML/LLaDA-8B-Instruct

@@ -30,7 +30,7 @@ def bench(name, tmp_path, *argv, code=0):
 
 
 def test_step(tmp_path):
-    """The same gradient as the guide's loop (the bench asserts it), less memory."""
+    """The same gradient as a plain loop (the bench asserts it), less memory."""
     table, _ = bench("step", tmp_path, "--quick", "--turns", "1")
     headline = table["headline"]
     assert set(headline) == {"speedup", "memory_ratio", "calibrated_speedup"}
