@@ -4,7 +4,7 @@
     python data_prep.py --in examples/prefs.jsonl
     python score.py --data packed --use_mixed_precision no
 
-S(x, y) = 1/R sum_r sum_s sum_{i: reveal_step_r[i] = s} log p(y_i | state before s, x)   (rotated trajectories, docs/method.md)
+S(x, y) = 1/R sum_r sum_s sum_{i: reveal_step_r[i] = s} log p(y_i | state before s, x)   (docs/method.md)
 
 By default a state's share is spread evenly over all tokens that it hides, which has the same mean; scoring/noise.py has
 the weights of each estimator.
