@@ -25,7 +25,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST = ("test_launch.py", "test_kills.py", "test_world.py", "test_bench.py", "test_full_disk.py")
+LONGEST = ["test_train.py", "test_launch.py", "test_kills.py", "test_world.py", "test_harness.py", "test_families.py"]
+LONGEST += ["test_full_disk.py", "test_docs.py", "test_bench.py"]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 
@@ -35,7 +36,8 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     """Start with the files that take longest: the other workers share the rest. Skip what cannot or should not run."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
