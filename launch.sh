@@ -31,7 +31,9 @@ while [ $# -gt 0 ]; do
         *) flags+=("$1"); shift ;;
     esac
 done
-if [ ${#flags[@]} = 0 ] && [ ! -f packed/meta.json ]; then
+if [ ${#flags[@]} = 0 ] && [ -f packed/meta.json ]; then
+    echo "launch: no flags: packed/ of this folder, with the default settings of a run"
+elif [ ${#flags[@]} = 0 ]; then
     cd "$here" # the embedded model and preferences are named from there
     echo "launch: no flags and no packed/ here: configs/tiny.yaml, the embedded model and preferences"
     flags=(--config_file configs/tiny.yaml)

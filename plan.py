@@ -63,7 +63,7 @@ def read_arguments(argv=None):
     data_args, model_args, noise_args, train_args, own = groups
     for name, least in (("gpu_gib", 0), ("host_gib", 0), ("tflops", 1e-9), ("pcie_gbs", 1e-9), ("ranks", 1)):
         if not least <= getattr(own, name) < math.inf:
-            wanted = "1 or more" if name == "ranks" else "a positive number"
+            wanted = {"ranks": "1 or more", "gpu_gib": "0 or more", "host_gib": "0 or more"}.get(name, "more than 0")
             raise InputError(f"--{name} is {getattr(own, name)}, expected {wanted}")
     if own.pairs < 0:
         raise InputError(f"--pairs is {own.pairs}, expected 0 or more")

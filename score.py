@@ -111,10 +111,10 @@ def diffusion_score(model, prompt, response, masked, weight, mask_id, states_per
     return state_scores(model, states, states_per_forward, device)
 
 
-def score_and_backward(model, responses, objective, states_per_forward, device, backward):
-    """Add the gradient of objective([S of each response]) at constant memory in the number of states.
+def score_and_backward(model, responses, loss_of, states_per_forward, device, backward):
+    """Add the gradient of loss_of([S of each response]) at constant memory in the number of states.
 
-    responses: States of each. objective: list of scalar scores -> scalar loss. backward(loss): adds d loss / d weights
+    responses: States of each. loss_of: list of scalar scores -> scalar loss. backward(loss): adds d loss / d weights
     to the gradient. Returns the loss () and each response's scores (S,), detached and on the device: nothing here waits
     for a GPU.
 
@@ -126,7 +126,7 @@ def score_and_backward(model, responses, objective, states_per_forward, device, 
     carrying = [len(states.with_gradient.inputs) for states in responses]
     if backward_passes(counts, carrying, states_per_forward) == 1:
         scores = [state_scores(model, states, states_per_forward, device) for states in responses]
-        loss = objective([score.sum() for score in scores])
+        loss = loss_of([score.sum() for score in scores])
         backward(loss)
         return loss.detach(), [score.detach() for score in scores]
 
@@ -136,7 +136,7 @@ def score_and_backward(model, responses, objective, states_per_forward, device, 
 
     # 3. The loss's derivative by each score: one number per response
     totals = [score.sum().requires_grad_() for score in scores]
-    loss = objective(totals)
+    loss = loss_of(totals)
     slopes = torch.autograd.grad(loss, totals)
 
     # 4. A few states at a time again, with a graph, times that number

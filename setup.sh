@@ -52,5 +52,5 @@ for name in names:
     get_accelerator().create_op_builder(name).load(verbose=True)
 PY
         echo "$versions" > "$built.tmp" && mv "$built.tmp" "$built"
-    ) 9> "$TORCH_EXTENSIONS_DIR/.builder" || die "DeepSpeed's extensions did not compile (a compiler, and on a GPU the CUDA toolkit of torch's version, are needed); see $TORCH_EXTENSIONS_DIR/build.log"
+    ) 9> "$TORCH_EXTENSIONS_DIR/.builder" || die "DeepSpeed's extensions did not compile; they need a C++ compiler and Python.h (apt install g++ python3-dev); see $TORCH_EXTENSIONS_DIR/build.log"
 fi

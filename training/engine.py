@@ -132,8 +132,8 @@ def build(model, config):
         if "ds_opt_adam" not in str(error):
             raise
         raise InputError(
-            "DeepSpeed's CPU Adam did not compile; see its message above (a C++ compiler, and on a GPU "
-            "the CUDA toolkit of torch's version, are needed), then run: bash launch.sh --setup"
+            "DeepSpeed's CPU Adam did not compile; see its message above. It needs a C++ compiler and Python.h "
+            "(apt install g++ python3-dev), then run: bash launch.sh --setup"
         ) from None
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         forget_first_step(engine.optimizer)
