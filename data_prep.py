@@ -86,9 +86,10 @@ def main(argv=None):
 
     # 1. What the arrays depend on
     source, folder, name = args.preference_data_path, Path(args.data), model_args.model_name_or_path
+    tokenizer_files = folders.tokenizer_files(name)  # before they are read: they may change meanwhile
     tokenizer = tokenization.load_tokenizer(name, model_args.trust_remote_code)
     meta = reuse.depends_on(args, reuse.known(tokenizer))
-    meta["source_sha256"] = sources.source_sha256(source, args.split)  # before it is read: it may change meanwhile
+    meta["source_sha256"] = sources.source_sha256(source, args.split)  # likewise
 
     # 2. Rows to ids
     encoder = make_encoder(args, model_args, tokenizer)
@@ -102,7 +103,7 @@ def main(argv=None):
     # 3. Ids to disk, by one process at a time
     meta |= {
         "source": source,
-        "tokenizer_files": folders.tokenizer_files(name),
+        "tokenizer_files": tokenizer_files,
         "has_chat_template": bool(tokenizer.chat_template),
         "model_name_or_path": name,
         "form": form,

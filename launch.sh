@@ -40,7 +40,8 @@ elif [ ${#flags[@]} = 0 ]; then
 fi
 
 gpus=0 exact=0
-if compgen -G "/dev/nvidia[0-9]*" >/dev/null || [ -e /dev/dxg ] || [ -e /dev/kfd ]; then # importing torch takes seconds
+if compgen -G "/dev/nvidia[0-9]*" >/dev/null || [ -e /dev/dxg ] || [ -e /dev/kfd ] ||
+    [ "${DS_ACCELERATOR:-}" = cuda ]; then # on other machines torch, whose import takes seconds, is not asked
     read -r gpus exact < <("$python" -c 'import torch; print(torch.cuda.device_count(), int(torch.__version__ >= "2.13"))')
 fi
 ranks=${ranks:-$((gpus > 0 ? gpus : 1))}
@@ -65,6 +66,15 @@ stop() { # pass a signal on to the ranks, which have sessions of their own: the 
 }
 trap stop INT TERM HUP
 
+end_now() { # PID...: give them two seconds to say what is wrong, then kill them
+    local turn
+    for turn in {1..20}; do
+        kill -0 "$@" 2>/dev/null || return 0
+        sleep 0.1
+    done
+    kill -KILL "$@" 2>/dev/null || true
+}
+
 finish() { # wait for all of pids; when one fails, end the others, which would wait for it forever
     local code=0 status pid left
     while [ ${#pids[@]} -gt 0 ]; do
@@ -76,7 +86,7 @@ finish() { # wait for all of pids; when one fails, end the others, which would w
             [ "$status" = 0 ] || [ "$code" != 0 ] || code=$status
         done
         pids=("${left[@]}")
-        [ "$code" = 0 ] || [ ${#pids[@]} = 0 ] || { kill -KILL "${pids[@]}" 2>/dev/null || true; }
+        [ "$code" = 0 ] || [ ${#pids[@]} = 0 ] || end_now "${pids[@]}"
     done
     if [ "$stopped" = 1 ]; then
         [ "$code" = 0 ] || echo "stopped at once; what was saved before is safe; to resume, run: $LAUNCH_COMMAND"

@@ -35,21 +35,22 @@ def read_arguments(argv=None):
     return groups
 
 
-def nothing_to_score(groups):
-    """Why there is nothing to score; None if there is something."""
-    data_args, model_args, noise_args, train_args = groups
-    if train_args.loss_type == "sft":
-        return "loss_type sft needs no reference scores"
-    prepared = reference.prepare(data_args, model_args, noise_args)
-    noise_sets = reference.sets_of(prepared.folder)
-    if noise_sets < noise_args.noise_sets:
+NO_SCORES = "loss_type sft needs no reference scores"  # what is said then
+
+
+def up_to_date(prepared, noise_sets):
+    """What to say if all noise sets are scored; else None."""
+    have = reference.sets_of(prepared.folder)
+    if have < noise_sets:
         return None
-    return f"{prepared.folder}: {len(prepared.packed)} pairs, {noise_sets} noise set(s), up to date"
+    return f"{prepared.folder}: {len(prepared.packed)} pairs, {have} noise set(s), up to date"
 
 
 def early():
-    """Read the arguments; end the process if the scores are there already."""
-    exits.end_if(nothing_to_score(read_arguments()))
+    """Read the arguments; end the process if there is nothing to score."""
+    data_args, model_args, noise_args, train_args = read_arguments()
+    exits.end_if(NO_SCORES if train_args.loss_type == "sft" else None)
+    exits.end_if(up_to_date(reference.prepare(data_args, model_args, noise_args), noise_args.noise_sets))
 
 
 if __name__ == "__main__":
@@ -278,12 +279,15 @@ def what_next(job, is_done, seconds, flags):
 
 def main(argv=None):
     # 1. What is to be scored
-    groups = data_args, model_args, noise_args, _ = read_arguments(argv)
+    data_args, model_args, noise_args, train_args = read_arguments(argv)
     deepspeed_config.read_ds_config(model_args.deepspeed)  # a mistake in it is reported before hours of work
-    if reason := nothing_to_score(groups):
+    if train_args.loss_type == "sft":
+        print(NO_SCORES, flush=True)
+        return 0
+    prepared = packed, mask_id, wanted, folder = reference.prepare(data_args, model_args, noise_args)
+    if reason := up_to_date(prepared, noise_args.noise_sets):
         print(reason, flush=True)
         return 0
-    packed, mask_id, wanted, folder = reference.prepare(data_args, model_args, noise_args)
     source = model_args.model_name_or_path
 
     # 2. One job at a time; another may have made some of it while this one waited

@@ -33,8 +33,11 @@ def flushed(function):
         try:
             return function()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
+                stream.flush()
+    except BrokenPipeError:  # who reads our output has gone, such as `head`
+        close_stdout()
+        sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -84,13 +87,18 @@ def without_room(error):
 
 
 def stdout_is_full():
-    """Whether standard output cannot be written. If so it is closed, so that Python does not try again at exit."""
+    """Whether standard output cannot be written."""
     try:
         print(flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        close_stdout()
         return True
     return False
+
+
+def close_stdout():
+    """Send what is still to be written to standard output nowhere, so that Python does not fail on it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def cannot_write(path, error, kept):

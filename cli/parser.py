@@ -6,8 +6,8 @@
 
     [arguments] = Parser([Arguments], "docstring of the command").read(["--beta", "0.2"])
 
-What HfArgumentParser accepts is accepted: --a_b and --a-b, a truth value with or without a word, --no_NAME. It is not
-used because it imports transformers, which takes seconds.
+Command lines that HfArgumentParser takes are taken: --a_b and --a-b, a truth value with or without a word, --no_NAME.
+It is not used because it imports transformers, which takes seconds.
 """
 
 import difflib

@@ -1,11 +1,15 @@
 """A YAML file of arguments, turned into flags, so that argparse checks their types as on the command line."""
 
+import os
 from collections import Counter
+from pathlib import Path
 
 import yaml
 
 from cli.parser import nearest
 from files import InputError
+
+piped = {}  # {path: text} of read_text()
 
 
 class Loader(yaml.BaseLoader):
@@ -25,11 +29,20 @@ def shown(name):
     return name[:80] if name.isprintable() else repr(name[:80])
 
 
+def read_text(path):
+    """The text of a file. A pipe can be read once alone, and arguments are read twice: its text is kept."""
+    if path not in piped:
+        text = Path(path).read_text(encoding="utf-8")
+        if os.path.isfile(path):
+            return text
+        piped[path] = text
+    return piped[path]
+
+
 def yaml_as_flags(path, known):
     """The entries of the YAML file at `path` as flags: ["--beta=0.2", ...]. known: the names that it may have."""
     try:
-        with open(path, encoding="utf-8") as file:
-            entries = yaml.load(file, Loader)
+        entries = yaml.load(read_text(path), Loader)
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if entries in (None, ""):

@@ -124,11 +124,11 @@ def sampled(path):
 
 
 def tokenizer_files(name):
-    """Hex digest of a tokenizer's files and of transformers' version: the same digest, the same tokenizer."""
+    """Hex digest of a tokenizer's files and of the packages that read them: the same digest, the same tokenizer."""
     folder = model_folder(name)
     texts = [path for path in folder.iterdir() if path.suffix in (".json", ".model", ".txt", ".jinja")]
     digests = {path.name: file_sha256(path) for path in sorted(texts) if path.is_file()}
-    return fingerprint(version("transformers"), digests)
+    return fingerprint([version(package) for package in ("transformers", "tokenizers", "sentencepiece")], digests)
 
 
 def read_adapter(folder):

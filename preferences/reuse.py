@@ -25,7 +25,7 @@ class Tokenizer(NamedTuple):
 
 def known_tokenizer(meta, model, trust_remote_code=False):
     """The Tokenizer of `model`, from the meta.json of a packed folder if the same files packed it, else loaded."""
-    if meta.get("tokenizer_files") == folders.tokenizer_files(model):
+    if not trust_remote_code and meta.get("tokenizer_files") == folders.tokenizer_files(model):
         return Tokenizer(meta["tokenizer"], meta["has_chat_template"])
     from models import tokenization  # imports transformers, which takes seconds
 
@@ -101,7 +101,7 @@ def check_without_source(packed, args, tokenizer, model):
 
 def depends_on(args, tokenizer):
     """The entries of meta.json, beside the source and given token ids, that make other arrays if they change."""
-    chat = args.template != "none" and tokenizer.has_chat_template
+    chat = args.template == "chat" or args.template == "auto" and tokenizer.has_chat_template
     return {
         "task": args.task,
         "tokenizer": tokenizer.fingerprint,

@@ -3,6 +3,8 @@
 bash tests/run.sh tests/test_startup.py
 """
 
+import json
+import shlex
 import subprocess
 import sys
 
@@ -97,3 +99,23 @@ def test_a_long_error_keeps_the_place_that_is_full():
     error = RuntimeError(f"{before}/dev/shm/nccl-7: No space left on device{after}")
     said = quoted(error)
     assert "/dev/shm/nccl-7: No space left on device" in said and len(said) < 400
+
+
+def test_a_configuration_from_a_pipe_is_read_once(tmp_path):
+    """Arguments are read before the heavy imports and again after them; a pipe gives its text only once."""
+    rows = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    (tmp_path / "prefs.jsonl").write_text(rows)
+    words = "--in prefs.jsonl --out packed --model_name_or_path"
+    python, script = shlex.quote(sys.executable), shlex.quote(str(ROOT / "data_prep.py"))
+    command = f"{python} {script} --config_file <(echo 'max_length: 77') {words} {ROOT / 'examples' / 'tiny'}"
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, check=True)
+    assert json.loads((tmp_path / "packed" / "meta.json").read_text())["max_length"] == 77
+
+
+@pytest.mark.parametrize("closed", ["", ">&-", "2>&-", "| true"])
+def test_streams_that_are_closed(closed):
+    """A command whose output nobody reads ends without a traceback."""
+    command = f"set -o pipefail; {shlex.quote(sys.executable)} data_prep.py --help {closed}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.returncode == 0 or closed == "| true" and done.returncode == 1
