@@ -121,8 +121,8 @@ def test_refusals(clone, words, code, said):
 def test_a_refusal_in_training_ends_with_its_code(clone, tmp_path):
     """Rank 0 says its one sentence though the other ranks end first; the launcher passes the exit code on."""
     done = shell(
-        f"bash launch.sh {DS} --num_gpus 4 --in examples/prefs.jsonl --model_name_or_path examples/tiny --data {tmp_path}/packed "
-        f"--output_dir {tmp_path}/run --beta -1 --loss_type sft",
+        f"bash launch.sh {DS} --num_gpus 4 --in examples/prefs.jsonl --model_name_or_path examples/tiny "
+        f"--data {tmp_path}/packed --output_dir {tmp_path}/run --beta -1 --loss_type sft",
         clone,
     )
     assert done.returncode == 2 and done.stderr.count("error: --beta is -1.0, expected more than 0") == 1
