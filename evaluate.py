@@ -233,7 +233,8 @@ def main(argv=None):
     check = leaks.Check(tuple(args.train_data or ()), args.allow_leak, sample.trust_remote_code)
     seen = leaks.find_seen(items, models, check)
     if not args.allow_leak:
-        items = {name: [item for item in each if item.id not in seen[name]] for name, each in items.items()}
+        for name, each in items.items():
+            items[name] = [item for item in each if item.id not in seen[name]]
     check_templates(models, items, theirs, sample)
 
     # 3. Let the models answer, one in memory at a time.

@@ -207,12 +207,17 @@ def pair_samples(args, sampling, found, responses):
     return rows
 
 
+def is_mixed(group):
+    """Whether a prompt's responses are right and wrong ones."""
+    return len({reply["correct"] for reply in group}) == 2
+
+
 def describe_samples(path, responses):
     """How many responses are right, and of what use they are."""
     verdicts = [reply["correct"] for group in responses for reply in group]
     ended = [complete(group) for group in responses]
     count = sum(map(len, ended))
-    mixed = sum(len({reply["correct"] for reply in group}) == 2 for group in ended)
+    mixed = sum(is_mixed(group) for group in ended)
     lines = [f"{path}: {tasks.solved_line(verdicts)}; {count} ended; {mixed} of {len(ended)} prompts have both"]
     marked = [reply for group in ended for reply in group if tasks.extract_answer(reply["text"]) is not None]
     if 2 * len(marked) < count:
@@ -301,7 +306,8 @@ SHARED = {"model_name_or_path", "trust_remote_code", "mask_token_id", "end_token
 
 def describe(args, rows):
     """What the file holds: numbers, lengths, kinds of errors."""
-    chosen, rejected = (median(len(row[side]) for row in rows) for side in ("chosen", "rejected"))
+    chosen = median(len(row["chosen"]) for row in rows)
+    rejected = median(len(row["rejected"]) for row in rows)
     longer = sum(len(row["chosen"]) > len(row["rejected"]) for row in rows) / len(rows)
     count = len({json.dumps(row["prompt"]) for row in rows})
     kinds = Counter(row["meta"]["error"] for row in rows if "error" in row["meta"])

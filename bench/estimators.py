@@ -286,7 +286,9 @@ def chosen_pairs(packed, lengths, count):
     """Indices of `count` random pairs whose responses have lengths in this range."""
     low, high = lengths
     order = np.random.default_rng(0).permutation(len(packed))
-    return [int(i) for i in order if all(low <= len(side) <= high for side in packed[i][1:])][:count]
+    lengths = np.diff(packed.bounds[:, 1:], axis=1)  # (pairs, 2) tokens of the responses
+    fits = ((low <= lengths) & (lengths <= high)).all(axis=1)
+    return order[fits[order]][:count].tolist()
 
 
 class Measuring(NamedTuple):

@@ -32,6 +32,11 @@ MOST = 4  # kills of one trial
 VARIES = ("pairs_per_second", "tokens_per_second", "seconds_left", "host_peak_gib", "gpu_peak_gib")
 
 
+def what_stays(line):
+    """A line of log.jsonl without the fields that may differ from run to run."""
+    return {name: value for name, value in line.items() if name not in VARIES}
+
+
 class Stage:
     """One stage of the pipeline, in folders under `work`."""
 
@@ -61,11 +66,11 @@ class Stage:
     def result(self, folder):
         """{name: digest or value} of what must be the same."""
         if self.name == "train":
-            lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+            lines = (folder / "run" / "log.jsonl").read_text().splitlines()
             return {
                 "scores": files.file_sha256(folder / "run" / "scores.jsonl"),
                 "weights": files.file_sha256(folder / "run" / "final" / "model.safetensors"),
-                "log": [{key: value for key, value in line.items() if key not in VARIES} for line in lines],
+                "log": [what_stays(json.loads(line)) for line in lines],
             }
         packed, found = folder / "packed", {}
         for path in packed.glob("*.npy" if self.name == "prep" else "ref-*/*.npy"):

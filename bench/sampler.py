@@ -80,7 +80,9 @@ def main(argv=None):
     problems = tasks.generate(args.num, "test", 0, (args.task,))
     asked = [prompts.prompt_ids(bench.tokenizer, {"prompt": each.prompt}, "problem", "auto") for each in problems]
     bench.measure(SETTINGS[0], asked[:8])  # warm up
-    runs = [[bench.measure(setting, asked) for setting in SETTINGS] for _ in range(args.repeats)]
+    runs = []
+    for _ in range(args.repeats):
+        runs.append([bench.measure(setting, asked) for setting in SETTINGS])
     print(f"{args.num} {args.task} problems, gen_length {GEN_LENGTH}, batches of {sample.batch_size}, {args.device}")
     print(f"{'block':>5}  {'sampler':<14}{'passes':>8}{'tokens/s':>10}{'ratio':>7}  accuracy")
     for setting, *repeats in zip(SETTINGS, *runs):

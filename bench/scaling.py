@@ -136,7 +136,8 @@ def against_lengths(args, sizes, model, device):
         per_token, per_gflop = seconds / (8 * length), seconds / flops(model, made[length]) * 1e9
         rows.append({"tokens": length, "seconds": seconds, "per_token": per_token, "per_gflop": per_gflop})
         print(f"{length:8d}{seconds:12.3f}{per_token * 1e3:12.3f}{per_gflop:12.4f}", flush=True)
-    per_token, per_gflop = (spread([row[name] for row in rows]) for name in ("per_token", "per_gflop"))
+    per_token = spread([row["per_token"] for row in rows])
+    per_gflop = spread([row["per_gflop"] for row in rows])
     print(f"spread: of a token {per_token:.2f}, of a GFLOP {per_gflop:.2f}\n")
     return rows
 

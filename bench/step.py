@@ -246,7 +246,9 @@ def measure(row, args):
 
 
 def medians(results):
-    found = {name: statistics.median(result[name] for result in results) for name in ("seconds", "mib")}
+    found = {}
+    for name in ("seconds", "mib"):
+        found[name] = statistics.median(result[name] for result in results)
     has_limit = results[0]["limit"] is not None
     return found | {"limit": statistics.median(result["limit"] for result in results) if has_limit else None}
 

@@ -113,7 +113,10 @@ class Parser(ArgumentParser):
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             raise InputError(f"unknown argument {unknown[0]}{nearest(unknown[0], known)}")
-        return [group(**{item.name: getattr(found, item.name) for item in fields(group)}) for group in self.groups]
+        made = []
+        for group in self.groups:
+            made.append(group(**{name: getattr(found, name) for name in names(group)}))
+        return made
 
     def _print_message(self, message, file=None):
         """argparse's, which would ignore that standard output is full."""

@@ -82,10 +82,12 @@ def shares_by_steps(seeds):
     for seed in seeds:
         for steps, name, correct in seed.verdicts():
             found.setdefault(steps, {}).setdefault(name, []).append(correct)
-    return {
-        steps: {"n": len(solved["base"]), **{name: sum(each) / len(each) for name, each in solved.items()}}
-        for steps, solved in sorted(found.items())
-    }
+    shares = {}
+    for steps, solved in sorted(found.items()):
+        shares[steps] = {"n": len(solved["base"])}
+        for name, verdicts in solved.items():
+            shares[steps][name] = sum(verdicts) / len(verdicts)
+    return shares
 
 
 def table(work, rounds, numbers):

@@ -4,6 +4,7 @@ Nothing is truncated: a row that cannot be used as it is, is left out with a rea
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -135,7 +136,8 @@ def encode_rows(encoder, rows, num_proc):
     )
     # In batches: row by row, handing the ids over takes longer than making them. The strings stay Python's.
     table = table.with_format("numpy", columns=list(IDS), output_all_columns=True)
-    encoded = (row for batch in table.iter(1000) for row in zip(*(batch[name] for name in columns)))
+    batches = (zip(*map(batch.get, columns)) for batch in table.iter(1000))
+    encoded = itertools.chain.from_iterable(batches)
     for row, (reason, detail, *ids) in zip(rows, encoded, strict=True):
         row.leave_out(reason, detail)
         row.ids = tuple(part.astype(np.uint32) for part in ids)

@@ -18,7 +18,7 @@ def summary(args, kept, left_out, tokenizer):
         lines.append(f"  {count:6d}  {reason}")
 
     # 2. Lengths
-    lengths = np.array([[len(ids) for ids in row.ids] for row in kept])  # (pairs, 3)
+    lengths = np.array([list(map(len, row.ids)) for row in kept])  # (pairs, 3)
     lines.append("tokens    " + "".join(f"{name:>8}" for name in ("min", "50%", "90%", "99%", "max")))
     for name, column in zip(COLUMNS[args.task], lengths.T):
         percentiles = np.percentile(column, (0, 50, 90, 99, 100), method="nearest")

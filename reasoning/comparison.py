@@ -47,7 +47,9 @@ def summary(task, label, rows, first):
         return line
     accuracy = sum(row["correct"] for row in rows) / n
     line |= {"accuracy": accuracy, "ci95": tasks.wilson(accuracy, n)}
-    line |= {name: sum(row[name] for row in rows) / n for name in ("ended", "tokens", "f1") if name in rows[0]}
+    for name in ("ended", "tokens", "f1"):
+        if name in rows[0]:
+            line[name] = sum(row[name] for row in rows) / n
     if first is not None:
         line["first_model_against_it"] = against(first, rows)
     return line
@@ -55,7 +57,8 @@ def summary(task, label, rows, first):
 
 def print_table(table):
     """Print lines that summary() made."""
-    task_width, model_width = (max(len(line[name]) for line in table) for name in ("task", "model"))
+    task_width = max(len(line["task"]) for line in table)
+    model_width = max(len(line["model"]) for line in table)
     print(
         f"{'task':{task_width}}  {'model':{model_width}}     n  accuracy  95% interval  ended  tokens  "
         "first model against it"

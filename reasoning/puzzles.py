@@ -113,10 +113,12 @@ def draw_constraints(rng):
     people, things = draw_people(rng, count), shuffled(rng, THINGS)[:count]
     skeleton, prompt = story([opening, *shuffled(rng, clues)], question, **blanks(n=people, p=things))
     # a step: person, what a clue excludes, and the pet if a clue says it
-    steps = tuple(
-        (people[i], tuple(things[pet] for pet in (has + [()])[i]), things[i] if (told + [False])[i] else None)
-        for i in range(count)
-    )
+    steps = []
+    for i, person in enumerate(people):
+        last = i == count - 1  # no clue is about this one
+        excludes = () if last else tuple(things[pet] for pet in has[i])
+        steps.append((person, excludes, things[i] if not last and told[i] else None))
+    steps = tuple(steps)
     facts = (tuple(things), people[asked] if by_name else things[asked])
     given = things[asked] if by_name else people[asked]
     return skeleton, Problem(prompt, write_table(steps, tuple(things), facts[1]), given, "constraints", steps, facts)
@@ -328,6 +330,11 @@ HOLDERS = ("box", "bag", "basket", "chest", "drawer", "jar", "case", "sack")
 ROOMS = ("kitchen", "cellar", "garage", "attic", "garden", "office", "hall", "library")
 
 
+def filled(chain, names):
+    """The chain's blanks, with their names."""
+    return tuple(blank.format(**names) for blank in chain)
+
+
 def draw_containment(rng):
     """Two things in one to three holders each, in two rooms; perhaps a holder is then carried to a third room."""
     depths = [pick(rng, (1, 2, 3)), pick(rng, (1, 2))]
@@ -346,7 +353,7 @@ def draw_containment(rng):
         x=shuffled(rng, SMALL)[:2], h=shuffled(rng, HOLDERS)[:used], r=shuffled(rng, ROOMS)[:3], n=draw_people(rng, 1)
     )
     skeleton, prompt = story(sentences, "In which room is the {x0} now?", **names)
-    before, after, other = (tuple(blank.format(**names) for blank in chain) for chain in (chains[0], now[0], now[1]))
+    before, after, other = (filled(chain, names) for chain in (chains[0], now[0], now[1]))
     steps = tuple(zip(after, after[1:]))
     return skeleton, Problem(prompt, write_links(steps, "in"), after[-1], "containment", steps, (before, other))
 

@@ -101,7 +101,10 @@ def reveal_steps(bits, T, R):
 def read_packed(folder):
     """[(prompt, chosen, rejected)] lists of ids."""
     tokens, bounds = np.load(Path(folder) / "tokens.npy"), np.load(Path(folder) / "bounds.npy")
-    return [tuple(tokens[a:b].tolist() for a, b in zip(row, row[1:])) for row in bounds.tolist()]
+    pairs = []
+    for row in bounds.tolist():
+        pairs.append(tuple(tokens[a:b].tolist() for a, b in zip(row, row[1:])))
+    return pairs
 
 
 def read_reference(packed, **wanted):

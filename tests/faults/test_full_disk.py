@@ -113,7 +113,7 @@ def trained(home):
 
 
 def made(folder):
-    numbers = [{name: value for name, value in line.items() if name not in faults.VARIES} for line in log(folder)]
+    numbers = [faults.what_stays(line) for line in log(folder)]
     return numbers, files.file_sha256(folder / "final" / "model.safetensors")
 
 

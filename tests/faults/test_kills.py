@@ -62,7 +62,7 @@ def home(tiny_dir, tmp_path_factory):
 
 
 def numbers(folder):
-    return [{key: value for key, value in line.items() if key not in faults.VARIES} for line in log(folder)]
+    return [faults.what_stays(line) for line in log(folder)]
 
 
 def weights(folder):

@@ -66,7 +66,11 @@ def test_logits_of_the_original(shared, name, kind):
 
 def norm(x, weight, eps):
     """Rows (L, D): each divided by its root mean square."""
-    return torch.stack([row / math.sqrt(sum(float(v) ** 2 for v in row) / len(row) + eps) * weight for row in x])
+    rows = []
+    for row in x:
+        mean_square = sum(float(v) ** 2 for v in row) / len(row)
+        rows.append(row / math.sqrt(mean_square + eps) * weight)
+    return torch.stack(rows)
 
 
 def turn(x, theta):

@@ -272,7 +272,8 @@ def test_the_same_ids_and_losses_as_the_chosen_of_preferences(model, tmp_path, m
         made = objective.SFT(config.TrainArguments(sft_pad_to=40), config.NoiseArguments(), data, MASK)
         train, held = objective.split(data, 0.2, 42)
         stream = objective.Stream(train, 42, 4, made.lengths)
-        batches = [[stream[place] for place in range(first, first + 4)] for first in range(0, 2 * len(train), 4)]
+        items = [stream[place] for place in range(2 * len(train))]
+        batches = [items[first : first + 4] for first in range(0, len(items), 4)]
         losses.append([held.tolist(), *(loss_of(made, policy, batch).item() for batch in batches)])
     assert losses[0] == losses[1] and len(losses[0]) > 10 and all(loss > 0 for loss in losses[0][1:])
 

@@ -199,8 +199,9 @@ def test_script_file_to_file(tiny_dir, tmp_path):
     assert "3/3" in said and "tokens/s" in said
     with jsonlines.open(tmp_path / "out.jsonl") as reader:
         written = list(reader)
-    assert [{key: row[key] for key in row if key != "response"} for row in written] == rows
-    assert all(isinstance(row["response"], str) for row in written) and written[0]["response"] == written[2]["response"]
+    responses = [row.pop("response") for row in written]
+    assert written == rows
+    assert all(isinstance(response, str) for response in responses) and responses[0] == responses[2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 

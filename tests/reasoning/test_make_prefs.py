@@ -82,7 +82,9 @@ def test_sample(sampled):
     rows, (header, *samples) = read(sampled), read(sampled.with_name("prefs.jsonl.samples.jsonl"))
     problems = {f"arithmetic {i}": problem for i, problem in enumerate(tasks.generate(70, "train", 3), 1)}
     assert len(samples) == 280 and header["k"] == 4 and header["seed"] == 3 and len(rows) > 10
-    said = {place: [line for line in samples if line["place"] == place] for place in problems}
+    said = {place: [] for place in problems}
+    for line in samples:
+        said[line["place"]].append(line)
     for place, group in said.items():
         assert len(group) == 4
         assert all(reply["correct"] == tasks.verify(problems[place], reply["text"]) for reply in group)
