@@ -6,14 +6,13 @@
 
 Every design (estimator, T, R) is drawn several times for some pairs, and scored by the reference and by a policy under
 the same noise: --policy, or the reference with each weight moved a little. The truth is the score in steps of one
-token, by elbo_stratified with up to 64 levels. Recommended is the design with the least noise at equal cost (variance
-of the margin times forward passes) among those with a small bias; scoring/calibration.py says what small is.
+token, by elbo_stratified with up to 64 levels. Of the designs with a small bias, it recommends the one with the least
+noise at equal cost: variance of the margin times forward passes. scoring/calibration.py defines a small bias.
 
 n response tokens, T denoising steps, R trajectories, S states, D draws.
 """
 
 import dataclasses
-import sys
 import time
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
@@ -76,10 +75,10 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import files
 import score
+from cli.progress import progress
 from files import InputError
 from models import checkpoint
 from scoring import noise
@@ -158,14 +157,8 @@ class Scored(NamedTuple):
 def score_designs(model, scorer, description):
     """[Scored] of every design and, last, of the truth."""
     found = []
-    bar = tqdm(
-        total=len(scorer.pairs) * (len(DESIGNS) + 1),
-        desc=description,
-        unit="design",
-        disable=not scorer.ranks.first,
-        mininterval=1 if sys.stderr.isatty() else 30,
-    )
-    with bar:
+    total = len(scorer.pairs) * (len(DESIGNS) + 1)
+    with progress(total, "design", description, disable=not scorer.ranks.first) as bar:
         for design in DESIGNS:
             found.append(score_design(model, scorer, design, scorer.draws, bar))
         found.append(score_design(model, scorer, None, TRUTH_DRAWS, bar))

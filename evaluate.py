@@ -80,7 +80,7 @@ if __name__ == "__main__" and sys.argv[1:2] != ["lm_eval"]:
 import jsonlines
 
 import score
-from files import fingerprint, naming, no_room, read_json, replacing, try_writing, write_json
+from files import fingerprint, not_writable, read_json, replacing, write_json
 from models import folders, tokenization
 from reasoning import comparison, harness, leaks, prompts, samples
 
@@ -197,14 +197,8 @@ def file_name(task):
 
 def make_folder(path):
     """Make the folder of the samples; refuse one that cannot be written to, before any work."""
-    try:
-        with naming(path):
-            path.mkdir(parents=True, exist_ok=True)
-            try_writing(path)
-    except OSError as error:
-        if no_room(error):
-            raise
-        raise InputError(f"--output_dir {path.parent}: cannot be written to ({error.strerror})") from None
+    if why := not_writable(path, path, make=True):
+        raise InputError(f"--output_dir {path.parent}: cannot be written to ({why})")
 
 
 def remove_earlier(folder):

@@ -162,36 +162,33 @@ def check_new(path):
     folder = Path(path).absolute().parent
     while not folder.exists():
         folder = folder.parent  # folders between will be made
+    if why := not_writable(path, folder):
+        raise InputError(f"{path}: cannot be written ({why}: {folder}); name a path in another folder")
+
+
+def not_writable(path, folder, make=False):
+    """Why `path` could not be written in `folder` later; None if it could. A file of one byte is tried.
+
+    make: make the folder first. A full disk is an OSError that names `path`.
+    """
     try:
         with naming(path):
-            try_writing(folder)
+            if make:
+                folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"x")
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
         if no_room(error):
             raise
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}: {folder}); name a path in another folder"
-        ) from None
-
-
-def try_writing(folder):
-    """Write a file of one byte in `folder`, and remove it: an OSError now instead of after hours of work."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"x")
-        file.flush()
-        os.fsync(file.fileno())
+        return error.strerror
 
 
 def check_out(path):
     """Refuse a file --out that could not be written when the work is done."""
-    try:
-        with naming(path):
-            try_writing(Path(path).parent)
-    except OSError as error:
-        if no_room(error):
-            raise
-        raise InputError(
-            f"--out is {path}; expected a file in an existing folder that can be written to ({error.strerror})"
-        ) from None
+    if why := not_writable(path, Path(path).parent):
+        raise InputError(f"--out is {path}; expected a file in an existing folder that can be written to ({why})")
     if Path(path).is_dir():
         raise InputError(f"--out is {path}, a folder; expected a file")
 

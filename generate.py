@@ -74,9 +74,10 @@ if __name__ == "__main__":
 
 import jsonlines
 
+from cli.progress import progress
 from files import replacing
 from models import tokenization
-from reasoning import prompts, sampler, samples
+from reasoning import prompts, sampler
 
 
 def main(argv=None):
@@ -119,7 +120,7 @@ def row_of(problem):
 def timed_responses(model, tokenizer, asked, sample):
     """sampler.respond() with a progress bar, then the speed, on stderr."""
     started = time.monotonic()
-    with samples.progress(len(asked)) as bar:
+    with progress(len(asked), "response") as bar:
 
         def advance(replies):
             bar.update(len(replies))

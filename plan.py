@@ -12,7 +12,7 @@ train_dpo.py prints the verdict when it starts.
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import config
@@ -82,7 +82,7 @@ import torch
 from models import architecture, families, folders, quantized
 from scoring.states import sizes
 from training import deepspeed_config, memory
-from training.advice import changed, stuck, tries
+from training.advice import stuck, tries
 from training.costs import Cost, Work, scoring_cost, training_cost, work_of
 from training.footprint import Item, Machine, activation_bytes, card_items, host_items, logit_bytes, model_shape
 
@@ -189,7 +189,7 @@ def advice(model_config, data_args, model_args, noise_args, train_args, ds, mach
     """The first change with which the run fits, in words; else what the machine lacks."""
     least = None
     for each in tries(model_args, ds, machine):
-        args = changed(model_args, each.values)
+        args = replace(model_args, **each.values)
         found = plan(model_config, data_args, args, noise_args, train_args, each.ds, machine, advise=False)
         if found.fits:
             return f"it fits with {each.words(model_args)}"

@@ -59,9 +59,9 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import files
+from cli.progress import progress
 from files import InputError
 from preferences.packed import Packed, longest
 from scoring.recipe import draw, replay, state_count
@@ -215,7 +215,9 @@ def reference_set(job, noise_set):
     # 2. Score them, one chunk per rank at a time
     prompts, chosen, rejected = np.diff(job.packed.bounds, axis=1).T
     tokens = state_count(job.noise_args) * (2 * prompts + chosen + rejected)  # (pairs,) through the model
-    with progress(sum(int(tokens[chunk].sum()) for chunk in todo), noise_set, job.ranks) as bar:
+    total = sum(int(tokens[chunk].sum()) for chunk in todo)
+    description = f"reference scores, noise set {noise_set}"
+    with progress(total, "tok", description, unit_scale=True, disable=not job.ranks.first) as bar:
         for turn in range(0, len(todo), job.ranks.world):
             in_turn = todo[turn : turn + job.ranks.world]
             mine = in_turn[job.ranks.rank] if job.ranks.rank < len(in_turn) else range(0)
@@ -234,18 +236,6 @@ def reference_set(job, noise_set):
         reference.assemble(job.folder, noise_set, paths.values())
     dist.barrier()
     return True
-
-
-def progress(tokens, noise_set, ranks):
-    """A progress bar over so many tokens through the model; in a log file a line now and then."""
-    return tqdm(
-        total=tokens,
-        unit="tok",
-        unit_scale=True,
-        desc=f"reference scores, noise set {noise_set}",
-        disable=not ranks.first,
-        mininterval=1 if sys.stderr.isatty() else 30,
-    )
 
 
 def score_all(job, first_set, wanted, model_name):

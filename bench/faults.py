@@ -9,7 +9,6 @@ model of 60,000 parameters; real DeepSpeed.
 """
 
 import argparse
-import json
 import random
 import shutil
 import signal
@@ -29,12 +28,6 @@ import files  # noqa: E402
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MOST = 4  # kills of one trial
-VARIES = ("pairs_per_second", "tokens_per_second", "seconds_left", "host_peak_gib", "gpu_peak_gib")
-
-
-def what_stays(line):
-    """A line of log.jsonl without the fields that may differ from run to run."""
-    return {name: value for name, value in line.items() if name not in VARIES}
 
 
 class Stage:
@@ -66,11 +59,10 @@ class Stage:
     def result(self, folder):
         """{name: digest or value} of what must be the same."""
         if self.name == "train":
-            lines = (folder / "run" / "log.jsonl").read_text().splitlines()
             return {
                 "scores": files.file_sha256(folder / "run" / "scores.jsonl"),
                 "weights": files.file_sha256(folder / "run" / "final" / "model.safetensors"),
-                "log": [what_stays(json.loads(line)) for line in lines],
+                "log": small.numbers(folder / "run"),
             }
         packed, found = folder / "packed", {}
         for path in packed.glob("*.npy" if self.name == "prep" else "ref-*/*.npy"):

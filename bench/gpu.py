@@ -39,8 +39,7 @@ import score
 from cli import exits
 from models import lora
 from models.llada import LLaDAConfig, LLaDAModelLM
-from scoring import noise
-from scoring.losses import preference_loss
+from scoring import losses, noise
 from scoring.states import backward_passes, response_states, sizes
 from training import deepspeed_config, engine, memory
 
@@ -117,7 +116,7 @@ def zero_loss(scores):
 
 
 def dpo_loss(scores):
-    return preference_loss(scores[0] - scores[1], BETA)
+    return losses.sigmoid(scores[0] - scores[1], BETA)
 
 
 class Work:

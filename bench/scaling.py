@@ -28,8 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import files
 import score
-from scoring import noise
-from scoring.losses import preference_loss
+from scoring import losses, noise
 from scoring.states import response_states
 
 PER_FORWARD = 4
@@ -69,7 +68,7 @@ def gradient_seconds(model, states, device):
 
 
 def loss(scores):
-    return preference_loss(scores[0] - scores[1], BETA)
+    return losses.sigmoid(scores[0] - scores[1], BETA)
 
 
 def by_turns(cases, run, turns, warm):

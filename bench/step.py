@@ -34,8 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import files
 import score
 from models.llada import LLaDAConfig, LLaDAModelLM
-from scoring import noise
-from scoring.losses import preference_loss
+from scoring import losses, noise
 from scoring.states import response_states
 
 MASK, BETA = 3, 0.1
@@ -131,7 +130,7 @@ class Pair:
 
 def loss_of(scores, refs):
     """DPO's loss of the scores of chosen and rejected, and those of the reference."""
-    return preference_loss((scores[0] - refs[0]) - (scores[1] - refs[1]), BETA)
+    return losses.sigmoid((scores[0] - refs[0]) - (scores[1] - refs[1]), BETA)
 
 
 def matrix_rate(device, size=2048):

@@ -12,8 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
+from cli.progress import progress
 from files import InputError, fingerprint, naming, replacing
 from reasoning import prompts, sampler
 
@@ -75,12 +74,6 @@ def prompt_ids(tokenizer, numbers, rows, template):
     return [ids[number] for number in numbers]
 
 
-def progress(total, done=0, desc=None):
-    """A progress bar over responses; a log file gets a line now and then."""
-    seconds = 1 if sys.stderr.isatty() else 30
-    return tqdm(total=total, initial=done, unit="response", desc=desc, mininterval=seconds)
-
-
 def no_note(number, text):
     return {}
 
@@ -102,7 +95,7 @@ def complete(path, wanted, rows, sampling, load, *, note=no_note, desc="sampling
         seeds = [key.number * k + key.sample for key in missing]
         passes = sampler.most_passes(ids, sampling)
         print(f"{desc}: {len(missing)} responses, at most {passes} forward passes", file=sys.stderr, flush=True)
-        bar = progress(len(keys), len(keys) - len(missing), desc)
+        bar = progress(len(keys), "response", desc, initial=len(keys) - len(missing))
         with naming(path), open(path, "a", encoding="utf-8") as file, bar:
 
             def keep(replies):

@@ -3,7 +3,6 @@
 n response tokens, S states, T denoising steps.
 """
 
-import config
 from files import InputError
 from models import families, folders
 from preferences.reuse import known_tokenizer
@@ -70,7 +69,6 @@ def check(packed, model_args, noise_args):
         raise InputError(
             f"--estimator {noise_args.estimator} works in random order only; --order blocks goes with stepwise"
         )
-    config.check_scoring(model_args, noise_args)
     tokenizer = known_tokenizer(packed.meta, model_args.model_name_or_path, model_args.trust_remote_code)
     if tokenizer.fingerprint != packed.meta["tokenizer"]:
         raise InputError(

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import preloaded
@@ -115,6 +116,26 @@ def pack(folder, pairs, model):
     )
     files.write_array(Path(folder) / "lines.npy", lines)
     return Path(folder)
+
+
+ADAPTER_LENGTHS = [(5, 7, 20), (4, 12, 9), (6, 2, 3), (3, 11, 5), (2, 9, 4), (4, 4, 8)]
+ADAPTER_RUN = {  # flags of three steps of LoRA
+    "use_mixed_precision": "no",
+    "eval_fraction": 0.2,
+    "learning_rate": 1e-2,
+    "warmup_ratio": 0,
+    "max_steps": 3,
+    "gradient_accumulation_steps": 1,
+    "states_per_forward": 3,
+    "lora_r": 4,
+    "lora_alpha": 8,
+}
+
+
+def make_home(folder, tiny_dir, lengths, seed):
+    """A folder with a model and packed random pairs of these lengths."""
+    model = make_model(folder / "model", tiny_dir)
+    return SimpleNamespace(folder=folder, model=model, data=pack(folder / "packed", make_pairs(lengths, seed), model))
 
 
 def ds_config(path, base, **adam):
@@ -269,6 +290,19 @@ def run_jobs(folder, world, jobs, timeout=600):
         name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(world or 1)]
         for name, _, _ in jobs
     }
+
+
+# Fields of log.jsonl that differ from run to run
+VARIES = ("pairs_per_second", "tokens_per_second", "seconds_left", "host_peak_gib", "gpu_peak_gib")
+
+
+def numbers(output_dir):
+    """The lines of log.jsonl without the fields that vary."""
+    lines = log(output_dir)
+    for line in lines:
+        for name in line.keys() & VARIES:
+            del line[name]
+    return lines
 
 
 def log(output_dir):

@@ -1,6 +1,5 @@
 """What to change in a run that does not fit, in the order in which plan.py tries it; a warning about bf16 masters."""
 
-import copy
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -72,13 +71,6 @@ def offload_configs(model_args):
             masters = bf16_masters if stuck(ds, 1) else float32_masters
             masters.append((f"ds_configs/{path.name}", ds))
     return float32_masters, bf16_masters
-
-
-def changed(args, values):
-    """A copy of a dataclass with other values."""
-    args = copy.copy(args)
-    vars(args).update(values)
-    return args
 
 
 def unlocked(ds):

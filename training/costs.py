@@ -74,13 +74,13 @@ def training_cost(shape, work, ds, model_args, train_args):
     """Cost of a pair's forward and backward passes, and of its share of the optimizer step."""
     blocks, head = forward_operations(shape, work.length)
     forward = blocks + head
-    recompute = head + (
-        blocks if model_args.gradient_checkpointing else 0
-    )  # models/head.py always makes its logits again
+    recompute = head  # models/head.py always makes its logits again
+    if model_args.gradient_checkpointing:
+        recompute += blocks
     backward_by_input = blocks + head
-    backward_by_weight = (
-        0 if shape.frozen else blocks + head
-    )  # with LoRA the adapters' own are left out: they are small
+    backward_by_weight = blocks + head
+    if shape.frozen:
+        backward_by_weight = 0  # LoRA's adapters are small
     with_graph = forward + recompute + backward_by_input + backward_by_weight
     without_graph = 0 if work.in_one_graph else sum(work.states)
     operations = without_graph * forward + sum(work.with_gradient) * with_graph

@@ -38,9 +38,8 @@ class Machine(NamedTuple):
     pcie_gbs: float = 25  # 1e9 bytes a second
     ranks: int = 1
     one_memory: bool = False  # the card is the host (a run on a CPU): nothing is copied between them
-    rounded: bool = (
-        False  # page-locked memory comes in powers of two and is never freed (torch before 2.13, or no launch.sh)
-    )
+    # Page-locked memory comes in powers of two and is never freed: torch before 2.13, or without launch.sh
+    rounded: bool = False
 
 
 class Item(NamedTuple):

@@ -16,10 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import LENGTHS, ROOT, call, execute, flags, log, make_model, make_pairs, pack, run
+from small import LENGTHS, ROOT, call, execute, flags, make_model, make_pairs, numbers, pack, run
 
 sys.path.insert(0, str(ROOT / "bench"))
-import faults  # noqa: E402
 
 import convert
 import data_prep
@@ -113,8 +112,7 @@ def trained(home):
 
 
 def made(folder):
-    numbers = [faults.what_stays(line) for line in log(folder)]
-    return numbers, files.file_sha256(folder / "final" / "model.safetensors")
+    return numbers(folder), files.file_sha256(folder / "final" / "model.safetensors")
 
 
 def contents(folder):

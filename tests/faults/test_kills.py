@@ -25,6 +25,7 @@ from small import (
     log,
     make_model,
     make_pairs,
+    numbers,
     pack,
     refusal,
     run,
@@ -59,10 +60,6 @@ def home(tiny_dir, tmp_path_factory):
     made = SimpleNamespace(folder=folder, model=model, data=data, argv=argv)
     run(training(made, folder / "whole"))
     return made
-
-
-def numbers(folder):
-    return [faults.what_stays(line) for line in log(folder)]
 
 
 def weights(folder):

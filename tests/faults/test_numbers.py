@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import LENGTHS, call, ds_config, flags, log, make_model, make_pairs, pack, run_jobs
+from small import LENGTHS, call, ds_config, flags, log, make_home, run_jobs
 
 import files
 import score
@@ -36,9 +36,7 @@ BAD = 3  # the step (1-based) whose loss is not a number
 
 @pytest.fixture(scope="module")
 def home(tiny_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("numbers")
-    model = make_model(folder / "model", tiny_dir)
-    return SimpleNamespace(folder=folder, model=model, data=pack(folder / "packed", make_pairs(LENGTHS[:12], 3), model))
+    return make_home(tmp_path_factory.mktemp("numbers"), tiny_dir, LENGTHS[:12], 3)
 
 
 @pytest.fixture(scope="module", params=["no", "bf16"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from originals import edit_json, refused
 from safetensors.torch import load_file, save_file
-from small import call, ds_config, flags, log, make_model, make_pairs, pack, refusal, run_jobs
+from small import ADAPTER_LENGTHS, ADAPTER_RUN, call, ds_config, flags, log, make_home, refusal, run_jobs
 
 import generate
 import merge
@@ -19,26 +19,13 @@ import train_dpo
 from files import InputError
 from models import checkpoint, folders, lora
 
-LENGTHS = [(5, 7, 20), (4, 12, 9), (6, 2, 3), (3, 11, 5), (2, 9, 4), (4, 4, 8)]
 STAGES = ("zero0", "zero2_offload_4080", "zero3_offload_4080")
-RUN = flags(
-    use_mixed_precision="no",
-    eval_fraction=0.2,
-    learning_rate=1e-2,
-    warmup_ratio=0,
-    max_steps=3,
-    gradient_accumulation_steps=1,
-    states_per_forward=3,
-    lora_r=4,
-    lora_alpha=8,
-)
+RUN = flags(**ADAPTER_RUN)
 
 
 @pytest.fixture(scope="module")
 def home(tiny_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora")
-    model = make_model(folder / "model", tiny_dir)
-    return SimpleNamespace(folder=folder, model=model, data=pack(folder / "packed", make_pairs(LENGTHS, 5), model))
+    return make_home(tmp_path_factory.mktemp("lora"), tiny_dir, ADAPTER_LENGTHS, 5)
 
 
 @pytest.fixture(scope="module", params=[1, 2])

@@ -7,12 +7,11 @@ import math
 import shutil
 import sys
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import call, ds_config, flags, log, make_model, make_pairs, pack, refusal, run_jobs
+from small import ADAPTER_LENGTHS, ADAPTER_RUN, call, ds_config, flags, log, make_home, refusal, run_jobs
 
 import generate
 import train_dpo
@@ -22,25 +21,13 @@ from models import architecture, checkpoint, lora, quantized
 needs_bitsandbytes = pytest.mark.skipif(
     find_spec("bitsandbytes") is None, reason="no bitsandbytes: pip install -r requirements-4bit.txt"
 )
-LENGTHS = [(5, 7, 20), (4, 12, 9), (6, 2, 3), (3, 11, 5), (2, 9, 4), (4, 4, 8)]
 STAGES = ("zero0", "zero2_offload_4080")
-SCORE = flags(use_mixed_precision="no", load_in_4bit="true", states_per_forward=3)
-RUN = SCORE + flags(
-    eval_fraction=0.2,
-    learning_rate=1e-2,
-    warmup_ratio=0,
-    max_steps=3,
-    gradient_accumulation_steps=1,
-    lora_r=4,
-    lora_alpha=8,
-)
+RUN = flags(**ADAPTER_RUN, load_in_4bit="true")
 
 
 @pytest.fixture(scope="module")
 def home(tiny_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quantized")
-    model = make_model(folder / "model", tiny_dir)
-    return SimpleNamespace(folder=folder, model=model, data=pack(folder / "packed", make_pairs(LENGTHS, 5), model))
+    return make_home(tmp_path_factory.mktemp("quantized"), tiny_dir, ADAPTER_LENGTHS, 5)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ import os
 
 import numpy as np
 import pytest
+from originals import refused
 
 import files
-from files import InputError, replacing, sealed
+from files import replacing, sealed
 from preferences.packed import Packed, write_packed
 from scoring.reference import Reference, pack_masks, unpack_masks
 
@@ -26,12 +27,6 @@ S = 10
 def folder(tmp_path):
     write_packed(tmp_path / "packed", iter(PAIRS), META)
     return tmp_path / "packed"
-
-
-def refused(call, *words):
-    with pytest.raises(InputError) as error:
-        call()
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
 
 
 def digest(value):

@@ -10,8 +10,8 @@ import shutil
 import subprocess
 
 import pytest
+from originals import refused
 
-from files import InputError
 from training import runs
 from training.runs import Run
 
@@ -44,12 +44,6 @@ def write_checkpoint(run, step, limit=0):
 
 def steps(run):
     return [step for step, _ in run.saved()]
-
-
-def refused(call, *words):
-    with pytest.raises(InputError) as error:
-        call()
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
 
 
 # --- the same run? ----------------------------------------------------------------------------------------

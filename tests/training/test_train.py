@@ -28,6 +28,7 @@ from small import (
     log,
     make_model,
     make_pairs,
+    numbers,
     pack,
     refusal,
     run,
@@ -319,17 +320,6 @@ def whole(request, home):
     call(score.main, "--data", data, *LONG, "--use_mixed_precision", dtype)
     said = run([ROOT / "train_dpo.py", *argv, "--output_dir", folder])
     return SimpleNamespace(folder=folder, argv=argv, said=said)
-
-
-VARIES = ("pairs_per_second", "tokens_per_second", "seconds_left", "host_peak_gib", "gpu_peak_gib")
-
-
-def numbers(output_dir):
-    lines = log(output_dir)
-    for line in lines:
-        for name in line.keys() & VARIES:
-            del line[name]
-    return lines
 
 
 def weights(output_dir):
