@@ -10,13 +10,25 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-CHUNK_BYTES = 256 * 2**20  # of float32 logits; a bfloat16 model holds half as much again while it casts them
+CHUNK_BYTES = 256 * 2**20  # of float32 logits; a bfloat16 model's backward pass holds half as much again, cast
 
 
 def chunks(N, V):
     """Row slices of at most CHUNK_BYTES of float32 logits each, at least one row."""
     rows = max(1, CHUNK_BYTES // (4 * V))
     return [slice(first, min(first + rows, N)) for first in range(0, N, rows)]
+
+
+def logits_of(x, weight, bias):
+    """x W' + b in float32: x (N, D), weight (V, D), bias (V,) or None -> (N, V), a tensor of its own.
+
+    On CUDA the products of a bfloat16 model, which are summed in float32 anyway, are not rounded to bfloat16: between 8
+    and 16 its numbers are 1/16 apart. torch.mm has no out_dtype on a CPU.
+    """
+    if x.dtype == torch.bfloat16 and x.is_cuda:
+        logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return logits if bias is None else logits.add_(bias)
+    return F.linear(x, weight, bias).float()
 
 
 class TargetLogps(torch.autograd.Function):
@@ -31,7 +43,7 @@ class TargetLogps(torch.autograd.Function):
         logps = torch.empty(len(x), dtype=torch.float32, device=x.device)  # (N,)
         norms = torch.empty_like(logps)  # (N,) log of each row's sum of exponentials
         for rows in chunks(len(x), len(weight)):
-            logits = F.linear(x[rows], weight, bias).float()  # (chunk, V); changed in place from here on
+            logits = logits_of(x[rows], weight, bias)  # (chunk, V); changed in place from here on
             picked, top = logits.gather(1, targets[rows, None])[:, 0], logits.amax(1)
             norms[rows] = logits.sub_(top[:, None]).exp_().sum(1).log_() + top
             logps[rows] = picked - norms[rows]
@@ -46,7 +58,7 @@ class TargetLogps(torch.autograd.Function):
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_weight = grad_bias = None
         for rows in chunks(len(x), len(weight)):
-            logits = F.linear(x[rows], weight, bias).float()  # (chunk, V)
+            logits = logits_of(x[rows], weight, bias)  # (chunk, V)
             slope = logits.sub_(norms[rows, None]).exp_()  # softmax
             slope.scatter_add_(1, targets[rows, None], slope.new_full((len(slope), 1), -1.0))
             slope = slope.mul_(-grad[rows, None])  # d loss / d logits

@@ -226,7 +226,20 @@ def training_config(config, args, model_args, backwards, path):
     # To DeepSpeed each backward is one accumulation step: ZeRO-2's offload allocates its accumulation buffer only when
     # it expects more than one. We scale the loss and set the boundary ourselves.
     config["gradient_accumulation_steps"] = backwards
+    if model_args.lora_r and sums_in_float32(config):
+        config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     return config | {"steps_per_print": 10**9, "wall_clock_breakdown": False}
+
+
+def sums_in_float32(config):
+    """Whether LoRA's gradients are summed in float32 over the backward passes of a step: two bytes more an element.
+
+    In bfloat16 an addend below 1/512 of the sum is lost. ZeRO-0 refuses it. ZeRO-2 with its optimizer offloaded never
+    clears such a sum after a step that is skipped (DeepSpeed 0.19.8, stage_1_and_2.py, reset_cpu_buffers).
+    """
+    bf16 = config["bf16"]
+    stage = config["zero_optimization"]["stage"]
+    return stage == 3 and bf16["enabled"] and not bf16.get("bf16_master_weights_and_grads")
 
 
 def scoring_config(config, model_args):
