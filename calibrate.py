@@ -12,7 +12,6 @@ noise at equal cost: variance of the margin times forward passes. scoring/calibr
 n response tokens, T denoising steps, R trajectories, S states, D draws.
 """
 
-import dataclasses
 import time
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
@@ -140,7 +139,7 @@ class Scorer(NamedTuple):
     pairs: np.ndarray
     draws: int
     mask_id: int
-    states_per_forward: int
+    tokens_per_forward: int
     noise_seed: int
     ranks: engine.Ranks
 
@@ -171,17 +170,15 @@ def score_design(model, scorer, design, draws, bar):
     passes, began = 0, time.time()
     for p, index in enumerate(scorer.pairs):
         prompt, *responses = scorer.packed[index]
-        both_sides = []
+        drawn = []
         for side, response in enumerate(responses):
-            one_side = []
             mine = design or truth_design(len(response))
             for masked, weight in draws_of(scorer.packed, index, side, mine, draws, scorer.noise_seed):
-                states = response_states(prompt, response, masked, weight, scorer.mask_id)
-                by_state = score.state_scores(model, states, scorer.states_per_forward, scorer.ranks.device)
-                one_side.append(by_state.sum())
-                passes += int(weight.any(1).sum())
-            both_sides.append(torch.stack(one_side))
-        scores[p] = torch.stack(both_sides, dim=1).double().cpu()  # (D, 2)
+                drawn.append(response_states(prompt, response, masked, weight, scorer.mask_id))
+        passes += sum(len(states.live) for states in drawn)
+        found = score.state_scores(model, drawn, scorer.tokens_per_forward, scorer.ranks)
+        sums = torch.stack([by_state.sum() for by_state in found])  # (2 D,)
+        scores[p] = sums.view(2, draws).t().double().cpu()  # (D, 2)
         bar.update()
     return Scored(scores.numpy(), (time.time() - began) / scores.numel(), passes / scores.numel())
 
@@ -203,18 +200,17 @@ def measured_rows(policy, reference):
 
 def run(packed, model_args, noise_args, args, mask_id, ranks):
     """Score the designs with both models, measure, and write the table and its plot."""
-    # 1. Some pairs, and as many states in a forward pass as fit
+    # 1. Some pairs, and as many tokens in a forward pass as fit
     if len(packed) < 2 or args.pairs < 2 or args.draws < 2:
         raise InputError("a calibration compares pairs and draws: at least 2 pairs, --pairs 2 and --draws 2 are needed")
     rng = np.random.default_rng(noise_args.noise_seed)
     pairs = np.sort(rng.choice(len(packed), min(args.pairs, len(packed)), replace=False))
-    model, size = streaming.load(model_args, ranks), model_args.states_per_forward
-    if size == "auto":
-        widest = dataclasses.replace(noise_args, estimator="spread", diffusion_steps=4, trajectories=5, order="random")
-        size = score.fit_reference(model, packed, widest, mask_id, ranks)
+    model, tokens = streaming.load(model_args, ranks), model_args.tokens_per_forward
+    if tokens == "auto":
+        tokens = score.fit_reference(model, packed, ranks, mask_id)
 
     # 2. The scores of the reference, then of the policy
-    scorer = Scorer(packed, pairs, args.draws, mask_id, size, noise_args.noise_seed, ranks)
+    scorer = Scorer(packed, pairs, args.draws, mask_id, tokens, noise_args.noise_seed, ranks)
     reference = score_designs(model, scorer, "calibration, reference")
     if args.policy:
         del model  # there may be no room for two

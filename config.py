@@ -92,8 +92,10 @@ class ModelArguments:
     gradient_checkpointing: bool = arg(
         True, "recompute activations in the backward pass: less memory, a third more compute"
     )
-    states_per_forward: number_or_auto = arg(
-        "auto", "masked states of a response in one forward pass; auto: as many as fit, tried on the longest pair"
+    tokens_per_forward: number_or_auto = arg(
+        "auto",
+        "tokens in one forward pass: masked states of any responses and pairs of a step, end to end; auto: as many as "
+        "fit, tried on the longest response",
     )
     deepspeed: Optional[str] = arg(
         None, "ds_config that says where parameters and optimizer live; default: on the GPU", metavar="FILE"
@@ -225,7 +227,7 @@ class LikelihoodArguments:
     )
     trajectories: int = arg(5, "R, rotated trajectories per continuation; 1 + R(T-1) forward passes")
     noise_seed: int = arg(0, "seed of the noise")
-    states_per_forward: int = arg(4, "masked states of a continuation in one forward pass")
+    tokens_per_forward: int = arg(4096, "tokens in one forward pass, of all masked states in it")
     check_greedy: bool = arg(
         False,
         "also sample each continuation greedily and report whether it is the same, for tasks that count this, "
@@ -279,7 +281,7 @@ def check_scoring(model_args, noise_args):
     """Refuse numbers of the score that have no meaning."""
     for group, numbers in (
         (noise_args, ("diffusion_steps", "trajectories", "noise_sets", "block_length")),
-        (model_args, ("states_per_forward",)),
+        (model_args, ("tokens_per_forward",)),
     ):
         for name in numbers:
             value = getattr(group, name)

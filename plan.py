@@ -80,7 +80,6 @@ if __name__ == "__main__":
 import torch
 
 from models import architecture, families, folders, quantized
-from scoring.states import sizes
 from training import deepspeed_config, memory
 from training.advice import stuck, tries
 from training.costs import Cost, Work, scoring_cost, training_cost, work_of
@@ -127,7 +126,7 @@ def plan(model_config, data_args, model_args, noise_args, train_args, ds, machin
     diffusion_steps = AUTO_STEPS if noise_args.diffusion_steps == "auto" else noise_args.diffusion_steps
     work = work_of(data_args, noise_args, train_args, diffusion_steps)
     if train_args.loss_type != "sft":
-        work = with_states_per_forward(work, shape, model_args, room)
+        work = with_tokens_per_forward(work, shape, model_args, room)
     items = fixed + graph_items(work, shape, model_args) + host_items(shape, ds, model_args, machine)
 
     # 3. Does it fit?
@@ -147,13 +146,13 @@ def plan(model_config, data_args, model_args, noise_args, train_args, ds, machin
     )
 
 
-def with_states_per_forward(work, shape, model_args, room):
-    """`work` with --states_per_forward as given; auto: the most states whose graph takes less than `room` bytes."""
-    if model_args.states_per_forward != "auto":
-        return work._replace(states_per_forward=model_args.states_per_forward)
+def with_tokens_per_forward(work, shape, model_args, room):
+    """`work` with --tokens_per_forward as given; auto: the most tokens whose graph takes less than `room` bytes."""
+    if model_args.tokens_per_forward != "auto":
+        return work._replace(tokens_per_forward=model_args.tokens_per_forward)
     best = work
-    for size in sizes(work.states[0]):
-        larger = work._replace(states_per_forward=size)
+    for sequences in range(1, sum(work.states) + 1):
+        larger = work._replace(tokens_per_forward=sequences * work.length)
         if total(graph_items(larger, shape, model_args), "card") < room:
             best = larger
     return best
@@ -272,7 +271,7 @@ def table(made):
         lines.append(f"  {f'in all, of {available:.1f}':62}{made.total(place) / GIB:8.2f}")
     lines += [
         f"{made.parameters:,} parameters, {made.trainable:,} trained",
-        f"states of a response in a forward pass: {made.work.states_per_forward}",
+        f"tokens in a forward pass: {made.work.tokens_per_forward}",
         f"planned: {made.seconds:.1f} s a pair of the longest length, the slower of",
         f"  {made.training.operations / 1e12:8.1f} TFLOP on the card, at {machine.tflops:g} TFLOP/s",
         f"  {made.training.bus / GIB:8.1f} GiB over the bus at most, at {machine.pcie_gbs * 1e9 / GIB:.1f} GiB/s",

@@ -9,7 +9,8 @@ S(x, y) = 1/R sum_r sum_s sum_{i: reveal_step_r[i] = s} log p(y_i | state before
 By default a state's share is spread evenly over all tokens that it hides, which has the same mean; scoring/noise.py has
 the weights of each estimator.
 
-B rows of a forward pass, L length, n response tokens, V vocabulary, T denoising steps, R trajectories, S states.
+B rows of a forward pass, N tokens and M scored tokens of all of them, L length, n response tokens, T denoising steps,
+R trajectories, S states.
 """
 
 import os
@@ -63,9 +64,11 @@ import torch.distributed as dist
 import files
 from cli.progress import progress
 from files import InputError
-from preferences.packed import Packed, longest
+from preferences.packed import Packed
+from scoring import passes
 from scoring.recipe import draw, replay, state_count
-from scoring.states import backward_passes, response_states, sizes
+from scoring.states import all_masked, join, response_states
+from scoring.window import Scores, Window
 from training import deepspeed_config, engine, memory, stopping
 from training.streaming import load
 
@@ -75,76 +78,104 @@ CHUNK = 8  # pairs that the reference job writes at once: what a kill can lose, 
 # --- the score and its gradient ---------------------------------------------------------------------------
 
 
-def weighted_logps(model, states, rows, device):
-    """sum over a row's tokens of weight * log p(target | input), for each of `rows`: (B,) float32.
+def joins_rows(model):
+    """Whether a model takes rows of several lengths in one forward pass."""
+    return getattr(getattr(model, "module", model), "joins_rows", False)
+
+
+def row_scores(model, rows, device):
+    """sum over a row's tokens of weight * log p(target | input), for each of `rows` [(States, index)]: (B,) float32.
 
     One forward pass; the head computes log-probabilities at scored tokens alone.
     """
-    inputs, targets, weight = states.inputs[rows], states.targets[rows], states.weight[rows]  # (B, L)
-    scored = np.flatnonzero(weight)  # (N,) places b * L + i
-    if not len(scored):
-        scored = np.zeros(1, np.int64)  # a token of weight 0: every rank must make the same forward passes
-    positions = engine.send(scored, device)
-    logps = model(
-        input_ids=engine.send(inputs, device), positions=positions, targets=engine.send(targets.ravel()[scored], device)
-    )  # (N,) float32
-    logps = logps * engine.send(weight.ravel()[scored], device)
-    grid = torch.zeros(inputs.size, dtype=torch.float32, device=device)
-    grid = grid.index_put((positions,), logps)  # without atomic additions: the same sum in every run
-    return grid.view(len(inputs), -1).sum(-1)
+    joined = join(rows)
+    B, widest = len(joined.lengths), int(joined.place.max()) + 1
+    inputs, lengths = joined.inputs[None], {"lengths": joined.lengths}  # (1, N)
+    if len(set(joined.lengths)) == 1:
+        inputs, lengths = joined.inputs.reshape(B, -1), {}  # (B, L)
+    positions, targets = engine.send(joined.positions, device), engine.send(joined.targets, device)
+    logps = model(input_ids=engine.send(inputs, device), positions=positions, targets=targets, **lengths)  # (M,)
+    logps = logps * engine.send(joined.weight, device)  # float32
+    grid = torch.zeros(B * widest, dtype=torch.float32, device=device)
+    places = engine.send(joined.row * widest + joined.place, device)
+    grid = grid.index_put((places,), logps)  # without atomic additions: the same sum in every run
+    return grid.view(B, widest).sum(-1)
 
 
-def state_scores(model, states, states_per_forward, device):
-    """The score of each state, (S,) float32, `states_per_forward` at a time. With gradients enabled it has a graph."""
-    scores = torch.zeros(len(states.inputs), dtype=torch.float32, device=device)
-    for rows in states.segments(states_per_forward):
-        scores = scores.index_put((engine.send(rows, device),), weighted_logps(model, states, rows, device))
-    return scores
+def nothing():
+    """In place of what is to be called between forward passes."""
 
 
-def diffusion_score(model, prompt, response, masked, weight, mask_id, states_per_forward=4, device="cpu"):
+def state_scores(model, responses, tokens_per_forward, ranks, after_pass=nothing):
+    """The score of each state of each response: a list of (S,) float32. With gradients enabled they have a graph.
+
+    responses: a list of States, whose rows share forward passes. Every rank must call this, if only with [].
+    after_pass() is called after each forward pass.
+    """
+    rows = [(response, index) for response, states in enumerate(responses) for index in states.live]
+    lengths = [responses[response].inputs.shape[1] for response, _ in rows]
+    planned = passes.pick(rows, passes.fill(lengths, tokens_per_forward, not joins_rows(model)))
+    scores = Scores(responses, ranks.device)
+    for each in passes.filled_up(planned, *ranks.most(len(planned))):
+        states = [(responses[response], index) for response, index in each]
+        scores.keep(each, row_scores(model, states, ranks.device))
+        after_pass()
+    return scores.by_response()
+
+
+def diffusion_score(model, prompt, response, masked, weight, mask_id, tokens_per_forward=4096, device="cpu"):
     """The stepwise denoising score of one response, per state: (S,) float32, whose sum is S(x, y). Differentiable.
 
     prompt (P,), response (n,): token ids. masked (S, n) bool, weight (S, n): see state_masks and state_weights of
     scoring/noise.py.
     """
     states = response_states(prompt, response, masked, weight, mask_id)
-    return state_scores(model, states, states_per_forward, device)
+    [scores] = state_scores(model, [states], tokens_per_forward, engine.Ranks(0, 1, torch.device(device)))
+    return scores
 
 
-def score_and_backward(model, responses, loss_of, states_per_forward, device, backward):
-    """Add the gradient of loss_of([S of each response]) at constant memory in the number of states.
+def score_and_backward(model, pieces, tokens_per_forward, ranks, backward, after_pass=nothing):
+    """Add the gradient of the sum of scale * loss over `pieces`, in passes of at most `tokens_per_forward` tokens.
 
-    responses: States of each. loss_of: list of scalar scores -> scalar loss. backward(loss): adds d loss / d weights
-    to the gradient. Returns the loss () and each response's scores (S,), detached and on the device: nothing here waits
-    for a GPU.
+    pieces: [Piece], all with slopes or none. backward(loss, is_last): adds d loss / d weights to the gradient.
+    after_pass() is called between passes. Returns [(loss (), [(S,) of each response])] of the pieces, detached and on
+    the device: nothing here waits for a GPU.
 
     By the chain rule d loss / d weights is the sum over responses of d loss / d S times d S / d weights, and S is a sum
-    over states: the gradient is exact. Where only some states carry it (--backprop_steps) it is unbiased.
+    over states: the gradient is exact however the rows are divided, and memory does not grow with their number. Where
+    only some states carry it (--backprop_steps) it is unbiased.
     """
-    # 1. If everything fits one forward pass, so does its graph: one backward pass
-    counts = [len(states.inputs) for states in responses]
-    carrying = [len(states.with_gradient.inputs) for states in responses]
-    if backward_passes(counts, carrying, states_per_forward) == 1:
-        scores = [state_scores(model, states, states_per_forward, device) for states in responses]
-        loss = loss_of([score.sum() for score in scores])
-        backward(loss)
-        return loss.detach(), [score.detach() for score in scores]
+    # 1. The passes, of which every rank makes the same number
+    window = Window(pieces, ranks.device)
+    planned = window.divide(tokens_per_forward, is_alike=not joins_rows(model))
+    planned = planned.filled_up(*ranks.most(*planned.counts))
+    left = planned.counts[1]
 
-    # 2. Else the scores without a graph
+    # 2. Pieces that are too large for one graph: their scores, and so the slopes of their losses
     with torch.no_grad():
-        scores = [state_scores(model, states, states_per_forward, device) for states in responses]
+        for rows in planned.without_graph:
+            window.scores.keep(rows, row_scores(model, window.states(rows), ranks.device))
+            after_pass()
+    if planned.with_graph:
+        window.find_slopes()
 
-    # 3. The loss's derivative by each score: one number per response
-    totals = [score.sum().requires_grad_() for score in scores]
-    loss = loss_of(totals)
-    slopes = torch.autograd.grad(loss, totals)
+    # 3. Their rows again, with a graph, times those slopes
+    for rows in planned.with_graph:
+        scores = row_scores(model, window.graph_states(rows), ranks.device)
+        left -= 1
+        backward(window.loss_of_rows(rows, scores), left == 0)
+        if left:
+            after_pass()
 
-    # 4. A few states at a time again, with a graph, times that number
-    for states, slope in zip(responses, slopes):
-        for rows in states.with_gradient.segments(states_per_forward):
-            backward(slope * weighted_logps(model, states.with_gradient, rows, device).sum())
-    return loss.detach(), scores
+    # 4. Whole pieces: one graph, one backward pass
+    for parts in planned.whole:
+        rows = [row for piece in parts for row in window.rows[piece]]
+        scores = row_scores(model, window.states(rows), ranks.device)
+        left -= 1
+        backward(window.loss_of_pieces(parts, rows, scores), left == 0)
+        if left:
+            after_pass()
+    return window.results()
 
 
 # --- the reference job ------------------------------------------------------------------------------------
@@ -158,23 +189,21 @@ class Job(NamedTuple):
     mask_id: int
     folder: Path  # packed/ref-<key>
     noise_args: config.NoiseArguments
-    states_per_forward: int
+    tokens_per_forward: int
     ranks: engine.Ranks
     stop: stopping.Stop
 
 
 @torch.no_grad()
-def fit_reference(model, packed, noise_args, mask_id, ranks):
-    """states_per_forward of the reference job, tried on the longest response."""
-    index, side = longest(packed)
-    prompt, *responses = packed[index]
-    states = replay(prompt, responses[side], draw(packed, index, side, noise_args, 0), noise_args, mask_id)
+def fit_reference(model, packed, ranks, mask_id):
+    """tokens_per_forward of the reference job, tried on the longest response with all of it masked."""
+    states = all_masked(packed, mask_id)
+    length = states.inputs.shape[1]
 
-    def trial(size):
-        state_scores(model, states.first(size), size, ranks.device)
+    def trial(tokens):
+        row_scores(model, [(states, 0)] * (tokens // length), ranks.device)
 
-    rows = {size: size for size in sizes(state_count(noise_args))}
-    return memory.largest_that_fits(rows, trial, ranks).size
+    return memory.largest_that_fits(length, max(length, passes.ENOUGH), trial, ranks).size
 
 
 @torch.no_grad()
@@ -183,23 +212,27 @@ def score_pairs(job, pairs, noise_set):
 
     Returns masks uint8 (their response tokens, ceil(S/8)) and scores float32 (pairs, 2, S).
     """
-    masks, scores = [], []
+    masks, responses = [], []
     for index in pairs:
-        prompt, *responses = job.packed[index]
-        for side, response in enumerate(responses):
+        prompt, *sides = job.packed[index]
+        for side, response in enumerate(sides):
             masked = draw(job.packed, index, side, job.noise_args, noise_set)
-            states = replay(prompt, response, masked, job.noise_args, job.mask_id)
             masks.append(reference.pack_masks(masked))
-            scores.append(state_scores(job.model, states, job.states_per_forward, job.ranks.device).cpu().numpy())
-        if not np.isfinite(scores[-2:]).all():
-            raise InputError(
-                f"{job.packed.folder}: the reference score of pair {index} is not finite; the model is broken "
-                "or its numbers overflow (try --use_mixed_precision no)",
-                local=True,
-            )
-        if job.stop.asked():
-            return None
-    return np.concatenate(masks), np.stack(scores).reshape(len(pairs), 2, -1)
+            responses.append(replay(prompt, response, masked, job.noise_args, job.mask_id))
+    try:
+        scores = state_scores(job.model, responses, job.tokens_per_forward, job.ranks, job.stop.check)
+    except stopping.Stopped:
+        return None
+    if not pairs:
+        return masks, scores
+    scores = torch.stack(scores).view(len(pairs), 2, -1).cpu().numpy()
+    if len(broken := np.flatnonzero(~np.isfinite(scores).all((1, 2)))):
+        raise InputError(
+            f"{job.packed.folder}: the reference score of pair {pairs[broken[0]]} is not finite; the model is broken "
+            "or its numbers overflow (try --use_mixed_precision no)",
+            local=True,
+        )
+    return np.concatenate(masks), scores
 
 
 def reference_set(job, noise_set):
@@ -221,9 +254,7 @@ def reference_set(job, noise_set):
         for turn in range(0, len(todo), job.ranks.world):
             in_turn = todo[turn : turn + job.ranks.world]
             mine = in_turn[job.ranks.rank] if job.ranks.rank < len(in_turn) else range(0)
-            idle = 0 if job.ranks.world == 1 else CHUNK - len(mine)
-            fillers = [0] * idle  # scored and thrown away: ranks must make the same forward passes
-            scored = score_pairs(job, [*mine, *fillers], noise_set)
+            scored = score_pairs(job, mine, noise_set)
             if scored is None:
                 return False
             if mine:
@@ -245,7 +276,7 @@ def score_all(job, first_set, wanted, model_name):
         "device": str(job.ranks.device),
         "ranks": job.ranks.world,
         "torch": torch.__version__,
-        "states_per_forward": job.states_per_forward,
+        "tokens_per_forward": job.tokens_per_forward,
     }
     for noise_set in range(first_set, job.noise_args.noise_sets):
         if not reference_set(job, noise_set):
@@ -260,7 +291,7 @@ def what_next(job, is_done, seconds, flags):
     """The lines that a job ends with. flags: the command line, which train_dpo.py accepts too."""
     if not is_done:
         return f"stopped; all scores but of {CHUNK} pairs at most are kept. To resume, run: {exits.command()}"
-    states = f"{state_count(job.noise_args)} states per response, {job.states_per_forward} in a forward pass"
+    states = f"{state_count(job.noise_args)} states per response, {job.tokens_per_forward} tokens in a forward pass"
     done = f"{job.folder}: {len(job.packed)} pairs, {job.noise_args.noise_sets} noise set(s), {states}, {seconds:.0f} s"
     if os.environ.get("LAUNCH_COMMAND"):  # launch.sh trains next
         return done
@@ -290,19 +321,19 @@ def main(argv=None):
     if have >= noise_args.noise_sets:
         return engine.leave()
 
-    # 3. The model, and as many states in a forward pass as fit
+    # 3. The model, and as many tokens in a forward pass as fit
     if ranks.first:
         if ranks.device.type == "cpu" and model_args.use_mixed_precision == "bf16":
             print("warning: bfloat16 is several times slower than float32 on a CPU; --use_mixed_precision no")
         print(f"{packed.folder}, {source} -> {folder}", flush=True)
     stop = stopping.Stop(ranks)
     model, began = load(model_args, ranks), time.time()
-    size = model_args.states_per_forward
-    if size == "auto":
-        size = fit_reference(model, packed, noise_args, mask_id, ranks)
+    tokens = model_args.tokens_per_forward
+    if tokens == "auto":
+        tokens = fit_reference(model, packed, ranks, mask_id)
 
     # 4. The scores
-    job = Job(model, packed, mask_id, folder, noise_args, size, ranks, stop)
+    job = Job(model, packed, mask_id, folder, noise_args, tokens, ranks, stop)
     is_done = score_all(job, have, wanted, source)
 
     # 5. What to do next

@@ -12,6 +12,7 @@ gradient in score.py, DeepSpeed's engine in training/engine.py. Policy and refer
 that the first step has margin 0 and loss ln 2; a run in which they differ is refused.
 """
 
+import itertools
 import math
 import time
 from typing import Any, NamedTuple
@@ -50,9 +51,10 @@ from models import quantized
 from reasoning import tasks
 from scoring import recipe, reference
 from scoring.objective import SFT, Preference, Stream, split
-from scoring.states import backward_passes
 from training import deepspeed_config, engine, guard, resume, stopping, tracking
 from training.policy import check_row_lengths, check_start, fit, save_final, start_policy
+
+FULL_PASSES = 8  # of an evaluation, between two looks at what is left to score
 
 
 class Job(NamedTuple):
@@ -64,14 +66,13 @@ class Job(NamedTuple):
     stream: Stream  # the order of the data
     ranks: engine.Ranks
     stop: stopping.Stop
-    states_per_forward: int
+    tokens_per_forward: int
     pairs_per_step: int  # of all ranks
-    backwards: int  # backward passes of a step, on each rank
     steps: int  # of the run
 
-    def scores(self, states):
-        """The policy's score of each of `states`, (S,) float32."""
-        return score.state_scores(self.policy, states, self.states_per_forward, self.ranks.device)
+    def scores(self, responses, after_pass=score.nothing):
+        """The policy's scores of a list of States: [(S,) float32]. Every rank must call it."""
+        return score.state_scores(self.policy, responses, self.tokens_per_forward, self.ranks, after_pass)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------
@@ -151,39 +152,28 @@ class StepResult(NamedTuple):
 
 def optimizer_step(job, step, record, rate):
     """One step of the optimizer. Raises Stopped in its middle if a signal came; the weights are as before then."""
-    sums, tokens, pieces, backward = 0, 0, [], Backward(job)
     for group in job.policy.optimizer.param_groups:
         group["lr"] = rate
-    for micro in range(job.args.gradient_accumulation_steps):
-        for item, share in job.objective.work(micro_batch(job, step, micro)):
-            responses, loss_of = job.objective.responses(item), job.objective.loss(item)
-            backward.scale = share / job.args.gradient_accumulation_steps
-            loss, scores = score.score_and_backward(
-                job.policy, responses, loss_of, job.states_per_forward, job.ranks.device, backward
-            )
-            sums = sums + job.objective.measure(item, loss, scores)
-            tokens += sum(states.inputs.size for states in responses)
-            pieces.append((item, loss, scores))
-            record.pair(step, pieces)
-            if backward.made < job.backwards:
-                job.stop.check()
-    assert backward.made == job.backwards, f"{backward.made} backward passes, {job.backwards} were planned"
-    return StepResult(sums, tokens, engine.step(job.policy), pieces)
+    micro_steps = job.args.gradient_accumulation_steps
+    work = [job.objective.work(micro_batch(job, step, micro)) for micro in range(micro_steps)]
+    items, shares = zip(*itertools.chain.from_iterable(work))
+    pieces = [job.objective.piece(item, share / micro_steps) for item, share in zip(items, shares)]
 
-
-class Backward:
-    """The backward passes of one optimizer step. The last of them is the boundary of gradient accumulation."""
-
-    def __init__(self, job):
-        self.job, self.made, self.scale = job, 0, 1.0
-
-    def __call__(self, loss):
-        """Add the gradient of loss * scale, which is NaN if the loss is not finite."""
-        self.made += 1
+    def backward(loss, is_last):
+        """Add the gradient of the loss, which is NaN if the loss is not finite."""
         # Set at every backward: without it ZeRO-2 is silently wrong
-        self.job.policy.set_gradient_accumulation_boundary(self.made == self.job.backwards)
-        scaled = loss * self.scale
-        self.job.policy.backward(scaled * guard.poison(loss), scale_wrt_gas=False)
+        job.policy.set_gradient_accumulation_boundary(is_last)
+        job.policy.backward(loss * guard.poison(loss), scale_wrt_gas=False)
+
+    def after_pass():
+        record.passed(step)
+        job.stop.check()
+
+    scored = score.score_and_backward(job.policy, pieces, job.tokens_per_forward, job.ranks, backward, after_pass)
+    results = [(item, *each) for item, each in zip(items, scored)]
+    sums = sum(job.objective.measure(*each) for each in results)
+    tokens = sum(states.inputs.size for piece in pieces for states in piece.responses)
+    return StepResult(sums, tokens, engine.step(job.policy), results)
 
 
 def micro_batch(job, step, micro):
@@ -210,18 +200,20 @@ def evaluate(job, record, held_out_pairs, step, write=True):
     The pairs are dealt over the ranks, with the same forwards on each. write: their scores to scores.jsonl, too.
     """
     sums = torch.zeros(len(job.objective.metrics) + 1, dtype=torch.float64, device=job.ranks.device)
-    pieces, count = [], len(held_out_pairs)
-    for turn in range(0, count, job.ranks.world):
-        mine = turn + job.ranks.rank
-        pair = held_out_pairs[min(mine, count - 1)]  # a rank without a pair scores the last one and ignores it
-        [(item, _)] = job.objective.work([(int(pair), 0)])
-        scores = [job.scores(states) for states in job.objective.responses(item)]
-        loss = job.objective.loss(item)([state.sum() for state in scores])
-        if mine < count:
-            sums += job.objective.measure(item, loss, scores)
-            pieces.append((item, loss, scores))
-        record.rewrite(f"step {step} | evaluating {mine + 1}/{count} held-out pairs")
-        job.stop.check()
+    pieces, count, world = [], len(held_out_pairs), job.ranks.world
+    most = int(job.objective.tokens()[held_out_pairs].max())
+    at_once = math.ceil(FULL_PASSES * job.tokens_per_forward / most)  # pairs of a rank, in passes that are mostly full
+    for turn in range(0, count, at_once * world):
+        mine = held_out_pairs[turn + job.ranks.rank : turn + at_once * world : world]
+        items = [item for pair in mine for item, _ in job.objective.work([(int(pair), 0)])]
+        parts = [job.objective.piece(item) for item in items]
+        scores = iter(job.scores([states for part in parts for states in part.responses], job.stop.check))
+        for item, part in zip(items, parts):
+            own = [next(scores) for _ in part.responses]
+            loss = part.loss_of([each.sum() for each in own])
+            sums += job.objective.measure(item, loss, own)
+            pieces.append((item, loss, own))
+        record.rewrite(f"step {step} | evaluating {min(turn + at_once * world, count)}/{count} held-out pairs")
     if write:
         record.pairs(step, "eval", pieces)
     means = tracking.add_up_over_ranks(sums, 0).means(job.objective.metrics, "eval_")
@@ -259,26 +251,19 @@ def make_job(given, objective, run, train_pairs, ds_config, ranks, checkpoint):
     if steps <= 0:
         steps = math.ceil(args.num_train_epochs * len(train_pairs) / pairs_per_step)
 
-    # 2. states of a forward, and so the backward passes of a step
-    pieces = args.gradient_accumulation_steps * len(objective.work([(0, 0)] * micro_batch_size))
-    size = model_args.states_per_forward
-    if args.loss_type == "sft":
-        size = micro_batch_size
-    elif size == "auto" and checkpoint:  # as the run began: the same sums to the last digit
-        size = run.arguments()["states_per_forward"]
-    # "auto" needs the engine, whose config needs the number of backward passes. There it matters only that it is more
-    # than 1, which it is with 1 state a forward: we set the boundary of accumulation ourselves.
-    passes = backward_passes(objective.counts, objective.carrying, 1 if size == "auto" else size)
-    ds_config = deepspeed_config.training_config(ds_config, args, model_args, pieces * passes, model_args.deepspeed)
+    # 2. the engine, and as many tokens in a forward pass as fit
+    tokens = model_args.tokens_per_forward
+    if tokens == "auto" and checkpoint:  # as the run began: the same sums to the last digit
+        tokens = run.arguments()["tokens_per_forward"]
+    ds_config = deepspeed_config.training_config(ds_config, args, model_args, model_args.deepspeed)
     policy = start_policy(model_args, args, ds_config, ranks)
     stop = stopping.Stop(ranks)
-    if size == "auto":
-        size = fit(policy, objective, score.score_and_backward, ranks)
-    backwards = pieces * backward_passes(objective.counts, objective.carrying, size)
+    if tokens == "auto":
+        tokens = fit(policy, objective, pairs_per_step // ranks.world, score.score_and_backward, ranks)
 
     # 3. the order of the data
     stream = Stream(train_pairs, args.seed, micro_batch_size, objective.lengths)
-    return Job(args, policy, objective, stream, ranks, stop, size, pairs_per_step, backwards, steps)
+    return Job(args, policy, objective, stream, ranks, stop, tokens, pairs_per_step, steps)
 
 
 def begin(job, run, given, arguments, wanted, held_out_pairs, checkpoint):
@@ -292,8 +277,7 @@ def begin(job, run, given, arguments, wanted, held_out_pairs, checkpoint):
         print(
             f"{job.objective.packed.folder}, {given.model.model_name_or_path} -> {run.folder}: "
             f"{len(job.stream.train)} {noun} to train on, {len(held_out_pairs)} held out, {job.steps} steps of "
-            f"{job.pairs_per_step} {noun}, {sum(job.objective.counts)} states each, {job.backwards} backward passes a "
-            f"step{place}",
+            f"{job.pairs_per_step} {noun}, {job.tokens_per_forward} tokens in a forward pass{place}",
             flush=True,
         )
     if not checkpoint and not is_sft:
@@ -329,8 +313,7 @@ def main(argv=None):
 
     # 2. the policy in its engine
     job = make_job(given, objective, run, train_pairs, ds_config, ranks, checkpoint)
-    if given.train.loss_type != "sft":
-        arguments["states_per_forward"] = job.states_per_forward
+    arguments["tokens_per_forward"] = job.tokens_per_forward
 
     # 3. the loop, and what it makes
     progress, record = begin(job, run, given, arguments, wanted, held_out_pairs, checkpoint)

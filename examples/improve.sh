@@ -22,7 +22,7 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # a seed a core
 one_seed() {
     local seed=$1 from=examples/tiny folder steps compare=()
     local sampler="--use_mixed_precision no --device cpu --gen_length 40 --batch_size 64"
-    local shared="--use_mixed_precision no --gradient_checkpointing false --states_per_forward 16 --logging_steps 20
+    local shared="--use_mixed_precision no --gradient_checkpointing false --tokens_per_forward 4096 --logging_steps 20
         --noise_seed $seed --seed $seed --max_length 256 --deepspeed ds_configs/zero0.json"
     for round in $(seq "$rounds"); do
         folder=$WORK/seed-$seed/round-$round

@@ -1,8 +1,9 @@
-"""Build a model of any family behind one interface: forward(input_ids, attention_mask, positions, targets).
+"""Build a model of any family behind one interface: forward(input_ids, attention_mask, positions, targets, lengths).
 
     load_config(name) -> build(config, dtype, shift) -> a model without its weights, which checkpoint.py fills
 
-families.py lists the families. LLaDA's own model is in llada.py; adapt() gives the others its interface.
+families.py lists the families. LLaDA's own model is in llada.py; adapt() gives the others its interface. A model whose
+joins_rows is false takes no `lengths`: all rows of its forward pass must have one length.
 
 B batch, L length, D width, V vocabulary, N scored positions.
 """
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, LlamaConfi
 from transformers.modeling_outputs import MaskedLMOutput
 
 from files import InputError
-from models import folders
+from models import attention, folders
 from models.families import CAUSAL
 from models.head import Head
 from models.llada import LLaDAModelLM  # it registers model_type llada itself
@@ -62,7 +63,9 @@ def build(config, dtype, shift, trust_remote_code=False):
     """The model of `config`, its weights not yet loaded. shift: whether its logits at i - 1 predict token i."""
     if config.model_type in CAUSAL:
         config.is_causal = config.use_cache = False
-        model = getattr(transformers, CAUSAL[config.model_type])._from_config(config, dtype=dtype)
+        kind = getattr(transformers, CAUSAL[config.model_type])
+        model = kind._from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+        model.joins_rows = True
         for module in model.modules():
             if hasattr(module, "is_causal"):
                 module.is_causal = False
@@ -97,13 +100,18 @@ def adapt(model, shift):
             x = x.flatten(0, 1)[wanted["positions"]]  # (N, D)
         return x, wanted["targets"]
 
-    def forward(input_ids, attention_mask=None, positions=None, targets=None):
+    def forward(input_ids, attention_mask=None, positions=None, targets=None, lengths=None):
         """As LLaDAModelLM.forward."""
+        joined, places = {}, torch.arange(input_ids.numel(), device=input_ids.device) % input_ids.shape[1]
+        if lengths:
+            rows = attention.Rows(lengths, input_ids.device)
+            places = rows.places
+            joined = {"position_ids": places[None], "rows": rows}
         if shift and positions is not None:
-            is_first = positions % input_ids.shape[1] == 0  # (N,) nothing precedes it: its own logits predict it
+            is_first = places[positions] == 0  # (N,) nothing precedes it: its own logits predict it
             positions = torch.where(is_first, positions, positions - 1)
         wanted.update(positions=positions, targets=targets)
-        logits = original_forward(input_ids=input_ids, attention_mask=attention_mask).logits
+        logits = original_forward(input_ids=input_ids, attention_mask=attention_mask, **joined).logits
         if targets is not None:
             return logits  # (N,) log-probabilities, which the head made
         if shift and positions is None:

@@ -17,6 +17,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
+from models.attention import Rows, attend
 from models.head import Head
 
 
@@ -146,13 +147,16 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.up_proj = nn.Linear(D, config.mlp_width, bias=False)
         self.ff_out = nn.Linear(config.mlp_width, D, bias=False)
 
-    def forward(self, x, cos, sin, bias):
+    def forward(self, x, cos, sin, bias, rows):
         B, L, D = x.shape
         h = self.attn_norm(x)
         q = rotate(self.q_proj(h).view(B, L, self.heads, self.head_width).transpose(1, 2), cos, sin)  # (B, H, L, hd)
         k = rotate(self.k_proj(h).view(B, L, self.kv_heads, self.head_width).transpose(1, 2), cos, sin)
         v = self.v_proj(h).view(B, L, self.kv_heads, self.head_width).transpose(1, 2)  # (B, G, L, hd)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=self.heads != self.kv_heads)
+        if rows is None:
+            h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=self.heads != self.kv_heads)
+        else:
+            h = attend(q, k, v, rows)
         x = x + self.attn_out(h.transpose(1, 2).reshape(B, L, D))
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
@@ -179,6 +183,7 @@ class LLaDAModelLM(PreTrainedModel):
     config_class = LLaDAConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    joins_rows = True  # forward() takes rows of several lengths, end to end
     _no_split_modules = ["LLaDABlock"]
     _supports_sdpa = True
     _tied_weights_keys = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
@@ -212,22 +217,27 @@ class LLaDAModelLM(PreTrainedModel):
     def rotary(self, length, device):
         return rotary(length, self.config.d_model // self.config.n_heads, self.config.rope_theta, device)
 
-    def forward(self, input_ids, attention_mask=None, positions=None, targets=None):
+    def forward(self, input_ids, attention_mask=None, positions=None, targets=None, lengths=None):
         """input_ids (B, L); attention_mask (B, L), 1 = real; positions (N,) flat indices b * L + i.
+
+        lengths: of rows that stand end to end in input_ids (1, L), each of which sees itself alone.
 
         Returns MaskedLMOutput with logits (B, L, V), or (N, V) of `positions` alone. With `targets` (N,) too, returns
         their log-probabilities alone, (N,) float32: a score needs no more head than it reads (head.py).
         Positions are counted by index: padding on the left shifts them.
         """
         x = self.model.transformer.wte(input_ids)  # (B, L, D)
-        cos, sin = self.rotary(input_ids.shape[1], x.device)
-        bias = None
+        cos, sin = self.rotary(max(lengths or input_ids.shape[1:]), x.device)  # (longest, hd)
+        bias = rows = None
+        if lengths:
+            rows = Rows(lengths, x.device)
+            cos, sin = cos[rows.places], sin[rows.places]  # (L, hd)
         if attention_mask is not None and not attention_mask.bool().all():
             off = attention_mask[:, None, None, :] == 0  # by key column; finfo.min, so that an empty row is no NaN
             bias = torch.zeros(off.shape, dtype=x.dtype, device=x.device).masked_fill(off, torch.finfo(x.dtype).min)
             bias = bias.expand(-1, 1, input_ids.shape[1], -1)  # (B, 1, L, L)
         for block in self.model.transformer.blocks:
-            x = block(x, cos, sin, bias)
+            x = block(x, cos, sin, bias, rows)
         x = self.model.transformer.ln_f(x)
         if positions is not None:
             x = x.flatten(0, 1)[positions]  # (N, D)

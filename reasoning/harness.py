@@ -43,7 +43,7 @@ class MaskedDiffusion(LM):
 
     def __init__(self, sample, likelihood):
         super().__init__()
-        for name in ("diffusion_steps", "trajectories", "states_per_forward"):
+        for name in ("diffusion_steps", "trajectories", "tokens_per_forward"):
             if getattr(likelihood, name) < 1:
                 raise InputError(f"{name} is {getattr(likelihood, name)}; expected at least 1")
         self.sample, self.likelihood = sample, likelihood
@@ -158,7 +158,7 @@ class MaskedDiffusion(LM):
         rng = noise.generator(self.likelihood.noise_seed, prompt + response, "chosen")
         masked = noise.state_masks(len(response), "spread", T, R, rng)  # (S, n)
         weights = noise.state_weights(masked, "spread", T, R)  # (S, n)
-        at_once = self.likelihood.states_per_forward
+        at_once = self.likelihood.tokens_per_forward
         scores = self.diffusion_score(
             self.model, prompt, response, masked, weights, self.mask_id, at_once, self._device
         )  # (S,)

@@ -276,7 +276,7 @@ def differ(name, values, orders):
     if name == "estimator":
         pairs = zip(values, orders)
         values = [noise.automatic_estimator(order) if value == "auto" else value for value, order in pairs]
-    elif name in ("states_per_forward", "diffusion_steps"):  # a number that fits the card, or that was measured
+    elif name in ("tokens_per_forward", "diffusion_steps"):  # a number that fits the card, or that was measured
         values = [value for value in values if value != "auto"]
     return len(set(map(str, values))) > 1
 

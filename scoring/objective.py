@@ -15,6 +15,7 @@ from files import InputError, fingerprint
 from scoring import noise, recipe
 from scoring.losses import LOSSES
 from scoring.states import States, response_states
+from scoring.window import Piece
 
 # TRL's names; SFT has the first alone
 METRICS = (
@@ -83,7 +84,9 @@ class Stream:
 
 
 class Preference:
-    """A preference loss on pairs: a piece of work is (pair index, epoch), scored by itself."""
+    """A preference loss on pairs: a piece of work is (pair index, epoch)."""
+
+    least_tokens = 0  # of a response
 
     def __init__(self, args, noise_args, packed, reference, mask_id):
         self.args, self.noise, self.mask_id = args, noise_args, mask_id
@@ -96,8 +99,12 @@ class Preference:
         self.counts, self.carrying = counts(args, recipe.state_count(noise_args))
 
     def work(self, batch):
-        """The pieces of a micro-batch [(pair, epoch)], scored one after the other, each with its share of the loss."""
+        """The pieces of work of a micro-batch [(pair, epoch)], each with its share of the loss."""
         return [(item, 1 / len(batch)) for item in batch]
+
+    def piece(self, item, scale=1.0):
+        """The Piece of a piece of work, which counts `scale` in the loss of a step."""
+        return Piece(self.responses(item), self.loss(item), scale)
 
     def responses(self, item):
         """The States of chosen and rejected and, under sft_weight, the chosen's SFT row."""
@@ -183,7 +190,7 @@ class Preference:
 
 
 class SFT:
-    """Masked-diffusion NLL of the chosen response: a piece of work is a micro-batch, scored in one forward pass."""
+    """Masked-diffusion NLL of the chosen response: a piece of work is a micro-batch, whose rows are padded alike."""
 
     def __init__(self, args, noise_args, packed, mask_id):
         self.args, self.noise, self.packed, self.mask_id = args, noise_args, packed, mask_id
@@ -191,7 +198,7 @@ class SFT:
         # Rows of a micro-batch have prompts of similar length. Their responses must not matter: if rows were alike in
         # prompt and response together, the padding would tell the model how long its response is.
         self.lengths = np.diff(packed.bounds[:, :2].astype(np.int64), axis=1)[:, 0]
-        self.counts = self.carrying = [1]  # one backward pass, however many rows
+        self.least_tokens = args.sft_pad_to
 
     def chosen_tokens(self, _):
         return 1
@@ -201,6 +208,9 @@ class SFT:
 
     def responses(self, item):
         return [sft_rows(item, self.packed, self.args.sft_pad_to, self.noise.noise_seed, self.mask_id)]
+
+    def piece(self, item, scale=1.0):
+        return Piece(self.responses(item), self.loss(item), scale, slopes=[-1 / len(item)])
 
     def loss(self, item):
         return lambda scores: -scores[0] / len(item)

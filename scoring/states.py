@@ -1,12 +1,13 @@
-"""The rows of a forward pass: the masked states of a response, and how they are divided into forward passes.
+"""The masked states of a response, and the rows of a forward pass.
 
 S states, L length, n response tokens, P prompt tokens.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
+
+from preferences.packed import longest
 
 
 class States(NamedTuple):
@@ -25,10 +26,10 @@ class States(NamedTuple):
         """The States whose scores carry the gradient."""
         return self.graph or self
 
-    def first(self, rows):
-        """The first `rows` rows, of the graph's too."""
-        graph = self.graph.first(rows) if self.graph else None
-        return States(self.inputs[:rows], self.targets[:rows], self.weight[:rows], graph)
+    @property
+    def live(self):
+        """Indices of the rows that score something: a state that reveals nothing needs no forward pass."""
+        return np.flatnonzero(self.weight.any(axis=1)).tolist()
 
     def carrying(self, factor, k):
         """These States, of which k rows carry the gradient, weighted by `factor` (S,) of noise.gradient_states.
@@ -39,15 +40,37 @@ class States(NamedTuple):
         graph = States(self.inputs[rows], self.targets[rows], self.weight[rows] * factor[rows, None])
         return self._replace(graph=graph)
 
-    def segments(self, states_per_forward):
-        """Yields the row indices of each forward pass: always ceil(S / states_per_forward) arrays.
 
-        States that reveal nothing are left out, but no array is empty: ranks must make the same forward passes.
-        """
-        live = self.weight.any(axis=1)
-        for first in range(0, len(self.inputs), states_per_forward):
-            rows = np.arange(first, min(first + states_per_forward, len(self.inputs)))
-            yield rows[live[rows]] if live[rows].any() else rows[:1]
+class Joined(NamedTuple):
+    """The rows of one forward pass, end to end. B rows, N tokens, M of them scored."""
+
+    inputs: np.ndarray  # (N,) int64
+    lengths: tuple  # of the B rows
+    positions: np.ndarray  # (M,) int64, places of the scored tokens in inputs
+    targets: np.ndarray  # (M,) int64
+    weight: np.ndarray  # (M,) float32
+    row: np.ndarray  # (M,) int64, the row that each scored token belongs to
+    place: np.ndarray  # (M,) int64, its place among the scored tokens of its row
+
+
+def join(rows):
+    """The Joined of `rows`, [(States, row)]. Without rows: one token of weight 0, for a rank that has nothing to do."""
+    if not rows:
+        zero, none = np.zeros(1, np.int64), np.zeros(1, np.float32)
+        return Joined(zero, (1,), zero, zero, none, zero, zero)
+    lengths = [states.inputs.shape[1] for states, _ in rows]
+    weights = [states.weight[row] for states, row in rows]
+    scored = [np.flatnonzero(weight) for weight in weights]
+    starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+    return Joined(
+        inputs=np.concatenate([states.inputs[row] for states, row in rows]),
+        lengths=tuple(lengths),
+        positions=np.concatenate([start + places for start, places in zip(starts, scored)]),
+        targets=np.concatenate([states.targets[row][places] for (states, row), places in zip(rows, scored)]),
+        weight=np.concatenate([weight[places] for weight, places in zip(weights, scored)]),
+        row=np.repeat(np.arange(len(rows)), [len(places) for places in scored]),
+        place=np.concatenate([np.arange(len(places)) for places in scored]),
+    )
 
 
 def response_states(prompt, response, masked, weight, mask_id):
@@ -64,13 +87,13 @@ def response_states(prompt, response, masked, weight, mask_id):
     return States(inputs, targets, full)
 
 
-def backward_passes(counts, carrying, states_per_forward):
-    """Backward passes of score_and_backward for responses of `counts` states, of which `carrying` have a graph."""
-    segments = [math.ceil(count / states_per_forward) for count in carrying]
-    return 1 if carrying == counts and max(segments) == 1 else sum(segments)
+def all_masked(packed, mask_id, least=0):
+    """The States of one row, the longest prompt and response of packed pairs, its response masked and all scored.
 
-
-def sizes(count):
-    """Numbers of states per forward pass that are worth a trial: 1, 2, 4 ..., half of `count`, all of them."""
-    powers = {2**power for power in range(count.bit_length())}
-    return sorted({power for power in powers if power < count} | {math.ceil(count / 2), count})
+    It takes as much memory as any row. least: tokens to which responses are padded.
+    """
+    index, side = longest(packed)
+    prompt, *responses = packed[index]
+    response = np.resize(responses[side], max(len(responses[side]), least))
+    ones = np.ones((1, len(response)))
+    return response_states(prompt, response, ones.astype(bool), ones, mask_id)

@@ -25,8 +25,8 @@ class Try(NamedTuple):
 
 def tries(model_args, ds, machine):
     """[Try]: first what changes memory alone, then LoRA, then 4 bits, then master weights in bf16 (see stuck())."""
-    frugal = {"states_per_forward": 1, "gradient_checkpointing": True}
-    roomy = {"states_per_forward": "auto", "gradient_checkpointing": True}
+    frugal = {"tokens_per_forward": 1, "gradient_checkpointing": True}
+    roomy = {"tokens_per_forward": "auto", "gradient_checkpointing": True}
     bf16 = {"use_mixed_precision": "bf16"}
     lora = {"lora_r": model_args.lora_r or 16}
     float32_masters, bf16_masters = offload_configs(model_args)

@@ -11,7 +11,6 @@ import math
 from typing import NamedTuple
 
 from scoring import noise, objective
-from scoring.states import backward_passes
 from training.footprint import bytes_per_element, placement
 
 
@@ -22,25 +21,30 @@ class Work(NamedTuple):
     with_gradient: list  # of each response, the states that carry the gradient
     length: int  # tokens of a sequence, at most
     pairs: int  # pairs or rows that these are
-    states_per_forward: int = 1
+    tokens_per_forward: int = 1
 
     @property
-    def backward_passes(self):
-        return backward_passes(self.states, self.with_gradient, self.states_per_forward)
+    def sequences_per_pass(self):
+        """Sequences in a forward pass, at most."""
+        return max(1, self.tokens_per_forward // self.length)
 
     @property
     def in_one_graph(self):
         """Whether one forward pass scores everything, so that none is needed without a graph."""
-        return self.backward_passes == 1
+        return self.states == self.with_gradient and sum(self.states) <= self.sequences_per_pass
+
+    @property
+    def backward_passes(self):
+        return self.forwards(self.with_gradient)
 
     @property
     def sequences_in_graph(self):
         """Sequences whose activations are held at once."""
-        return sum(self.states) if self.in_one_graph else min(self.states_per_forward, max(self.with_gradient))
+        return min(self.sequences_per_pass, sum(self.with_gradient))
 
     def forwards(self, states):
         """Forward passes for responses of so many `states`."""
-        return sum(math.ceil(count / self.states_per_forward) for count in states)
+        return math.ceil(sum(states) / self.sequences_per_pass)
 
 
 class Cost(NamedTuple):

@@ -203,8 +203,8 @@ def places_of_auto(section, where=""):
             yield where + key
 
 
-def training_config(config, args, model_args, backwards, path):
-    """The configuration of the policy's engine. backwards: backward passes per optimizer step."""
+def training_config(config, args, model_args, path):
+    """The configuration of the policy's engine."""
     if str(config.get("optimizer", {}).get("type")).lower() == "adafactor":
         raise InputError(
             f"{path}: optimizer.type Adafactor is refused: ZeRO gives an optimizer flat vectors, without the rows and "
@@ -223,9 +223,9 @@ def training_config(config, args, model_args, backwards, path):
     }
     config = resolve(config, values, path)
     config.pop("train_batch_size", None)
-    # To DeepSpeed each backward is one accumulation step: ZeRO-2's offload allocates its accumulation buffer only when
-    # it expects more than one. We scale the loss and set the boundary ourselves.
-    config["gradient_accumulation_steps"] = backwards
+    # To DeepSpeed each backward pass is an accumulation step. Their number varies, and we scale the loss and set the
+    # boundary ourselves; 2 says that there may be several: ZeRO-2's offload allocates its accumulation buffer then.
+    config["gradient_accumulation_steps"] = 2
     if model_args.lora_r and sums_in_float32(config):
         config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     return config | {"steps_per_print": 10**9, "wall_clock_breakdown": False}

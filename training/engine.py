@@ -57,6 +57,10 @@ class Ranks(NamedTuple):
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def most(self, *counts):
+        """The largest of every rank's counts, each for itself: a list of integers."""
+        return [max(each) for each in zip(*self.gather(counts))] if self.world > 1 else list(counts)
+
     def gather(self, value):
         """Every rank's `value` as a list, on every rank."""
         box = [None] * self.world

@@ -23,9 +23,9 @@ def check_reference(job, batch, dtype):
     largest = 0.0
     for item in batch:
         lengths = [len(response) for response in job.objective.packed[item[0]][1:]]
-        for states, stored, n in zip(job.objective.responses(item), job.objective.ref_scores(item), lengths):
-            gap = abs(float(job.scores(states).sum()) - float(stored)) / n
-            largest = max(largest, gap)
+        scores = job.scores(job.objective.responses(item)[:2])
+        for score, stored, n in zip(scores, job.objective.ref_scores(item), lengths):
+            largest = max(largest, abs(float(score.sum()) - float(stored)) / n)
     gaps = job.ranks.gather(largest)
     if not all(gap <= FIRST_STEP[dtype] for gap in gaps):
         folder, mend = job.objective.reference.folder, job.objective.reference.mend

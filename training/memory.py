@@ -13,28 +13,27 @@ ROOM = 0.8  # the share of free memory that a trial may plan to fill
 class Fit(NamedTuple):
     """What largest_that_fits() found."""
 
-    size: int  # states in one forward
+    size: int  # tokens in one forward pass
     peak_gib: float  # of this rank, in its trial
 
 
-def largest_that_fits(rows, trial, ranks, reserved=0):
-    """The largest size that fits on every rank: a Fit.
+def largest_that_fits(first, most, trial, ranks, reserved=0):
+    """The most tokens of a forward pass, from `first` to `most`, that fit on every rank: a Fit.
 
-    Try sizes in ascending order and stop before one that is predicted not to fit: under ZeRO-3 an out-of-memory error
-    inside backward cannot be recovered. Memory is predicted to grow with the rows that are held at once.
+    Try numbers in ascending order and stop before one that is predicted not to fit: under ZeRO-3 an out-of-memory error
+    inside backward cannot be recovered.
 
-    rows: {size: rows held at once}, ascending. trial(size): do the work once. reserved: bytes to leave free.
+    trial(tokens): do the work once. reserved: bytes to leave free.
     """
-    sizes = list(rows)
-    for size, next_size in zip(sizes, [*sizes[1:], None]):
+    size = first
+    while True:
         held, free = memory_now(ranks.device)
         peak = peak_of(trial, size, ranks.device)
-        if next_size is None:
-            break
-        predicted = (peak - held) * rows[next_size] / rows[size]
-        if not all(ranks.gather(predicted < ROOM * (free - reserved))):
-            break
-    return Fit(size, peak / 2**30)
+        larger = min(2 * size, most)
+        predicted = (peak - held) * larger / size
+        if larger == size or not all(ranks.gather(predicted < ROOM * (free - reserved))):
+            return Fit(size, peak / 2**30)
+        size = larger
 
 
 def peak_of(trial, size, device):

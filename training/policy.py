@@ -12,8 +12,9 @@ import torch.distributed as dist
 import config
 from files import InputError
 from models import architecture, checkpoint, families, folders, lora, tokenization
-from preferences.packed import longest
-from scoring.states import sizes
+from scoring.passes import ENOUGH
+from scoring.states import all_masked
+from scoring.window import Piece
 from training import card, engine, memory
 
 SMALL = 10**8  # parameters: a model below is taken for one like the embedded one, which solves its tasks alone
@@ -64,38 +65,32 @@ def start_policy(model_args, args, ds_config, ranks):
     return engine.build(model, ds_config)
 
 
-def fit(policy, objective, score_and_backward, ranks):
-    """--states_per_forward auto: the largest number that fits, tried on the longest pair with a gradient of 0.
+def fit(policy, objective, pairs_per_rank, score_and_backward, ranks):
+    """--tokens_per_forward auto: the most that fit, tried with a gradient of 0 on the longest response, all masked.
 
-    policy: the engine. score_and_backward: that of score.py.
+    policy: the engine. pairs_per_rank: pairs or rows of an optimizer step. score_and_backward: that of score.py.
     """
-    index, side = longest(objective.packed)
-    states, carrying = objective.counts[0], objective.carrying[0]
+    states = all_masked(objective.packed, objective.mask_id, objective.least_tokens)
+    length = states.inputs.shape[1]
 
-    def in_one_graph(size):
-        """Whether both responses are in one graph; else one response is, `size` of its states at a time."""
-        return size == states and objective.counts == objective.carrying
-
-    def backward(loss):
+    def backward(loss, _):
         policy.set_gradient_accumulation_boundary(False)
         policy.backward(loss, scale_wrt_gas=False)
 
     def no_gradient(scores):
         return 0.0 * sum(scores)
 
-    def trial(size):
-        responses = objective.responses((index, 0))
-        if not in_one_graph(size):
-            responses = [responses[side].first(size)]
-        score_and_backward(policy, responses, no_gradient, size, ranks.device, backward)
+    def trial(tokens):
+        piece = Piece([states] * (tokens // length), no_gradient)
+        score_and_backward(policy, [piece], tokens, ranks, backward)
 
-    rows = {size: 2 * states if in_one_graph(size) else min(size, carrying) for size in sizes(states)}
-    found = memory.largest_that_fits(rows, trial, ranks, memory.first_step_bytes(policy))
+    heaviest = int(objective.tokens().max())  # of one pair, so that its graph may be whole
+    most = max(length, min(heaviest * pairs_per_rank, max(heaviest, ENOUGH)))
+    found = memory.largest_that_fits(length, most, trial, ranks, memory.first_step_bytes(policy))
     if ranks.first:
-        prompt, *responses = objective.packed[index]
         print(
-            f"states_per_forward auto: {found.size} of {states}; the longest response with its prompt, "
-            f"{len(prompt) + len(responses[side])} tokens, took {found.peak_gib:.1f} GiB",
+            f"tokens_per_forward auto: {found.size}; the longest response with its prompt has {length} tokens; "
+            f"the trial took {found.peak_gib:.1f} GiB",
             flush=True,
         )
     return found.size

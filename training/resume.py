@@ -40,7 +40,7 @@ def probe(job):
     """The policy's scores of the longest pair, as one number for each of its responses."""
     index, _ = longest(job.objective.packed)
     [(item, _)] = job.objective.work([(index, 0)])
-    return [float(job.scores(states).double().sum()) for states in job.objective.responses(item)]
+    return [float(score.double().sum()) for score in job.scores(job.objective.responses(item))]
 
 
 def save(job, run, progress):

@@ -23,7 +23,7 @@ FREE = set(
     """
     task preference_data_path split columns template on_bad_row num_proc max_length data output_dir
     resume_from_checkpoint local_rank logging_steps save_steps save_total_limit eval_steps report_to run_name
-    states_per_forward gradient_checkpointing deepspeed model_name_or_path trust_remote_code ranks
+    tokens_per_forward gradient_checkpointing deepspeed model_name_or_path trust_remote_code ranks
     """.split()
 )
 ACCUMULATION = "gradient_accumulation_steps"  # may differ, too, with another number of ranks

@@ -151,6 +151,7 @@ class Record:
         self.live = ranks.first and sys.stdout.isatty()
         self.last_line, self.previous_step, self.trackers = None, clock.start, []
         self.evaluation = {}  # the metrics of the last one
+        self.passes_of, self.passes = None, 0  # a step, and its forward passes so far
 
     def open(self, arguments, first_step):
         """Start the trackers of --report_to. arguments: of the run. first_step: the next that they get (1-based)."""
@@ -202,12 +203,13 @@ class Record:
             sys.stdout.write(f"\r\x1b[K{words[:width]}")
             sys.stdout.flush()
 
-    def pair(self, step, pieces):
-        """On a terminal: show that this rank's [(item, loss, scores)] of `step` (0-based) are done."""
+    def passed(self, step):
+        """On a terminal: show that a forward pass of `step` (0-based) is done."""
         if not self.live:
             return
-        done = sum(len(item) if isinstance(item, list) else 1 for item, _, _ in pieces) * self.ranks.world
-        place = f"step {step + 1}/{self.steps} | pair {step * self.per_step + done}/{self.steps * self.per_step}"
+        self.passes = self.passes + 1 if step == self.passes_of else 1
+        self.passes_of = step
+        place = f"step {step + 1}/{self.steps} | pass {self.passes}"
         self.rewrite(self.words(self.last_line, place) if self.last_line else place)
 
     def words(self, line, place=None):

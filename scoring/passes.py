@@ -1,0 +1,96 @@
+"""How rows of any length are divided into forward passes of at most so many tokens.
+
+A pass holds whole rows end to end, whatever response or pair they belong to. What has one loss (a pair, or the rows of
+an SFT micro-batch) is called a piece. score.py makes these passes, plan.py counts them. Lengths are in tokens.
+"""
+
+from typing import NamedTuple
+
+ENOUGH = 8192  # tokens in a forward pass: more keep no card busier, and hide no more of the bus
+
+
+class Passes(NamedTuple):
+    """The passes of some pieces. Rows are (piece, index among the piece's rows)."""
+
+    without_graph: list  # [[row]]: rows that are scored first, as a loss needs all scores of its piece
+    whole: list  # [[piece]]: pieces that are scored and go backward in one pass
+    with_graph: list  # [[row]]: rows that carry the gradient, once the slope of their loss is known
+
+    @property
+    def counts(self):
+        """(passes without a graph, passes with one)."""
+        return len(self.without_graph), len(self.whole) + len(self.with_graph)
+
+    def filled_up(self, without_graph, with_graph):
+        """With empty passes, up to these counts: under ZeRO all ranks must make the same passes."""
+        more = with_graph - self.counts[1]
+        return Passes(filled_up(self.without_graph, without_graph), self.whole, self.with_graph + [[]] * more)
+
+
+def divide(lengths, graph_lengths, tokens, is_alike=False, is_linear=False):
+    """The Passes of pieces at `tokens` a pass.
+
+    lengths: [[length]] of each piece's rows. graph_lengths: of those that carry the gradient. Pieces that fit a pass
+    with their whole graph share such passes. The rows of the others are scored without a graph first, then those that
+    carry the gradient go through the model again.
+
+    is_alike: the rows of a pass must have one length, for models that cannot read rows of several lengths at once.
+    is_linear: losses are linear in the scores: their slopes are known, and no pass without a graph is needed.
+    """
+
+    def is_whole(piece):
+        if lengths[piece] != graph_lengths[piece] or sum(lengths[piece]) > tokens:
+            return False
+        return not is_alike or len(set(lengths[piece])) <= 1
+
+    whole = [piece for piece in range(len(lengths)) if is_whole(piece)]
+    divided = [piece for piece in range(len(lengths)) if not is_whole(piece)]
+    sizes = [sum(lengths[piece]) for piece in whole]
+    kinds = [max(lengths[piece], default=0) for piece in whole]
+    return Passes(
+        without_graph=[] if is_linear else rows_of(divided, lengths, tokens, is_alike),
+        whole=pick(whole, together(sizes, tokens, kinds if is_alike else None)),
+        with_graph=rows_of(divided, graph_lengths, tokens, is_alike),
+    )
+
+
+def rows_of(pieces, lengths, tokens, is_alike):
+    """Passes of all rows of `pieces`."""
+    rows = [(piece, index) for piece in pieces for index in range(len(lengths[piece]))]
+    return pick(rows, fill([lengths[piece][index] for piece, index in rows], tokens, is_alike))
+
+
+def fill(lengths, tokens, is_alike=False):
+    """The passes of rows of these lengths, as lists of indices. A row longer than `tokens` has a pass of its own."""
+    return together(lengths, tokens, lengths if is_alike else None)
+
+
+def together(sizes, tokens, kinds=None):
+    """Lists of indices of `sizes`, with sums of at most `tokens`: the largest first, each where it fits first.
+
+    kinds: indices share a list only if their kinds are equal; None: all may.
+
+    >>> together([3, 9, 4, 2], 6)
+    [[1], [2, 3], [0]]
+    """
+    found, room = [], []
+    for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        size, kind = sizes[index], kinds[index] if kinds else None
+        fitting = (place for place, (left, of) in enumerate(room) if size <= left and kind == of)
+        place = next(fitting, len(found))
+        if place == len(found):
+            found.append([])
+            room.append((tokens, kind))
+        found[place].append(index)
+        room[place] = (room[place][0] - size, kind)
+    return found
+
+
+def pick(values, lists):
+    """`values` in place of their indices."""
+    return [[values[index] for index in each] for each in lists]
+
+
+def filled_up(passes, count):
+    """`passes` and empty ones, `count` together."""
+    return passes + [[]] * (count - len(passes))
