@@ -8,7 +8,7 @@
 #
 # Without flags: the packed/ of the current folder if there is one, otherwise configs/tiny.yaml (a tiny model and its preferences).
 # --num_gpus: number of ranks on this machine. Default: all GPUs, or one rank on a CPU.
-# Ctrl-C or SIGTERM: the current pair is finished, everything is saved, and the same command resumes. Twice: stops at once.
+# Ctrl-C or SIGTERM: the current forward pass is finished, everything is saved, and the same command resumes. Twice: stops at once.
 # Several hosts with one shared folder: run the same command on each, with NNODES, NODE_RANK (from 0), MASTER_ADDR and
 # MASTER_PORT set as for torchrun. Or run it here with HOSTFILE=hosts (DeepSpeed's format, "name slots=N" a line), over ssh.
 set -euo pipefail

@@ -126,7 +126,7 @@ ADAPTER_RUN = {  # flags of three steps of LoRA
     "warmup_ratio": 0,
     "max_steps": 3,
     "gradient_accumulation_steps": 1,
-    "states_per_forward": 3,
+    "tokens_per_forward": 100,
     "lora_r": 4,
     "lora_alpha": 8,
 }

@@ -1,4 +1,4 @@
-"""Stop in good order: the first SIGTERM or SIGINT finishes the pair in hand and saves, a second one stops at once."""
+"""Stop in good order: the first SIGTERM or SIGINT finishes the pass in hand and saves, a second one stops at once."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ class Stop:
             os._exit(128 + number)
         self.signal = number
         if self.ranks.first:  # not print: the signal may have interrupted one
-            os.write(2, b"stopping: finishing the pair in hand and saving; a second signal stops at once\n")
+            os.write(2, b"stopping: finishing the pass in hand and saving; a second signal stops at once\n")
 
     def asked(self):
         """Whether any rank has received a signal; the same answer on every rank."""

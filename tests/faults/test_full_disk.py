@@ -34,7 +34,7 @@ from reasoning import sampler
 from training import resume
 from training.runs import Run
 
-NOISE = flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=5)
+NOISE = flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, tokens_per_forward=200)
 SMALL_SMDM = {"d_model": 32, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 48, "vocab_size": 512, "head_size": 511}
 
 

@@ -43,7 +43,7 @@ import train_dpo
 from training import runs
 
 DS = ROOT / "ds_configs" / "zero3_offload_4080.json"
-NOISE = flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=5)
+NOISE = flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, tokens_per_forward=200)
 TRAIN = flags(
     learning_rate=3e-3, gradient_accumulation_steps=2, max_steps=6, eval_fraction=0.3, eval_steps=2, save_total_limit=0
 )
@@ -100,7 +100,7 @@ def test_a_signal_saves(home, tmp_path, number):
     process.send_signal(number)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "Traceback" not in said and not (tmp_path / "run" / "final").exists(), said
-    assert "stopping: finishing the pair in hand" in said and "stopped and saved; to resume, run: python " in said
+    assert "stopping: finishing the pass in hand" in said and "stopped and saved; to resume, run: python " in said
     [(step, path)] = runs.Run(tmp_path / "run").saved()
     assert step >= 2 and not runs.torn(path)
     assert f"resuming after step {step}" in run(command)

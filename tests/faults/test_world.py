@@ -12,7 +12,7 @@ import pytest
 from small import LENGTHS, ROOT, flags, log, make_model, make_pairs, pack, run_jobs, shell_environment
 
 CLOSE = 2e-5  # between the losses of two worlds in float32, which add up in another order
-NOISE = flags(use_mixed_precision="no", diffusion_steps=2, trajectories=2, states_per_forward=3)
+NOISE = flags(use_mixed_precision="no", diffusion_steps=2, trajectories=2, tokens_per_forward=100)
 TRAIN = flags(eval_fraction=0.1, learning_rate=3e-3, warmup_ratio=0, max_steps=6, save_steps=2, save_total_limit=0)
 
 

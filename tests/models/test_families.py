@@ -73,7 +73,7 @@ def trained(home):
             warmup_ratio=0,
             max_steps=3,
             gradient_accumulation_steps=1,
-            states_per_forward=3,
+            tokens_per_forward=100,
         )
         run = base + flags(output_dir=home.folder / f"run-{family}", save_steps=2)
         first += [(f"{family}-score", "score", base), (f"{family}-whole", "train_dpo", run)]

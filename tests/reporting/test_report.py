@@ -296,8 +296,8 @@ frame.srcdoc = {inner};
         ("estimator", ["spread", "auto"], ["random", "random"], False),
         ("estimator", ["stepwise", "auto"], ["blocks", "blocks"], False),
         ("estimator", ["stepwise", "auto"], ["random", "random"], True),
-        ("states_per_forward", [7, "auto"], ["random", "random"], False),
-        ("states_per_forward", [7, 4], ["random", "random"], True),
+        ("tokens_per_forward", [700, "auto"], ["random", "random"], False),
+        ("tokens_per_forward", [700, 400], ["random", "random"], True),
         ("template", ["none", "auto"], ["random", "random"], True),
     ],
 )

@@ -144,7 +144,7 @@ def test_policy_and_same_numbers(few, home, tiny_dir):
 def test_streamed(home, tmp_path):
     """ZeRO-3 on two ranks writes the numbers of one rank without an engine."""
     data = data_of(home, "streamed")
-    argv = ["--data", data, *flags(pairs=2, draws=2, use_mixed_precision="no", states_per_forward=8)]
+    argv = ["--data", data, *flags(pairs=2, draws=2, use_mixed_precision="no", tokens_per_forward=200)]
     tables = []
     for world, more in ((None, []), (2, ["--deepspeed", "ds_configs/zero3_offload_4080.json"])):
         [did] = run_jobs(tmp_path / str(world), world, [("calibrate", "calibrate", argv + more)]).values()

@@ -39,7 +39,7 @@ def norms(path, lora_r, steps):
     """The gradient's norm of each optimizer step."""
     args, model_args = config.TrainArguments(max_grad_norm=0.0), config.ModelArguments(lora_r=lora_r)
     read = deepspeed_config.read_ds_config(path)
-    policy = engine.build(Product(), deepspeed_config.training_config(read, args, model_args, BACKWARDS, path))
+    policy = engine.build(Product(), deepspeed_config.training_config(read, args, model_args, path))
     found = []
     for slopes in steps:
         for number, slope in enumerate(slopes):

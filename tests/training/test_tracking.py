@@ -35,7 +35,7 @@ RUN = flags(
     use_mixed_precision="no",
     diffusion_steps=3,
     trajectories=2,
-    states_per_forward=5,
+    tokens_per_forward=60,
     learning_rate=3e-3,
     max_steps=STEPS,
     gradient_accumulation_steps=PER_STEP,
@@ -215,10 +215,11 @@ def test_plain_lines(ran):
 
 
 def test_line_on_a_terminal(ran):
-    """Rewritten pair by pair, never wider than the terminal; what stays is on lines of its own."""
-    assert f"pair 9/{STEPS * PER_STEP}" in ran.screen and "evaluating 1/2 held-out pairs" in ran.screen
+    """Rewritten pass by pass, never wider than the terminal; what stays is on lines of its own."""
+    assert "step 5/6 | pass 1" in ran.screen and "evaluating 2/2 held-out pairs" in ran.screen
+    assert ran.screen.index("step 5/6 | pass 2") < ran.screen.index("step 6/6 | pass 1")
     for part in re.split(r"[\r\n]+", ran.screen):
-        if re.search(r"pair 9/|pair 11/|evaluating", part):
+        if re.search(r"\| pass \d|evaluating", part):
             assert part.startswith("\x1b[K") and len(part.removeprefix("\x1b[K")) < 100
     kept = [part.split("\r")[-1].removeprefix("\x1b[K") for part in ran.screen.replace("\r\n", "\n").split("\n")]
     assert [line.split(" | ")[0] for line in kept if line.startswith("step ")] == ["step 5/6", "step 6/6"]

@@ -1,25 +1,22 @@
-"""Tests of what train_dpo.py refuses before a run, and of training/memory.py.
+"""Tests of what train_dpo.py refuses before a run.
 
 bash tests/run.sh tests/training/test_train_refusals.py
 """
 
 import json
-import os
 import shlex
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from small import LENGTHS, ROOT, call, flags, make_model, make_pairs, pack, refusal, run
 
 import config
 import files
 import score
 import train_dpo
-from scoring.states import sizes
-from training import deepspeed_config, memory
+from training import deepspeed_config
 
 FP32 = flags(diffusion_steps=3, trajectories=2, use_mixed_precision="no")
 
@@ -123,8 +120,8 @@ def test_edited_scores(home, scored, tmp_path, capsys):
         (["--sft_weight", 1, "--loss_type", "sft"], "leave it out with --loss_type sft"),
         (["--backprop_steps", 6], "expected at most the 5 states"),
         (["--backprop_steps", -1], "--backprop_steps is -1"),
-        (["--states_per_forward", "many"], "many is neither a number nor auto"),
-        (["--states_per_forward", 0], "--states_per_forward is 0"),
+        (["--tokens_per_forward", "many"], "many is neither a number nor auto"),
+        (["--tokens_per_forward", 0], "--tokens_per_forward is 0"),
         (["--eval_fraction", 0.99], "leaves no pair to train on"),
         (["--resume_from_checkpoint", "latest"], "holds no checkpoint"),
         (["--resume_from_checkpoint", "nowhere"], "not a checkpoint"),
@@ -159,56 +156,11 @@ def test_one_home_for_a_value(scored, tmp_path, capsys, change, words):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_ds_configs(path):
-    """Every shipped file resolves; to DeepSpeed each backward pass is an accumulation step."""
+    """Every shipped file resolves; DeepSpeed is told that a step may have several backward passes."""
     args = config.TrainArguments(learning_rate=0.25, max_grad_norm=0.5)
-    made = deepspeed_config.training_config(
-        deepspeed_config.read_ds_config(path), args, config.ModelArguments(), 6, path
-    )
-    assert made["gradient_accumulation_steps"] == 6 and made["optimizer"]["params"]["lr"] == 0.25
+    read = deepspeed_config.read_ds_config(path)
+    made = deepspeed_config.training_config(read, args, config.ModelArguments(), path)
+    assert made["gradient_accumulation_steps"] == 2 and made["optimizer"]["params"]["lr"] == 0.25
     assert (
         made["gradient_clipping"] == 0.5 and made["bf16"]["enabled"] and not list(deepspeed_config.places_of_auto(made))
     )
-
-
-# --- memory -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "free, other_rank_fits, want",
-    [(1000, True, 16), (199, True, 8), (99, True, 4), (11, True, 1), (5, True, 1), (1000, False, 1)],
-)
-def test_largest_that_fits(monkeypatch, free, other_rank_fits, want):
-    """A size is tried if twice what the last one took fits 0.8 of what is free, on every rank; 10 bytes a row here."""
-    tried, held = [], 2**20
-
-    def usage(_):
-        return SimpleNamespace(ru_maxrss=(held + 10 * tried[-1]) / 2**10)
-
-    def gather(fits):
-        return [fits, other_rank_fits]
-
-    monkeypatch.setattr(memory, "memory_now", lambda device: (held, free))
-    monkeypatch.setattr(memory.resource, "getrusage", usage)
-    ranks = SimpleNamespace(device=torch.device("cpu"), gather=gather)
-    found = memory.largest_that_fits({size: size for size in sizes(16)}, tried.append, ranks)
-    assert found.size == want == tried[-1] and found.peak_gib == pytest.approx((held + 10 * want) / 2**30)
-    assert tried == [1, 2, 4, 8, 16][: len(tried)]
-
-
-def test_memory_is_predicted_by_rows_and_kept_for_later(monkeypatch):
-    """The last size may hold twice as many rows (two responses in one graph); `reserved` is left free."""
-    tried = []
-    monkeypatch.setattr(memory, "memory_now", lambda device: (0, 100))
-    monkeypatch.setattr(memory, "peak_of", lambda trial, size, device: trial(size) or 10 * size)
-    ranks = SimpleNamespace(device=torch.device("cpu"), gather=lambda fits: [fits])
-    assert memory.largest_that_fits({1: 1, 2: 2, 4: 8}, tried.append, ranks).size == 2
-    assert memory.largest_that_fits({1: 1, 2: 2, 4: 4}, tried.append, ranks, reserved=76).size == 1
-    assert tried == [1, 2, 1]
-
-
-def test_memory_now():
-    """What is held grows by what is taken; what is free is within the machine."""
-    held, free = memory.memory_now(torch.device("cpu"))
-    block = np.ones(2**25)  # 256 MiB
-    assert memory.memory_now(torch.device("cpu"))[0] - held == pytest.approx(block.nbytes, rel=0.1)
-    assert 0 < free < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
