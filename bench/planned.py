@@ -64,9 +64,8 @@ def worker(argv):
     """Train; print the GiB held before and the peak."""
     import train_dpo
 
-    for flag, name in (("--lora_r", "peft"), ("--load_in_4bit", "bitsandbytes")):  # these come in late
-        if flag in argv:
-            importlib.import_module(name)
+    if "--load_in_4bit" in argv:
+        importlib.import_module("bitsandbytes")  # it comes in late
     held, private, peak = memory.memory_now(torch.device("cpu"))[0], anonymous(), [0]
 
     def watch():

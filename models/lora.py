@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al., arXiv 2106.09685) on the blocks' linear layers, by peft; the base stays unchanged.
+"""Low-rank adapters (Hu et al., arXiv 2106.09685) on the blocks' linear layers; the base stays unchanged.
 
     train_dpo.py --lora_r 16 -> runs/NAME/final (adapter_config.json, adapter_model.safetensors: peft's format)
     generate.py --model runs/NAME/final          (the base, with the adapter beside it)
@@ -7,17 +7,23 @@
 W' = W + alpha / r * B A, A (r, in) random, B (out, r) zero at first: the policy starts as the reference, which is the
 base. Dropout is 0: otherwise policy and reference would never agree, and a gradient that is added up segment by segment
 would not be the loss's.
+
+A layer with its adapter is one module, so ZeRO-3 gathers its weight, A and B together; peft's wrappers are several, each
+with hooks of its own. The files are in peft's format, and peft loads them.
 """
 
 import contextlib
+import functools
 import json
+import math
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
 
 from files import InputError, replacing_folder
 from models import architecture, quantized
@@ -63,34 +69,74 @@ def named(places, targets):
 
 
 def add(model, r, alpha, targets, seed, source):
-    """(model with adapters, which alone require a gradient; a line that describes them). peft names them `default`."""
+    """(`model` itself, now with adapters, which alone require a gradient; a line that describes them)."""
     if r < 1 or not 0 < alpha < float("inf"):
         raise InputError(f"--lora_r is {r} and --lora_alpha {alpha}; expected at least 1, and more than 0")
     text, names = pattern(model, targets)
     base_count = sum(map(quantized.numel, model.parameters()))
     torch.manual_seed(seed)  # of A
-    wrapped = wrap(model, r, alpha, text, str(source))
-    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    wrap(model, names, r, alpha)
+    model.adapter_config = peft_config(r, alpha, text, str(source))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(trained) == 2 * len(names), f"{len(trained)} tensors to train for {len(names)} layers"
     count = sum(parameter.numel() for parameter in trained)
     total = base_count + count
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-    return wrapped, (
+    return model, (
         f"LoRA: r {r}, alpha {alpha:g}, {len(names)} layers ({leaves}), {count:,} of {total:,} parameters "
         f"to train ({100 * count / total:.2f}%); every dropout is 0"
     )
 
 
-def wrap(model, r, alpha, targets, source):
-    """The model with peft's adapters on `targets`, a regular expression or a list of names, in the model's dtype."""
-    import peft
+class Adapted:
+    """What a linear layer does more when it has an adapter; the base computes as it does without one.
 
-    settings = peft.LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, bias="none", base_model_name_or_path=source
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft reads a name that transformers renames
-        return peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    x (..., in) -> W x + b + (x A' B') * alpha / r, (..., out).
+    """
+
+    def forward(self, x):
+        result = super().forward(x)
+        return result + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
+
+
+@functools.cache
+def adapted(kind):
+    """The class of a `kind` of linear layer (nn.Linear, bitsandbytes' Linear4bit) with an adapter."""
+    return type(f"Adapted{kind.__name__}", (Adapted, kind), {})
+
+
+def wrap(model, names, r, alpha):
+    """Freeze `model` and give its layers `names` adapters, which require a gradient, in the dtype that they compute in.
+
+    A is drawn as peft draws it, uniform within 1 / sqrt(in); B is 0.
+    """
+    model.requires_grad_(False)
+    for name in names:
+        layer = model.get_submodule(name)
+        a, b = torch.empty(r, layer.in_features), torch.zeros(layer.out_features, r)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        place = {"device": layer.weight.device, "dtype": getattr(layer, "compute_dtype", layer.weight.dtype)}
+        layer.lora_A, layer.lora_B = nn.Parameter(a.to(**place)), nn.Parameter(b.to(**place))
+        layer.scaling = alpha / r
+        layer.__class__ = adapted(type(layer))
+
+
+def peft_config(r, alpha, targets, source):
+    """What peft's adapter_config.json says of a plain adapter; targets: a regular expression of the layers' names."""
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": source,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "bias": "none",
+        "inference_mode": True,
+        **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out"), False),
+        "modules_to_save": None,
+        **{name: {} for name in ("rank_pattern", "alpha_pattern")},
+    }
 
 
 def save(folder, model, tensors, tokenizer, card, base):
@@ -99,12 +145,10 @@ def save(folder, model, tensors, tokenizer, card, base):
     tensors: {name in the model: CPU tensor, not partitioned}. base: what is to be known of the base model to load it
     again in the same way (folders.adapter_base).
     """
-    adapter = model.peft_config["default"]
-    adapter.inference_mode = True
     with replacing_folder(folder) as work:
         work.mkdir(parents=True)
-        adapter.save_pretrained(work)
-        saved = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in tensors.items()}
+        (work / "adapter_config.json").write_text(json.dumps(model.adapter_config, indent=2) + "\n", encoding="utf-8")
+        saved = {f"{PREFIX}{name}.weight": tensor.contiguous() for name, tensor in tensors.items()}
         save_file(saved, work / "adapter_model.safetensors", metadata={"format": "pt"})
         tokenizer.save_pretrained(work)
         (work / ADAPTER_BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
@@ -176,13 +220,11 @@ def attach(model, folder, writing):
     writing(parameter): checkpoint.writing, a context in which one rank may change it.
     """
     with opened(model, folder) as adapter:
-        config = adapter.config
-        wrapped = wrap(model, config["r"], config["lora_alpha"], adapter.names, config.get("base_model_name_or_path"))
+        wrap(model, adapter.names, adapter.config["r"], adapter.config["lora_alpha"])
         for name in adapter.names:
-            layer = wrapped.base_model.model.get_submodule(name)
-            matrices = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            for matrix, value in zip(matrices, adapter.pair(name)):
+            layer = model.get_submodule(name)
+            for matrix, value in zip((layer.lora_A, layer.lora_B), adapter.pair(name)):
                 with writing(matrix) as mine:
                     if mine:
                         matrix.copy_(value)
-    return wrapped
+    return model

@@ -52,7 +52,6 @@ def prepare(model, dtype):
         new.bias = old.bias
         new.support_avx512bf16_for_cpu = False  # on a CPU, sampling computes as training does, for any number of rows
         setattr(model.get_submodule(parent), leaf, new)
-    model.is_loaded_in_4bit = True  # peft reads this
 
 
 def pack(parameter):

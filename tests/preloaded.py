@@ -39,7 +39,6 @@ IMPORTS = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.llama.tokenization_llama",
-    "peft",
     "deepspeed",
     "jsonlines",
     "sentencepiece",

@@ -43,6 +43,8 @@ SECTIONS = {
     "optimizer": {"type": str, "params": ADAM, "legacy_fusion": bool},
 }
 
+NO_TIMER = {"throughput": {"enabled": False}}  # by default DeepSpeed's waits for the device in each forward pass
+
 
 # --- reading ----------------------------------------------------------------------------------------------
 
@@ -228,7 +230,7 @@ def training_config(config, args, model_args, path):
     config["gradient_accumulation_steps"] = 2
     if model_args.lora_r and sums_in_float32(config):
         config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
-    return config | {"steps_per_print": 10**9, "wall_clock_breakdown": False}
+    return {"timers": NO_TIMER} | config | {"steps_per_print": 10**9, "wall_clock_breakdown": False}
 
 
 def sums_in_float32(config):
@@ -250,4 +252,5 @@ def scoring_config(config, model_args):
         "bf16": {"enabled": model_args.use_mixed_precision == "bf16"},
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 10**9,
+        "timers": config.get("timers", NO_TIMER),
     }

@@ -24,6 +24,8 @@ from deepspeed.runtime import compiler  # noqa: E402
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
+from training import fetches  # noqa: E402
+
 
 def without_compiling(*_, **__):
     """In place of DeepSpeed's compile decorator: leave the function as it is."""
@@ -141,6 +143,8 @@ def build(model, config):
         ) from None
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         forget_first_step(engine.optimizer)
+    if engine.zero_optimization_stage() == 3:
+        fetches.streamed(engine)
     return engine
 
 

@@ -19,5 +19,6 @@ def load(model_args, ranks, name=None):
         model_args.load_in_4bit,
     )
     if ds_config["zero_optimization"]["stage"] == 3:
+        model.requires_grad_(False)  # a frozen embedding stays on the host
         return engine.build(model, ds_config)
     return model.to(ranks.device)

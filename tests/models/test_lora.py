@@ -18,6 +18,7 @@ import merge
 import train_dpo
 from files import InputError
 from models import checkpoint, folders, lora
+from models.head import Head
 
 STAGES = ("zero0", "zero2_offload_4080", "zero3_offload_4080")
 RUN = flags(**ADAPTER_RUN)
@@ -114,13 +115,76 @@ def test_bf16_keeps_the_adapter(home, trained, tmp_path, capsys):
     loaded = checkpoint.load_model(str(folder), torch.bfloat16)
     layers = dict(loaded.named_modules())
     [name] = [name for name in layers if name.endswith("blocks.0.q_proj")]
-    assert layers[name].lora_B["default"].weight.any() and loaded(input_ids=ids).logits.dtype == torch.bfloat16
+    assert layers[name].lora_B.any() and loaded(input_ids=ids).logits.dtype == torch.bfloat16
     merge.main([str(folder), str(tmp_path / "low")])
     low = "".join(capsys.readouterr())
     merge.main([str(folder), str(tmp_path / "high"), "--use_mixed_precision", "no"])
     high = "".join(capsys.readouterr())
     assert "not the model that was trained" in low and float(re.search(r"([\d.]+)% of what it adds", low).group(1)) < 50
     assert "warning" not in high and "100.0% of what it adds" in high
+
+
+def with_peft(model, r, alpha, names):
+    """`model` wrapped by peft, adapters on `names` in the model's dtype."""
+    settings = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=names, bias="none")
+    return peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+
+
+def drawn(model, seed):
+    """The trained tensors of `model` by peft's names, filled with random numbers: {name: parameter}."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[name.removeprefix(lora.PREFIX).removesuffix(".weight").removesuffix(".default")] = parameter
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(tensors):
+        tensors[name].data = 0.05 * torch.randn(tensors[name].shape, generator=generator)
+    return tensors
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_against_peft(home, checkpointing):
+    """Logits and gradients are those of peft's modules; ours is one module a layer."""
+    model, theirs = load(home.model), load(home.model)
+    modules = len(list(model.modules()))
+    if checkpointing:
+        for each in (model, theirs):
+            each.activation_checkpointing_enable({"use_reentrant": False})
+    model, _ = lora.add(model, 4, 8, "auto", 0, home.model)
+    theirs = with_peft(theirs, 4, 8, lora.pattern(model)[1])
+    assert len(list(model.modules())) == modules < len(list(theirs.modules()))
+    ids = torch.randint(4, 500, (2, 19), generator=torch.Generator().manual_seed(0))
+    results = []
+    for each in (model, theirs):
+        tensors = drawn(each, 1)
+        made = each(input_ids=ids).logits
+        made.log_softmax(-1)[..., 7].sum().backward()
+        results.append((made.detach(), {name: tensor.grad for name, tensor in tensors.items()}))
+    (ours, gradients), (want, wanted) = results
+    assert torch.allclose(ours, want, atol=1e-6) and gradients.keys() == wanted.keys() and len(wanted) == 28
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0
+        assert (gradient - wanted[name]).norm() <= 1e-6 * wanted[name].norm()
+
+
+def test_start(home):
+    """A new adapter changes nothing, and A has peft's range; the seed alone draws it."""
+    base, ids = load(home.model), torch.arange(4, 30)[None]
+    want = logits(base, ids)
+    made = [dict(lora.add(load(home.model), 4, 8, "q_proj", seed, "")[0].named_parameters()) for seed in (1, 1, 2)]
+    name = "model.transformer.blocks.0.q_proj.lora_A"
+    assert made[0][name].equal(made[1][name]) and not made[0][name].equal(made[2][name])
+    assert 0.8 < made[0][name].abs().max() * 32**0.5 <= 1
+    assert logits(lora.add(base, 4, 8, "auto", 1, "")[0], ids).equal(want)
+
+
+def test_an_adapter_of_peft_loads_here(home, tmp_path):
+    theirs = with_peft(load(home.model), 3, 5, ["q_proj", "up_proj"])
+    theirs.peft_config["default"].base_model_name_or_path = str(home.model)
+    drawn(theirs, 2)
+    theirs.save_pretrained(tmp_path)
+    ids = torch.arange(4, 30)[None]
+    assert (logits(load(tmp_path), ids) - logits(theirs, ids)).abs().max() < 1e-5
 
 
 def test_an_adapter_knows_its_base(home, trained, tmp_path, monkeypatch):
@@ -151,7 +215,7 @@ def test_targets(home):
     _, names = lora.pattern(model, "ff_out, q_proj")
     assert names == [f"model.transformer.blocks.{i}.{name}" for i in range(2) for name in ("ff_out", "q_proj")]
     wrapped, said = lora.add(model, 4, 8, "ff_out", 0, home.model)
-    assert wrapped.base_model.model.model.transformer.ff_out.__class__.__name__ == "Head"
+    assert type(wrapped.model.transformer.ff_out) is Head
     assert "2 layers (ff_out)" in said and f"{2 * 4 * (48 + 32):,}" in said
     for targets in ("query", "q_proj,nothing", ","):
         with pytest.raises(InputError) as error:

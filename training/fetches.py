@@ -1,0 +1,158 @@
+"""What ZeRO-3 brings to the device, and when: each weight once in a forward and once in a backward pass, ahead of use.
+
+DeepSpeed's coordinator records in which order a pass, forward and backward, uses the modules, and fetches their weights
+in that order from the next pass on. streamed() mends what keeps it from that, keeps a frozen embedding on the host, and
+bounds how far the host runs ahead of the device. By the sources of DeepSpeed 0.19.8, runtime/zero/:
+partitioned_param_coordinator.py (PC), parameter_offload.py, partition_parameters.py. tests/training/test_fetches.py
+counts.
+"""
+
+import sys
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero import partitioned_param_coordinator as coordinators
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+IS_KNOWN = hasattr(coordinators, "update_recompute_parameters") and hasattr(
+    coordinators.PartitionedParameterCoordinator, "_invalidate_trace"
+)
+UNKNOWN = (
+    f"warning: DeepSpeed {deepspeed.__version__} fetches weights in another way than 0.19.8, for which this project is "
+    "made; some may cross the bus twice"
+)
+
+
+def streamed(engine):
+    """Prepare the model of a ZeRO-3 engine. Call it once, when the engine is built."""
+    blocks = [module for module in engine.module.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not IS_KNOWN:
+        if torch.distributed.get_rank() == 0:
+            print(UNKNOWN, file=sys.stderr, flush=True)
+        return
+    for block in blocks:
+        for parameter in block.parameters():
+            parameter.recomputed_by = block
+    engine.module.register_forward_pre_hook(Passes(engine).begin, prepend=True)  # before DeepSpeed's own
+    keep_embedding_on_host(engine.module, engine.device)
+    if engine.device.type == "cuda":
+        bound_run_ahead(blocks)
+
+
+# --- frozen weights of a block that is computed again ------------------------------------------------------
+
+
+def credit_to_block(module, parameter):
+    """Keep a frozen weight that a block's second forward pass gathered until the block's backward pass ends.
+
+    DeepSpeed credits it to the module whose backward pass has just begun, which is the block's last (PC,
+    _fetch_sub_module_impl), and frees it with that one (PC, release_sub_module). The block's other layers would then
+    fetch theirs again, on demand.
+    """
+    credit(getattr(parameter, "recomputed_by", module), parameter)
+
+
+if IS_KNOWN:
+    credit = coordinators.update_recompute_parameters
+    coordinators.update_recompute_parameters = credit_to_block
+
+
+# --- the order that DeepSpeed records ----------------------------------------------------------------------
+
+
+class Passes:
+    """Keeps DeepSpeed's record of a pass fit for passes with and without a graph.
+
+    The record of a whole pass serves both: a pass without a graph is its first half. The record of a pass without a
+    graph ends before the backward pass, where DeepSpeed throws it away; as it records the next pass, whichever that is,
+    alternating passes would never have a record.
+    """
+
+    def __init__(self, engine):
+        self.parameters = list(engine.module.parameters())
+        offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)  # without an optimizer: itself
+        self.coordinator = offload.get_param_coordinator()
+        self.is_whole = False  # whether the record has a backward pass
+
+    def begin(self, *_):
+        """Before a forward pass."""
+        has_graph = torch.is_grad_enabled()
+        if has_graph and not self.is_whole and not self.coordinator.is_invalid_trace():
+            self.coordinator._invalidate_trace()
+        if self.coordinator.is_invalid_trace():
+            self.is_whole = has_graph  # this pass is recorded
+        for parameter in self.parameters:  # what a pass without a graph kept for a backward pass
+            is_left = parameter.ds_status == ZeroParamStatus.AVAILABLE and not parameter.ds_persist
+            if is_left and not parameter.ds_active_sub_modules:
+                parameter.partition()
+
+
+# --- the embedding -----------------------------------------------------------------------------------------
+
+
+def keep_embedding_on_host(model, device):
+    """Let a frozen embedding look rows up in the host's table, instead of bringing all of it over the bus for a few.
+
+    With several ranks each has a share of the table, and it is gathered as before.
+    """
+    embedding = model.get_input_embeddings()
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+        return
+    table, share = embedding.weight, embedding.weight.ds_tensor
+    is_on_host = share.device.type == "cpu" and share.final_location != OffloadDeviceEnum.nvme
+    if is_on_host and share.numel() == table.ds_numel and not table.requires_grad:
+        embedding.__class__ = HostEmbedding
+        embedding.device, embedding.buffer, embedding.sent = device, torch.empty(0, embedding.embedding_dim), None
+
+
+class HostEmbedding(nn.Embedding):
+    """A frozen embedding whose table stays on the host: ids (...) -> rows (..., D) on the model's device.
+
+    It waits for the device if the ids are there.
+    """
+
+    def __call__(self, ids):
+        """Without nn.Module's hooks, by which ZeRO-3 gathers the table."""
+        (parameter,) = self.parameters(recurse=False)  # self.weight would gather it, too
+        table, ids = parameter.ds_tensor.view(parameter.ds_shape), ids.cpu()
+        if self.device.type == "cpu":
+            return F.embedding(ids, table)
+        if self.sent is not None:
+            self.sent.synchronize()  # until the rows of the pass before have left the buffer
+        if ids.numel() > len(self.buffer):
+            self.buffer = torch.empty(ids.numel(), self.embedding_dim, dtype=table.dtype, pin_memory=True)
+        rows = torch.index_select(table, 0, ids.flatten(), out=self.buffer[: ids.numel()])  # (N, D)
+        x = rows.to(self.device, non_blocking=True).view(*ids.shape, -1)
+        self.sent = torch.cuda.current_stream().record_event()
+        return x
+
+
+# --- how far the host is ahead -----------------------------------------------------------------------------
+
+
+def bound_run_ahead(blocks, new_event=torch.cuda.Event):
+    """Keep the host at most a block ahead of the device, in forward and backward passes.
+
+    DeepSpeed's copies do not wait for the device to compute. Weights that the host has freed stay in memory until the
+    device has used them, so the further the host is ahead, the more memory they take.
+    """
+    begun = []  # the event that the device reaches when it begins the block before
+
+    def wait(*_):
+        event = new_event()
+        event.record()
+        begun.append(event)
+        if len(begun) > 1:
+            begun.pop(0).synchronize()
+
+    def wait_in_backward(_, __, output):
+        if output.requires_grad:
+            output.register_hook(wait)
+
+    for block in blocks:
+        block.register_forward_pre_hook(wait)
+        block.register_forward_hook(wait_in_backward)
