@@ -3,7 +3,8 @@
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/worker.py FOLDER
 
 FOLDER/jobs.json -> FOLDER/NAME.RANK.json: exit code, error, forward passes with and without a graph, forward passes of
-evaluations, backward passes, (pair, epoch) of each step; FOLDER/NAME.step-N.pt: the weights after each step.
+evaluations, backward passes, (pair, epoch) of each step and its forward passes without and with a graph and backward
+passes; FOLDER/NAME.step-N.pt: the weights after each step.
 """
 
 import importlib
@@ -69,6 +70,10 @@ def batching(original):
     return micro_batch
 
 
+def passes():
+    return [seen[what] for what in ("forwards_without_graph", "forwards", "backwards")]
+
+
 def stepping(original):
     def optimizer_step(job, step, *args):
         seen["items"].pop(step, None)  # of the check before the first step
@@ -81,7 +86,9 @@ def stepping(original):
 
         if str(step) in os.environ.get("POISON", "").split(","):
             job.objective.loss = first_is_nan
+        before = passes()
         result = original(job, step, *args)
+        seen["passes"][step] = [after - earlier for after, earlier in zip(passes(), before)]
         job.objective.loss = loss
         weights = engine.gather_weights(job.policy, job.ranks)
         if job.ranks.first:
@@ -117,6 +124,7 @@ def main(folder):
             eval_forwards=0,
             backwards=0,
             items={},
+            passes={},
         )
         try:
             importlib.import_module(script).main(argv)
