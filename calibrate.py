@@ -205,9 +205,8 @@ def run(packed, model_args, noise_args, args, mask_id, ranks):
         raise InputError("a calibration compares pairs and draws: at least 2 pairs, --pairs 2 and --draws 2 are needed")
     rng = np.random.default_rng(noise_args.noise_seed)
     pairs = np.sort(rng.choice(len(packed), min(args.pairs, len(packed)), replace=False))
-    model, tokens = streaming.load(model_args, ranks), model_args.tokens_per_forward
-    if tokens == "auto":
-        tokens = score.fit_reference(model, packed, ranks, mask_id)
+    model = streaming.load(model_args, ranks)
+    tokens = score.tokens_of_a_pass(model, packed, model_args.tokens_per_forward, mask_id, ranks)
 
     # 2. The scores of the reference, then of the policy
     scorer = Scorer(packed, pairs, args.draws, mask_id, tokens, noise_args.noise_seed, ranks)

@@ -32,6 +32,8 @@ class InputError(Exception):
     local: only this rank has the error, so this rank prints it. Otherwise all ranks have it, and rank 0 prints it.
     """
 
+    code = 2
+
     def __init__(self, sentence, local=False):
         super().__init__(sentence)
         self.local = local

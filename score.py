@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import config
-from cli import exits
+from cli import exits, out_of_memory
 from cli.parser import names
 from scoring import reference
 
@@ -195,15 +195,18 @@ class Job(NamedTuple):
 
 
 @torch.no_grad()
-def fit_reference(model, packed, ranks, mask_id):
-    """tokens_per_forward of the reference job, tried on the longest response with all of it masked."""
+def tokens_of_a_pass(model, packed, wanted, mask_id, ranks):
+    """`wanted`, the --tokens_per_forward; for auto, the most that fit, tried on the longest response, all masked."""
     states = all_masked(packed, mask_id)
     length = states.inputs.shape[1]
 
     def trial(tokens):
         row_scores(model, [(states, 0)] * (tokens // length), ranks.device)
 
-    return memory.largest_that_fits(length, max(length, passes.ENOUGH), trial, ranks).size
+    if wanted == "auto":
+        wanted = memory.largest_that_fits(length, max(length, passes.ENOUGH), trial, ranks).size
+    out_of_memory.note_pass(wanted, length, ranks.device.type)
+    return wanted
 
 
 @torch.no_grad()
@@ -328,9 +331,7 @@ def main(argv=None):
         print(f"{packed.folder}, {source} -> {folder}", flush=True)
     stop = stopping.Stop(ranks)
     model, began = load(model_args, ranks), time.time()
-    tokens = model_args.tokens_per_forward
-    if tokens == "auto":
-        tokens = fit_reference(model, packed, ranks, mask_id)
+    tokens = tokens_of_a_pass(model, packed, model_args.tokens_per_forward, mask_id, ranks)
 
     # 4. The scores
     job = Job(model, packed, mask_id, folder, noise_args, tokens, ranks, stop)

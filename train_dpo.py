@@ -12,13 +12,14 @@ gradient in score.py, DeepSpeed's engine in training/engine.py. Policy and refer
 that the first step has margin 0 and loss ln 2; a run in which they differ is refused.
 """
 
+import functools
 import itertools
 import math
 import time
 from typing import Any, NamedTuple
 
 import config
-from cli import exits
+from cli import exits, out_of_memory
 from cli.parser import names
 from training import runs
 
@@ -52,7 +53,7 @@ from reasoning import tasks
 from scoring import recipe, reference
 from scoring.objective import SFT, Preference, Stream, split
 from training import deepspeed_config, engine, guard, resume, stopping, tracking
-from training.policy import check_row_lengths, check_start, fit, save_final, start_policy
+from training.policy import check_row_lengths, check_start, fit, longest_row, save_final, start_policy
 
 FULL_PASSES = 8  # of an evaluation, between two looks at what is left to score
 
@@ -84,13 +85,14 @@ def train(job, record, run, held_out_pairs, progress):
     progress: how far the run is. It is updated so that it can be saved at any moment.
     """
     clock, skips, saved_step = record.clock, guard.Skips(job, run), progress.step
+    saving = functools.partial(resume.saving_if_memory_runs_out, job, run, progress)
     try:
         if progress.step:
             finish_last_step(job, record, held_out_pairs, progress)
         for step in range(progress.step, job.steps):
             # 1. the step
             began, rate = time.time(), learning_rate(step, job.steps, job.args)
-            result = optimizer_step(job, step, record, rate)
+            result = optimizer_step(job, step, record, rate, saving)
             skipped = skips.see(step + 1, result.norm, result.pieces)
             totals = tracking.add_up_over_ranks(result.sums, result.tokens)
             seconds = time.time() - began
@@ -114,7 +116,8 @@ def train(job, record, run, held_out_pairs, progress):
             # 3. the evaluation, if one is due
             evaluation = {}
             if clock.evaluation_due(step + 1):
-                evaluation = clock.time(clock.evaluation_seconds, evaluate, job, record, held_out_pairs, step + 1)
+                with saving():
+                    evaluation = clock.time(clock.evaluation_seconds, evaluate, job, record, held_out_pairs, step + 1)
                 progress.line["seconds_left"] = clock.left(step + 1, evaluated=True)
             record.step(progress.line, evaluation)
             progress.line = None  # it is in the log
@@ -150,8 +153,11 @@ class StepResult(NamedTuple):
     pieces: list  # of (item, loss, scores)
 
 
-def optimizer_step(job, step, record, rate):
-    """One step of the optimizer. Raises Stopped in its middle if a signal came; the weights are as before then."""
+def optimizer_step(job, step, record, rate, saving):
+    """One step of the optimizer. Raises Stopped in its middle if a signal came; the weights are as before then.
+
+    saving(): a context for the passes, in which the weights are still as before.
+    """
     for group in job.policy.optimizer.param_groups:
         group["lr"] = rate
     micro_steps = job.args.gradient_accumulation_steps
@@ -169,7 +175,8 @@ def optimizer_step(job, step, record, rate):
         record.passed(step)
         job.stop.check()
 
-    scored = score.score_and_backward(job.policy, pieces, job.tokens_per_forward, job.ranks, backward, after_pass)
+    with saving():
+        scored = score.score_and_backward(job.policy, pieces, job.tokens_per_forward, job.ranks, backward, after_pass)
     results = [(item, *each) for item, each in zip(items, scored)]
     sums = sum(job.objective.measure(*each) for each in results)
     tokens = sum(states.inputs.size for piece in pieces for states in piece.responses)
@@ -260,6 +267,7 @@ def make_job(given, objective, run, train_pairs, ds_config, ranks, checkpoint):
     stop = stopping.Stop(ranks)
     if tokens == "auto":
         tokens = fit(policy, objective, pairs_per_step // ranks.world, score.score_and_backward, ranks)
+    out_of_memory.note_pass(tokens, longest_row(objective).inputs.shape[1], ranks.device.type)
 
     # 3. the order of the data
     stream = Stream(train_pairs, args.seed, micro_batch_size, objective.lengths)

@@ -1,4 +1,4 @@
-"""How a command ends: exit code 0, 2 with one sentence for a user's error, 130 for Ctrl-C.
+"""How a command ends: exit code 0, 2 with one sentence for a user's error, 3 where memory ran out, 130 for Ctrl-C.
 
 A command calls run(main) last. Above its heavy imports it calls early(check), which reads the arguments, so that
 --help, mistakes and "up to date" are answered in a fraction of a second.
@@ -11,6 +11,7 @@ import shlex
 import sys
 import traceback
 
+from cli import out_of_memory
 from files import InputError, quoted, room_error
 
 
@@ -21,7 +22,10 @@ def early(check):
 
 def run(main):
     """Call a command's main() and exit with its code."""
-    code = flushed(main)
+    try:
+        code = flushed(main)
+    except SystemExit as end:
+        code = end.code
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(code or 0)  # skip destructors: torch's threads sometimes abort there, which looks like a failure
     sys.exit(code)
@@ -60,12 +64,14 @@ def first_rank():
 
 
 def end_with(error):
-    """Print a user's error once for all ranks, or for this rank alone if no other has it; exit code 2.
+    """Print a user's error once for all ranks, or for this rank alone if no other has it, and exit with its code.
 
-    Any other error is raised again.
+    Any other error is raised again, unless memory or disk space ran out.
     """
-    full = room_error(error)
-    if full:
+    lack, full = out_of_memory.cause(error), room_error(error)
+    if lack:
+        error = out_of_memory.ended(lack, "Finished work is safe", command())
+    elif full:
         if not isinstance(full, OSError):  # a library's: its traceback shows what it was doing
             traceback.print_exception(error)
         error = without_room(full)
@@ -75,7 +81,7 @@ def end_with(error):
         speaker = "error" if first_rank() else f"error (rank {os.environ['RANK']})"
         with contextlib.suppress(OSError):  # stderr may be on the full disk, too
             print(f"{speaker}: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(error.code)
 
 
 def without_room(error):

@@ -23,7 +23,7 @@ HOLE = "\0"  # stands for what is filled in when a message is printed
 
 # What is called with a user's sentence: {function or class: the arguments that are sentences}
 SAYERS = dict.fromkeys(("InputError", "Malformed", "Tie", "ValueError", "LeftOut", "cannot_check", "downloading"), (0,))
-SAYERS |= {"leave_out": (0,), "refuse_or_leave_out": (3,), "Row": (3,)}
+SAYERS |= {"OutOfMemory": (0,), "leave_out": (0,), "refuse_or_leave_out": (3,), "Row": (3,)}
 INTERNAL = ("scoring/noise.py", "reasoning/tasks.py")  # their ValueErrors are for programmers, not for users
 # {a file that prints f"warning: {words}": (the file, the function that makes the words)}
 WORDS_OF = {"training/tracking.py": ("training/guard.py", "falling"), "plan.py": ("training/advice.py", "stuck")}
@@ -236,7 +236,7 @@ def test_links(page):
 # --- commands and flags -----------------------------------------------------------------------------------
 
 FOREIGN = "pip hf apt find trl ssh nvcc deepspeed tensorboard".split()  # commands whose flags are not ours
-LAUNCH = {"--num_gpus", "--setup", "--help", "--reuse"}  # flags of launch.sh itself
+LAUNCH = {"--num_gpus", "--on_oom", "--setup", "--help", "--reuse"}  # flags of launch.sh itself
 SHELL = {"examples/improve.sh": {"--rounds"}, "tests/run.sh": {"--all"}}
 LM_EVAL = {"--model", "--model_args", "--tasks", "--limit", "--apply_chat_template", "--use_cache", "--num_fewshot"}
 

@@ -1,5 +1,6 @@
-"""Memory that this process holds and may take, and the largest batch of states that fits."""
+"""Memory that this process holds and may take, and the largest forward pass that fits."""
 
+import contextlib
 import os
 import resource
 from pathlib import Path
@@ -7,43 +8,83 @@ from typing import NamedTuple
 
 import torch
 
+from cli import out_of_memory
+
 ROOM = 0.8  # the share of free memory that a trial may plan to fill
+TRIALS = 4  # at most
+STEP = 4  # a trial has at most so many times the tokens of the one before: further ahead a line says little
+WORTH = 1.1  # another trial must promise so many times the tokens
+CGROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class Fit(NamedTuple):
     """What largest_that_fits() found."""
 
-    size: int  # tokens in one forward pass
-    peak_gib: float  # of this rank, in its trial
+    size: int  # tokens of one forward pass
+    peak_gib: float  # of this rank, in its last trial
 
 
 def largest_that_fits(first, most, trial, ranks, reserved=0):
-    """The most tokens of a forward pass, from `first` to `most`, that fit on every rank: a Fit.
+    """The largest number of tokens of a forward pass that fits on every rank: a Fit.
 
-    Try numbers in ascending order and stop before one that is predicted not to fit: under ZeRO-3 an out-of-memory error
-    inside backward cannot be recovered.
+    first: tokens of the longest row, the least that must fit. most: the largest number of use. trial(tokens): do the
+    work once, with a multiple of `first`. reserved: bytes to leave free.
 
-    trial(tokens): do the work once. reserved: bytes to leave free.
+    Memory is predicted from the line through the last two trials, because a part of it, such as gathered weights, does
+    not grow. A size that is predicted not to fit is never tried: under ZeRO-3 an out-of-memory error inside backward
+    cannot be recovered.
     """
-    size = first
+    tried, tokens = [(0, memory_now(ranks.device)[0])], first  # [(tokens, bytes at the peak)] of this rank
     while True:
+        out_of_memory.note_pass(tokens, first, ranks.device.type)
+        tried.append((tokens, peak_of(trial, tokens, ranks.device)))
         held, free = memory_now(ranks.device)
-        peak = peak_of(trial, size, ranks.device)
-        larger = min(2 * size, most)
-        predicted = (peak - held) * larger / size
-        if larger == size or not all(ranks.gather(predicted < ROOM * (free - reserved))):
-            return Fit(size, peak / 2**30)
-        size = larger
+        fits = min(ranks.gather(fitting(tried, held + ROOM * (free - reserved), most)))
+        further = min(fits, (2 if tokens == first else STEP) * tokens) // first * first
+        if len(tried) > TRIALS or further < WORTH * tokens:
+            return Fit(max(first, min(fits, tokens + first - 1)), tried[-1][1] / 2**30)
+        tokens = further
 
 
-def peak_of(trial, size, device):
-    """Bytes that this process held at most while trial(size) ran; on a CPU, since it started."""
-    if device.type != "cuda":
-        trial(size)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-    torch.cuda.reset_peak_memory_stats(device)
-    trial(size)
-    return torch.cuda.max_memory_allocated(device)
+def fitting(tried, limit, most):
+    """The largest number of tokens, up to `most`, whose peak is predicted to be at most `limit` bytes.
+
+    tried: [(tokens, bytes at the peak)], first (0, bytes held before). After one trial the prediction is that all it
+    added grows with the tokens: too much rather than too little.
+    """
+    (fewer, low), (tokens, high) = tried[-2:]
+    slope = (high - low) / (tokens - fewer)
+    if slope <= 0:  # what grows is hidden below what does not
+        return most if high <= limit else fewer
+    return min(most, int(tokens + (limit - high) / slope))
+
+
+def peak_of(trial, tokens, device):
+    """Bytes that this process held at most while trial(tokens) ran."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of blocks of another trial's sizes
+        torch.cuda.reset_peak_memory_stats(device)
+        trial(tokens)
+        return torch.cuda.max_memory_allocated(device)
+    forget_host_peak()
+    trial(tokens)
+    return host_peak()
+
+
+def host_peak():
+    """Bytes of host memory that this process held at most since its start, or since forget_host_peak()."""
+    return 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+forgotten_peak = 0  # bytes: the largest host peak that forget_host_peak() reset
+
+
+def forget_host_peak():
+    """Let the host peak of this process start again from what it holds now. memory_peaks() still knows the largest."""
+    global forgotten_peak
+    forgotten_peak = max(forgotten_peak, host_peak())
+    with contextlib.suppress(OSError):  # in a sandbox without this file the peak stays that since the start
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM, which is ru_maxrss
 
 
 def first_step_bytes(engine):
@@ -54,7 +95,7 @@ def first_step_bytes(engine):
 
 
 def memory_now(device):
-    """(bytes that this process holds, bytes that it may still take)."""
+    """(bytes that this process holds, bytes that it may still take, after what other programs hold)."""
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
         unused, card = torch.cuda.mem_get_info(device)
@@ -64,10 +105,28 @@ def memory_now(device):
     held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     lines = Path("/proc/meminfo").read_text().splitlines()
     [kibibytes] = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    return held, kibibytes * 2**10 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = min([kibibytes * 2**10, *free_in_cgroups()])
+    return held, free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def free_in_cgroups():
+    """[bytes that may still be taken] of each control group (version 2) above this process that has a limit.
+
+    Pages of files count as free, as in MemAvailable: the kernel gives them up first.
+    """
+    lines = OWN_GROUP.read_text().splitlines()
+    group = CGROUPS.joinpath(*[line.removeprefix("0::/") for line in lines if line.startswith("0::/")])
+    free = []
+    for folder in (group, *group.parents):
+        limit = folder / "memory.max"
+        if limit.is_file() and (most := limit.read_text().strip()) != "max":
+            used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            of_files = int(used["active_file"]) + int(used["inactive_file"])
+            free.append(int(most) - int((folder / "memory.current").read_text()) + of_files)
+    return free
 
 
 def memory_peaks(device):
     """(GPU, host) peak in GiB of this process; None for the GPU on a CPU."""
     gpu = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    return gpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return gpu, max(forgotten_peak, host_peak()) / 2**30

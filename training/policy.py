@@ -65,12 +65,17 @@ def start_policy(model_args, args, ds_config, ranks):
     return engine.build(model, ds_config)
 
 
+def longest_row(objective):
+    """The States of one row that takes as much memory as any of the objective's."""
+    return all_masked(objective.packed, objective.mask_id, objective.least_tokens)
+
+
 def fit(policy, objective, pairs_per_rank, score_and_backward, ranks):
     """--tokens_per_forward auto: the most that fit, tried with a gradient of 0 on the longest response, all masked.
 
     policy: the engine. pairs_per_rank: pairs or rows of an optimizer step. score_and_backward: that of score.py.
     """
-    states = all_masked(objective.packed, objective.mask_id, objective.least_tokens)
+    states = longest_row(objective)
     length = states.inputs.shape[1]
 
     def backward(loss, _):

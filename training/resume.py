@@ -3,13 +3,15 @@
     runs/NAME/checkpoints/step-N/     DeepSpeed's files (one a rank), state.json: step, counters, world, probe, digests
 
 On resume, the longest pair is scored again and must match the scores stored in the checkpoint (the probe). A checkpoint
-of other weights, another dtype or another device's arithmetic is refused instead of trained on.
+of other weights, another dtype or another device's arithmetic is refused instead of trained on. Only a checkpoint that
+was saved because memory ran out has no probe.
 """
 
 import contextlib
 import shutil
 import subprocess
 import sys
+import traceback
 from dataclasses import asdict, dataclass, fields
 from typing import Optional
 
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import files
-from cli import exits
+from cli import exits, out_of_memory
 from files import InputError
 from preferences.packed import longest
 from training import engine
@@ -43,9 +45,12 @@ def probe(job):
     return [float(score.double().sum()) for score in job.scores(job.objective.responses(item))]
 
 
-def save(job, run, progress):
-    """Write a checkpoint of the run. Nothing draws from a global random generator, so none is saved."""
-    state = asdict(progress) | {"world": job.ranks.world, "probe": probe(job)}
+def save(job, run, progress, probed=True):
+    """Write a checkpoint of the run. Nothing draws from a global random generator, so none is saved.
+
+    probed: with the probe, which is a forward pass.
+    """
+    state = asdict(progress) | {"world": job.ranks.world, "probe": probe(job) if probed else None}
     work = run.checkpoints / run.temporary(progress.step)
     try:
         job.policy.save_checkpoint(
@@ -69,6 +74,36 @@ def is_of_a_write(error):
     return isinstance(error, OSError) or files.no_room(error) or "inline_container" in str(error)
 
 
+@contextlib.contextmanager
+def saving_if_memory_runs_out(job, run, progress):
+    """Inside, a lack of memory saves a checkpoint and raises OutOfMemory.
+
+    For what changes no weight: forward and backward passes, and evaluation.
+    """
+    try:
+        yield
+    except Exception as error:
+        lack = out_of_memory.cause(error)
+        if not lack:
+            raise
+        traceback.clear_frames(error.__traceback__)  # the activations that they hold are freed
+        raise out_of_memory.ended(lack, what_is_saved(job, run, progress), exits.command()) from None
+
+
+def what_is_saved(job, run, progress):
+    """Save a checkpoint after memory ran out in the middle of a pass, if that is possible. Says what is saved.
+
+    Of several ranks the others are still in the pass, so that none can save. ZeRO-3 first gives up all weights that it
+    has gathered; it refuses to save if the error left one of them half gathered.
+    """
+    saved = [step for step, _ in run.saved()]
+    if progress.step and progress.step not in saved and job.ranks.world == 1:
+        with contextlib.suppress(RuntimeError):
+            save(job, run, progress, probed=False)
+            saved.append(progress.step)
+    return f"Everything up to step {saved[-1]} is saved" if saved else "No step was saved"
+
+
 def load(job, path, dtype):
     """Load a checkpoint into the engine. Returns its Progress; raises InputError if its probe does not match."""
     state = files.read_sealed(path / "state.json", "another checkpoint")
@@ -79,7 +114,8 @@ def load(job, path, dtype):
     if loaded is None:
         raise InputError(f"{path}: DeepSpeed cannot load it; choose another checkpoint with --resume_from_checkpoint")
     engine.recount(job.policy, state["step"] - state["skipped"])
-    check_probe(job, path, state["probe"], SAME[dtype])
+    if state["probe"] is not None:
+        check_probe(job, path, state["probe"], SAME[dtype])
     return Progress(**{field.name: state[field.name] for field in fields(Progress)})
 
 
