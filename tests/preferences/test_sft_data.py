@@ -23,6 +23,7 @@ from preferences import forms, packed, rows
 from preferences.sources import Row
 from reasoning import tasks
 from scoring import noise, objective
+from training import engine
 
 USER, SAID = [{"role": "user", "content": "Q"}], [{"role": "assistant", "content": "good"}]
 FIRST = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, *USER]
@@ -253,7 +254,8 @@ def plain(model):
 @torch.no_grad()
 def loss_of(made, policy, batch):
     [states] = made.responses(batch)
-    return made.loss(batch)([score.state_scores(policy, states, len(batch), "cpu").sum()])
+    [scores] = score.state_scores(policy, [states], states.inputs.size, engine.Ranks(0, 1, torch.device("cpu")))
+    return made.loss(batch)([scores.sum()])
 
 
 def test_the_same_ids_and_losses_as_the_chosen_of_preferences(model, tmp_path, monkeypatch):

@@ -38,8 +38,9 @@ import score
 import train_dpo
 from files import InputError
 from models import checkpoint, folders
-from scoring import noise, reference
+from scoring import noise, passes, reference
 from scoring.states import response_states
+from training import engine
 
 NOISE = flags(diffusion_steps=4, trajectories=2)  # S = 7
 FP32 = flags(use_mixed_precision="no")
@@ -71,13 +72,13 @@ def fake_model(table):
     return forward
 
 
-def scored(model, prompt, response, reveal, T, states_per_forward=4, estimator="stepwise"):
+def scored(model, prompt, response, reveal, T, tokens_per_forward=4096, estimator="stepwise"):
     """diffusion_score of `reveal` (R, n)."""
     masked = noise.trajectory_masks(np.array(reveal), T)
     weight = noise.state_weights(masked, estimator, T, len(reveal))
     with torch.no_grad():
         return score.diffusion_score(
-            model, np.array(prompt), np.array(response), masked, weight, MASK, states_per_forward
+            model, np.array(prompt), np.array(response), masked, weight, MASK, tokens_per_forward
         )
 
 
@@ -127,16 +128,16 @@ def test_naive_formula(model, weights, n, T, R, estimator):
     prompt, response = rng.integers(4, 512, 5), rng.integers(4, 512, n)
     reveal = rng.integers(0, T, (R, n))  # any assignment: some steps reveal nothing, step sizes differ
     want = plain.score(weights, prompt, response, reveal.tolist(), T, estimator == "spread").item()
-    for states_per_forward in (1, 3, 4, 16):
-        got = float(scored(model, prompt, response, reveal, T, states_per_forward, estimator).sum())
-        assert got == pytest.approx(want, rel=1e-5), states_per_forward
+    for tokens in (1, 3 * (5 + n), 4 * (5 + n) + 1, 4096):
+        got = float(scored(model, prompt, response, reveal, T, tokens, estimator).sum())
+        assert got == pytest.approx(want, rel=1e-5), tokens
 
 
-def test_bf16_states_per_forward(model_dir):
+def test_bf16_tokens_per_forward(model_dir):
     model = checkpoint.load_model(str(model_dir), torch.bfloat16)
     rng = np.random.default_rng(0)
     prompt, response, reveal = rng.integers(4, 512, 9), rng.integers(4, 512, 40), rng.integers(0, 4, (5, 40))
-    got = [float(scored(model, prompt, response, reveal, 4, size).sum()) for size in (1, 3, 4, 16)]
+    got = [float(scored(model, prompt, response, reveal, 4, tokens).sum()) for tokens in (1, 150, 200, 4096)]
     assert got == pytest.approx([got[0]] * 4, rel=1e-3)
 
 
@@ -169,23 +170,21 @@ def test_only_response_tokens_are_masked():
 
 
 @pytest.mark.parametrize("n", [1, 2, 50])
-def test_segments(n):
-    """Always ceil(S / states_per_forward) forwards, none empty; every state that reveals is in one, the others in none
-    but to keep a forward from being empty."""
+def test_states_that_reveal_nothing_need_no_forward_pass(n):
+    """With one state a pass: as many passes as states with weight, in every estimator that has states without."""
     T, R = 6, 3
     masked = noise.state_masks(n, "spread", T, R, noise.generator(0, [n], "chosen"))
-    states = response_states(
-        np.array([5]), np.arange(4, 4 + n), masked, noise.state_weights(masked, "spread", T, R), MASK
-    )
-    live = {i for i in range(16) if states.weight[i].any()}
-    for size in (1, 3, 4, 16, 99):
-        segments = [rows.tolist() for rows in states.segments(size)]
-        assert len(segments) == -(-16 // size) and all(0 < len(rows) <= size for rows in segments)
-        flat = [row for rows in segments for row in rows]
-        assert len(set(flat)) == len(flat) and live <= set(flat)
-        assert all(len(rows) == 1 for rows in segments if not live & set(rows))
-        assert all(live >= set(rows) for rows in segments if live & set(rows))
-    assert n > 1 or len(live) < 16
+    weight = noise.state_weights(masked, "spread", T, R)
+    states, ran = response_states(np.array([5]), np.arange(4, 4 + n), masked, weight, MASK), []
+
+    def model(input_ids, positions, targets):
+        ran.append(input_ids.tolist())
+        return -torch.ones(len(targets))
+
+    [got] = score.state_scores(model, [states], 1, engine.Ranks(0, 1, torch.device("cpu")))
+    live = [row for row in range(16) if weight[row].any()]
+    assert ran == [[states.inputs[row].tolist()] for row in live] and (n > 1 or len(live) < 16)
+    assert got.tolist() == pytest.approx((-weight.sum(1)).tolist(), abs=1e-5) and got.sum() == pytest.approx(-n)
 
 
 # The reference job
@@ -205,7 +204,7 @@ def jobs(model_dir, tmp_path_factory):
             ("bf16", "plain", flags(use_mixed_precision="bf16")),
             ("stream", "stream", FP32 + stream),
         ):
-            argv = ["--data", folder / f"{data}-{world}", *NOISE, *flags(states_per_forward=world + 1), *more]
+            argv = ["--data", folder / f"{data}-{world}", *NOISE, *flags(tokens_per_forward=40 * world), *more]
             rows.append((name, "score", argv))
         done[world] = run_jobs(folder / f"out-{world}", world, rows)
         for name, ranks in done[world].items():
@@ -232,7 +231,7 @@ def test_reference_is_the_formula(jobs, weights):
 
 @pytest.mark.parametrize("data, dtype", [("plain", "no"), ("plain", "bf16"), ("stream", "no")])
 def test_world_size(jobs, data, dtype):
-    """1 and 2 ranks, and 2 and 3 states a forward: equal noise and scores; streamed = plain."""
+    """1 and 2 ranks, and 40 and 80 tokens a forward: equal noise and scores; streamed = plain."""
     folder, done = jobs
     (noise, scores), (same_noise, same), (_, wanted) = (
         read_reference(folder / name, dtype) for name in (f"{data}-1", f"{data}-2", "plain-1")
@@ -244,7 +243,17 @@ def test_world_size(jobs, data, dtype):
         first, second = done[2][name]
         assert first["forwards_without_graph"] == second["forwards_without_graph"] > 0  # ZeRO-3 would hang
         assert first["forwards"] == second["forwards"] == 0
-        assert done[1][name][0]["forwards_without_graph"] == 19 * 2 * 4  # ceil(7 / 2) a response
+        assert done[1][name][0]["forwards_without_graph"] == planned(folder / f"{data}-1", 40), name
+
+
+def planned(folder, tokens):
+    """Forward passes of the reference job on one rank: a chunk's rows that reveal something fill passes together."""
+    pairs, (reveal, _) = plain.read_packed(folder), read_reference(folder)
+    rows = []
+    for (prompt, *sides), both in zip(pairs, reveal):
+        live = [int(any(0 in steps for steps in each)) + sum(len({*steps} - {0}) for steps in each) for each in both]
+        rows.append([len(prompt) + len(side) for side, count in zip(sides, live) for _ in range(count)])
+    return sum(len(passes.fill(sum(rows[first : first + 8], []), tokens)) for first in range(0, len(rows), 8))
 
 
 def test_meta(jobs, model_dir):
@@ -268,6 +277,7 @@ def test_meta(jobs, model_dir):
         "load_in_4bit": False,
     }
     assert metas["bf16"]["noise_sets"] == 1 and metas["bf16"]["states"] == 7 and metas["bf16"]["ranks"] == 2
+    assert metas["bf16"]["tokens_per_forward"] == 80
     assert not list((folder / "plain-2").glob("ref-*/chunks*"))
 
 
@@ -277,7 +287,7 @@ def test_neighbours(jobs, model_dir, tmp_path):
     order = [4, 0, 18, 7, 1]
     pairs = make_pairs(LENGTHS)
     pack(tmp_path / "packed", [pairs[i] for i in order], model_dir)
-    assert call(score.main, "--data", tmp_path / "packed", *NOISE, *FP32, "--states_per_forward", 16) == 0
+    assert call(score.main, "--data", tmp_path / "packed", *NOISE, *FP32, "--tokens_per_forward", 4096) == 0
     (noise, scores), (whole_noise, whole) = read_reference(tmp_path / "packed"), read_reference(folder / "plain-1")
     assert noise == [whole_noise[i] for i in order]
     np.testing.assert_allclose(scores.sum(-1), whole[order].sum(-1), rtol=1e-5)
@@ -392,7 +402,7 @@ def test_broken_model(model_dir, tmp_path, capsys):
         (["--trajectories", 0], "--trajectories is 0"),
         (["--noise_sets", 0], "--noise_sets is 0"),
         (["--block_length", 0], "--block_length is 0"),
-        (["--states_per_forward", 0], "--states_per_forward is 0"),
+        (["--tokens_per_forward", 0], "--tokens_per_forward is 0"),
         (["--model_name_or_path", "nowhere/at/all"], "nowhere/at/all"),
         (["--data", "nowhere"], "data_prep.py"),
         (["--deepspeed", "nowhere.json"], "nowhere.json"),

@@ -24,12 +24,7 @@ from training import engine, stopping
 
 T, R = 3, 2  # S = 5
 BASE = flags(diffusion_steps=T, trajectories=R, noise_sets=2, use_mixed_precision="no")
-ITEMS = {
-    (0, 0): 0.5,
-    (1, 1): 0.2,
-    (2, 3): 0.3,
-    (3, 0): 0.4,
-}  # (pair, epoch): scale. 1 token beside 200; both noise sets
+ITEMS = {(0, 0): 0.5, (1, 1): 0.2, (2, 3): 0.3, (3, 0): 0.4}  # (pair, epoch): scale; 1 token beside 200
 ALONE = engine.Ranks(0, 1, torch.device("cpu"))
 # One row a pass; rows of several pairs in a pass; two pairs whole and two divided; all in one graph
 SIZES = (1, 40, 300, 10**5)
