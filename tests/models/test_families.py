@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -33,7 +34,10 @@ from small import MASK, VOCAB, call, ds_config, flags, log, make_pairs, pack, re
 import convert
 import data_prep
 import generate
+import score
 from models import checkpoint, tokenization
+from scoring.states import response_states
+from training import engine
 
 FAMILIES = (*ORIGINALS, "smdm")
 
@@ -99,6 +103,49 @@ def test_logits(home, family):
         logps = model(input_ids=home.ids, positions=at, targets=targets)
     want = home.logits[family].flatten(0, 1)[at].log_softmax(-1).gather(1, targets[:, None])[:, 0]
     assert torch.allclose(logps, want, atol=1e-4)
+
+
+def rows_of_any_length():
+    """Two states of each of some responses, equal lengths not side by side, two without a prompt."""
+    rng, made = np.random.default_rng(0), []
+    for prompt, response in ((5, 16), (0, 7), (5, 16), (3, 1), (9, 30), (0, 1), (2, 6)):
+        masked = rng.random((2, response)) < 0.5
+        masked[:, 0] = True
+        ids = rng.integers(4, VOCAB, prompt + response)
+        made.append(response_states(ids[:prompt], ids[prompt:], masked, masked / 2, MASK))
+    return made
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
+@pytest.mark.parametrize("family", [*FAMILIES, "llama"])
+def test_a_row_does_not_depend_on_its_neighbours(home, family, dtype, close):
+    """Rows of any length in one forward pass: each one's score is that of its own logits, alone in a batch of one.
+
+    Models whose attention cannot tell rows apart get rows of one length at a time.
+    """
+    shift = "auto"
+    if family == "llama":  # as Dream, its logits at i - 1 predict token i
+        family, shift = "a2d-llama", "yes"
+    model = checkpoint.load_model(str(home.folder / family), dtype, shift_logits=shift)
+    responses, shapes, worst = rows_of_any_length(), [], 0.0
+    model.register_forward_pre_hook(lambda *given: shapes.append(given[2]["input_ids"].shape), with_kwargs=True)
+    with torch.no_grad():
+        scores = score.state_scores(model, responses, 10**4, engine.Ranks(0, 1, torch.device("cpu")))
+        joined = score.joins_rows(model)
+        assert joined == (family in ("Dream", "a2d-qwen3", "a2d-llama", "smdm"))
+        total = sum(states.inputs.size for states in responses)
+        assert (
+            shapes == [(1, total)] if joined else sorted(shapes) == [(2, 1), (2, 4), (2, 7), (2, 8), (2, 39), (4, 21)]
+        )
+        for states, got in zip(responses, scores):
+            for row, mine in enumerate(got):
+                logps = (
+                    model(input_ids=torch.from_numpy(states.inputs[row : row + 1])).logits[0].float().log_softmax(-1)
+                )
+                at = torch.from_numpy(states.targets[row])[:, None]
+                want = float((logps.gather(1, at)[:, 0] * torch.from_numpy(states.weight[row])).sum())
+                worst = max(worst, abs(float(mine) - want) / abs(want))
+    assert worst < close
 
 
 @pytest.mark.parametrize("family", FAMILIES)

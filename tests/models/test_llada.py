@@ -167,6 +167,30 @@ def test_positions(make_llada, tmp_path, form):
     torch.testing.assert_close(got, full[positions], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_end_to_end(make_llada, tmp_path, form):
+    """Rows of any length in one sequence: every logit and the gradient are those of the rows alone."""
+    make_llada(tmp_path, **FORMS[form])
+    model, lengths = load(tmp_path), (7, 3, 3, 1, 12, 3)
+    ids, parameters = draw_ids(1, sum(lengths)), list(model.parameters())
+    weight = torch.randn(sum(lengths), model.config.rows, generator=torch.Generator().manual_seed(2))
+
+    def loss_and_gradient(logits):
+        return logits, torch.autograd.grad((weight * logits.log_softmax(-1)).sum(), parameters)
+
+    joined, gradient = loss_and_gradient(model(ids, lengths=lengths).logits[0])
+    alone, true = loss_and_gradient(torch.cat([model(row).logits[0] for row in ids.split(lengths, dim=1)]))
+    torch.testing.assert_close(joined, alone, atol=1e-5, rtol=1e-5)
+    for got, want in zip(gradient, true):
+        torch.testing.assert_close(got, want, atol=1e-5 * float(want.abs().max()), rtol=1e-5)
+    assert (model(ids).logits[0] - alone).abs().max() > 0.1  # as one row they would see each other
+    half = load(tmp_path, dtype=torch.bfloat16)
+    with torch.no_grad():
+        joined = half(ids, lengths=lengths).logits[0]
+        alone = torch.cat([half(row).logits[0] for row in ids.split(lengths, dim=1)])
+    torch.testing.assert_close(joined, alone, atol=0 if AVX512 else 2.0**-5, rtol=0)
+
+
 def test_gradient_checkpointing(make_llada, tmp_path):
     """The same loss and gradients, and the blocks do run a second time."""
     make_llada(tmp_path, **FORMS["gqa, bias, tied"])

@@ -41,7 +41,7 @@ import score
 import train_dpo
 from models import checkpoint, tokenization
 from preferences import packed
-from scoring import objective
+from scoring import objective, passes
 
 T, R = 3, 2  # S = 5
 STATES = flags(diffusion_steps=T, trajectories=R)
@@ -62,6 +62,7 @@ RUN = flags(
     eval_fraction=0.25,
     eval_steps=2,
 )
+MIXED, ALL = 150, 10**5  # tokens a forward: some pairs are whole and some divided; all of a step in one graph
 PLAIN = ("zero0", "zero2", "zero3")
 STAGES = (*PLAIN, "zero2_offload_4080", "zero3_offload_4080")
 KINDS = [(stage, kind) for stage in PLAIN for kind in ("joint", "cut", "auto", "bf16")] + [
@@ -84,16 +85,16 @@ def runs(request, home):
     data = pack(folder / "packed", make_pairs(LENGTHS, seed=7), home.model)
     base, jobs = ["--data", data], []
     for name, dtype in (("score-no", FP32), ("score-bf16", BF16)):
-        jobs.append((name, "score", base + dtype + ["--states_per_forward", 3]))
+        jobs.append((name, "score", base + dtype + ["--tokens_per_forward", 99]))
     for stage in STAGES:
         path = ds_config(folder / f"{stage}.json", stage, **ADAM)
 
-        kinds = [("cut", FP32, {"states_per_forward": 2}), ("auto", FP32, {"states_per_forward": "auto"})]
+        kinds = [("cut", FP32, {"tokens_per_forward": MIXED}), ("auto", FP32, {"tokens_per_forward": "auto"})]
         if stage in PLAIN:
             saving = {"save_steps": 1} if stage == "zero3" else {}
-            kinds.append(("joint", FP32, {"states_per_forward": 5, "gradient_checkpointing": False} | saving))
-            kinds.append(("bf16", BF16, {"states_per_forward": 3}))
-            kinds.append(("part", FP32, {"states_per_forward": 2, "backprop_steps": 3}))
+            kinds.append(("joint", FP32, {"tokens_per_forward": ALL, "gradient_checkpointing": False} | saving))
+            kinds.append(("bf16", BF16, {"tokens_per_forward": 99}))
+            kinds.append(("part", FP32, {"tokens_per_forward": MIXED, "backprop_steps": 3}))
         for kind, dtype, more in kinds:
             given = flags(deepspeed=path, output_dir=folder / f"{stage}-{kind}", **more)
             jobs.append((f"{stage}-{kind}", "train_dpo", [*base, *dtype, *RUN, *given]))
@@ -165,36 +166,54 @@ def test_steps_are_plain_adamw(runs, truth, stage, cut):
     assert all(torch.equal(final[key], got[key]) for key in got)
 
 
-def test_same_forwards_on_every_rank(runs):
-    """In training, in evaluation and in the reference job; one more or less and ZeRO-3 waits for ever."""
+def planned(runs, home, stage, kind, step):
+    """[passes without a graph, with one, backward passes] of a step: the largest counts of any rank."""
+    more = ["--backprop_steps", 3] if kind == "part" else []
+    given = train_dpo.read_arguments(list(map(str, ["--data", runs.data, *FP32, *RUN, *more])))
+    pairs, counts = train_dpo.prepare(given)[0], []
+    for rank in runs.did[f"{stage}-{kind}"]:
+        lengths, graph_lengths = [], []
+        for item in rank["items"][str(step)]:
+            responses = pairs.responses(tuple(item))
+            lengths.append([row for states in responses for row in rows_of(states)])
+            graph_lengths.append([row for states in responses for row in rows_of(states.with_gradient)])
+        counts.append(passes.divide(lengths, graph_lengths, ALL if kind == "joint" else MIXED).counts)
+    without, graph = (max(each) for each in zip(*counts))
+    return [without, graph, graph], len(set(counts)) > 1
+
+
+def rows_of(states):
+    """The lengths of its rows that score something."""
+    return [states.inputs.shape[1] for row in states.weight if row.any()]
+
+
+def test_same_passes_on_every_rank(runs, home):
+    """In training, in evaluation and in the reference job; one more or less and ZeRO-3 waits for ever.
+
+    As many in each step as the busiest rank needs.
+    """
     held = len(held_out(runs))
     assert runs.world == 1 or held % 2, "the last held-out pair leaves a rank idle"
     for name, ranks in runs.did.items():
         counts = [
-            [rank[what] for what in ("forwards", "forwards_without_graph", "eval_forwards", "backwards")]
+            [rank[what] for what in ("forwards", "forwards_without_graph", "eval_forwards", "backwards", "passes")]
             for rank in ranks
         ]
         assert counts == counts[:1] * runs.world, name
-        if name.endswith(("joint", "cut")):
-            segments, pairs, turns = 1 if name.endswith("joint") else 3, 3 * 4, math.ceil(held / runs.world)
-            evaluated = 2 * turns * 2 * segments  # after steps 2 and 3
-            checked = 2 * 2 * segments
-            silent = 0 if segments == 1 else pairs * 2 * segments  # the scores before the loss
-            probed = 3 * 2 * segments if name == "zero3-joint" else 0  # with each checkpoint
-            assert counts[0] == [
-                pairs * 2 * segments,
-                evaluated + checked + silent + probed,
-                evaluated,
-                pairs if segments == 1 else pairs * 2 * segments,
-            ], name
+        stage, _, kind = name.partition("-")
+        if kind in ("joint", "cut", "part"):
+            want = [planned(runs, home, stage, kind, step) for step in range(3)]
+            assert ranks[0]["passes"] == {str(step): made for step, (made, _) in enumerate(want)}, name
+            if kind == "cut":
+                assert len({tuple(made) for made, _ in want}) > 1, "steps with different numbers of passes"
+                assert runs.world == 1 or any(differ for _, differ in want), "ranks with different numbers"
 
 
 def test_auto(runs):
-    """The size that was tried and found is the run's, on every rank; the tries are forwards of their own."""
+    """What was tried and found is the run's, on every rank; the tries are passes of their own."""
     for stage in PLAIN:
-        assert (
-            json.loads((runs.folder / f"{stage}-auto" / "run.json").read_text())["arguments"]["states_per_forward"] == 5
-        )
+        found = json.loads((runs.folder / f"{stage}-auto" / "run.json").read_text())["arguments"]["tokens_per_forward"]
+        assert found > 10 * MIXED
         auto, joint = (runs.did[f"{stage}-{kind}"][0] for kind in ("auto", "joint"))
         assert auto["forwards"] > joint["forwards"] and auto["eval_forwards"] == joint["eval_forwards"]
 
@@ -209,7 +228,6 @@ def test_part_of_the_states(runs):
         assert [line["grad_norm"] for line in lines[stage]] == pytest.approx(
             [line["grad_norm"] for line in lines["zero0"]], rel=1e-4
         )
-        assert runs.did[f"{stage}-part"][0]["backwards"] == 3 * 4 * 2 * 2 < runs.did[f"{stage}-cut"][0]["backwards"]
 
 
 def test_first_step(runs):
@@ -300,7 +318,7 @@ LONG = flags(
     warmup_ratio=0.3,
     num_train_epochs=2,
     gradient_accumulation_steps=2,
-    states_per_forward="auto",
+    tokens_per_forward="auto",
     eval_fraction=0.3,
     eval_steps=3,
     save_steps=1,
@@ -414,7 +432,7 @@ def test_two_ranks_resume(runs, tmp_path, capsys):
         "step-3",
     ]  # save_total_limit 2
     argv = ["--data", runs.data, *FP32, *RUN, "--deepspeed", runs.folder / "zero3.json"]
-    argv += flags(states_per_forward=5, gradient_checkpointing=False, save_steps=1)
+    argv += flags(tokens_per_forward=ALL, gradient_checkpointing=False, save_steps=1)
     cut(SimpleNamespace(folder=first), second, 2)
     cut(SimpleNamespace(folder=first), alone, 2)
     [did] = run_jobs(tmp_path / "out", 2, [("second", "train_dpo", [*argv, "--output_dir", second])]).values()
