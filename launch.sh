@@ -4,6 +4,7 @@
 #   bash launch.sh DS_CONFIG [--num_gpus N] [flags of data_prep.py, score.py and train_dpo.py]
 #   bash launch.sh ds_configs/zero3_offload_4080.json
 #   bash launch.sh ds_configs/zero3_offload_4080.json --config_file configs/tiny.yaml --beta 0.2
+#   bash launch.sh --check          # a table of this machine: what is missing, and what to do; nothing is installed
 #   bash launch.sh --setup          # create the environment, and nothing else
 #
 # Without flags: the packed/ of the current folder if there is one, otherwise configs/tiny.yaml (a tiny model and its preferences).
@@ -19,9 +20,13 @@ set -euo pipefail
 printf -v LAUNCH_COMMAND '%q ' bash "$0" "$@"
 export LAUNCH_COMMAND
 ds_config=${1:-}
-[ "$ds_config" != --setup ] || { echo "setup: ready ($python)"; exit 0; }
-case $ds_config in "" | -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; [ -n "$ds_config" ]; exit ;; esac
+case $ds_config in
+    "" | -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; [ -n "$ds_config" ]; exit ;;
+    --check) find_python; exec "${python:-python3}" "$here/check.py" "${@:2}" ;;
+    --setup) set_up; echo "setup: ready ($python)"; exit 0 ;;
+esac
 [ -f "$ds_config" ] || die "$ds_config: no such ds_config; expected one of $(cd "$here" && ls ds_configs/*.json | paste -sd' ')"
+set_up "$ds_config"
 [ -z "${HOSTFILE:-}" ] || . "$here/hosts.sh" # does not return
 shift
 
@@ -44,15 +49,10 @@ elif [ ${#flags[@]} = 0 ]; then
     flags=(--config_file configs/tiny.yaml)
 fi
 
-gpus=0 exact=0
-if compgen -G "/dev/nvidia[0-9]*" >/dev/null || [ -e /dev/dxg ] || [ -e /dev/kfd ] ||
-    [ "${DS_ACCELERATOR:-}" = cuda ]; then # on other machines torch, whose import takes seconds, is not asked
-    read -r gpus exact < <("$python" -c 'import torch; print(torch.cuda.device_count(), int(torch.__version__ >= "2.13"))')
-fi
 ranks=${ranks:-$((gpus > 0 ? gpus : 1))}
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || die "--num_gpus is '$ranks', expected a number from 1"
 [ "$gpus" = 0 ] || [ "$ranks" -le "$gpus" ] || die "--num_gpus $ranks: this machine has $gpus"
-[ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((($(nproc) + ranks - 1) / ranks)))}
+[ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((($(nproc) + ranks - 1) / ranks)))}
 # Allocate page-locked memory exactly and free it: by default torch rounds up to powers of two, tens of GiB at 8B.
 [ "$gpus" = 0 ] || [ "$exact" = 0 ] || [ -n "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ] ||
     export PYTORCH_ALLOC_CONF=pinned_max_cached_size_mb:1

@@ -32,10 +32,13 @@ def read_arguments(argv=None):
 if __name__ == "__main__":
     exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
 
+import torch
+
 from models import families, folders, lora
 from models.checkpoint import DTYPES, load_model, save_model
 from models.folders import model_folder
 from models.tokenization import load_tokenizer
+from training.runs import STREAMING
 
 
 def merge(adapter, out, dtype):
@@ -66,6 +69,14 @@ def merged_card(folder, kept):
     return card + f"\nThis is the adapter merged into its base: of what it adds, {kept:.1%} is left after rounding.\n"
 
 
+def fits_card(folder):
+    """Whether the card, if there is one, holds the weights of `folder` and a fifth of its memory more."""
+    if not torch.cuda.is_available():
+        return True
+    weights = sum(path.stat().st_size for path in folders.weight_files(model_folder(folder)).values())
+    return weights < 0.8 * torch.cuda.get_device_properties(0).total_memory
+
+
 def main(argv=None):
     args = read_arguments(argv)
     base, kept = merge(args.adapter, args.out, args.use_mixed_precision)
@@ -81,8 +92,10 @@ def main(argv=None):
             file=sys.stderr,
             flush=True,
         )
-    precision = "" if args.use_mixed_precision == "bf16" else " --use_mixed_precision no"
-    print(f"next: python evaluate.py --model {args.out} --compare {base} --tasks gsm8k{precision}", flush=True)
+    flags = "" if args.use_mixed_precision == "bf16" else " --use_mixed_precision no"
+    if not fits_card(args.out):
+        flags += f" --deepspeed {STREAMING}"
+    print(f"next: python evaluate.py --model {args.out} --compare {base} --tasks gsm8k{flags}", flush=True)
     return 0
 
 

@@ -15,9 +15,10 @@ cd "$here"
 rounds=1
 case $#${1:-} in 0) ;; 2--rounds) rounds=$2 ;; *) die "examples/improve.sh $*: expected nothing, or --rounds 2" ;; esac
 [[ $rounds =~ ^[1-9]$ ]] || die "--rounds is '$rounds', expected a number from 1 to 9"
+[ -n "${CUDA_VISIBLE_DEVICES+x}" ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # a model this small is no work for a GPU
+set_up ds_configs/zero0.json
 export python rounds WORK=${WORK:-runs/improve} PROBLEMS=${PROBLEMS:-250} HELD_OUT=${HELD_OUT:-300}
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # a seed a core
-[ -n "${CUDA_VISIBLE_DEVICES+x}" ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # a model this small is no work for a GPU
 
 one_seed() {
     local seed=$1 from=examples/tiny folder steps compare=()

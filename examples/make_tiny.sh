@@ -4,6 +4,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 cd "$here"
+set_up ds_configs/zero0.json
 work=${WORK:-runs/make-tiny}
 mkdir -p "$work"
 rows() { # NAME: packs $work/NAME.jsonl with the tokenizer of the first rows

@@ -10,9 +10,11 @@ EXAMPLES = {"temperature": 0.7, "cfg_scale": 0.5}  # of arguments that are 0 or 
 def check(sample):
     """Fill in steps, block_length and device in place. Raises InputError for values that have no meaning together."""
     check_values(sample)
-    import torch  # here alone: check_values() answers before a command imports it
+    from training import cards  # here alone: check_values() answers before a command imports torch
 
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = ["cpu"]
+    if sample.device != "cpu" and (count := cards.usable()):
+        devices += ["cuda", *(f"cuda:{number}" for number in range(count))]
     if sample.device == "auto":
         sample.device = "cuda" if "cuda" in devices else "cpu"
     if sample.device not in devices:

@@ -30,6 +30,7 @@ from files import InputError
 from models import families
 from models.checkpoint import DTYPES, load_model
 from models.tokenization import end_token_id, load_tokenizer, mask_token_id, response_tokenizer
+from training import cards
 
 # --- one batch --------------------------------------------------------------------------------------------
 
@@ -153,9 +154,9 @@ class Response(NamedTuple):
 def load(sample):
     """(model, tokenizer) of `sample` after arguments.check(): the model in eval mode, its dtype and device as given."""
     tokenizer = load_tokenizer(sample.model_name_or_path, sample.trust_remote_code)
-    with memory_of(sample.device):
-        if sample.deepspeed:
-            return streamed(sample), tokenizer
+    if sample.deepspeed:
+        return streamed(sample), tokenizer
+    with cards.loading(sample.model_name_or_path):
         model = load_model(
             sample.model_name_or_path,
             DTYPES[sample.use_mixed_precision],

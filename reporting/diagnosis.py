@@ -7,12 +7,10 @@ tells whether a model reasons better: not_measured() says that, evaluate_command
 """
 
 import shlex
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from files import InputError, read_json
 from reporting.scored_pairs import correlation
 from training import runs
 
@@ -163,8 +161,8 @@ def evaluate_command(run):
         options["use_mixed_precision"] = "no"
     if args["load_in_4bit"]:
         options["load_in_4bit"] = "true"
-    elif streams_parameters(args["deepspeed"]):
-        options["deepspeed"] = args["deepspeed"]
+    elif ds_config := runs.streaming_config(args["deepspeed"]):
+        options["deepspeed"] = ds_config
     options["output_dir"] = f"{run.name}/evaluation"
     return " ".join(["python evaluate.py", *(f"--{name} {quoted(value)}" for name, value in options.items())])
 
@@ -173,16 +171,6 @@ def quoted(path):
     """shlex.quote() that leaves the home folder's ~ to the shell."""
     home, rest = ("~/", path[2:]) if path.startswith("~/") else ("", path)
     return home + shlex.quote(rest)
-
-
-def streams_parameters(ds_config):
-    """Whether a DeepSpeed config, a path or None, keeps the parameters in host memory."""
-    if not ds_config or not Path(ds_config).is_file():
-        return False
-    try:
-        return "offload_param" in read_json(ds_config, "").get("zero_optimization", {})
-    except InputError:
-        return False
 
 
 # --- rules: each yields sentences ---------------------------------------------------------------------------

@@ -8,6 +8,7 @@
 # Installs requirements-dev.txt, -eval.txt, -4bit.txt and -wandb.txt into .venv, never into an environment of yours.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
+set_up "$here/ds_configs/zero3_offload_4080.json"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 cd "$here"
 

@@ -235,8 +235,9 @@ def test_links(page):
 
 # --- commands and flags -----------------------------------------------------------------------------------
 
-FOREIGN = "pip hf apt find trl ssh nvcc deepspeed tensorboard".split()  # commands whose flags are not ours
-LAUNCH = {"--num_gpus", "--on_oom", "--setup", "--help", "--reuse"}  # flags of launch.sh itself
+# Commands whose flags are not ours.
+FOREIGN = "pip hf apt find trl ssh nvcc deepspeed tensorboard docker sbatch wsl".split()
+LAUNCH = {"--num_gpus", "--on_oom", "--check", "--setup", "--help", "--reuse"}  # flags of launch.sh itself
 SHELL = {"examples/improve.sh": {"--rounds"}, "tests/run.sh": {"--all"}}
 LM_EVAL = {"--model", "--model_args", "--tasks", "--limit", "--apply_chat_template", "--use_cache", "--num_fewshot"}
 

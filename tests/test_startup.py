@@ -14,7 +14,7 @@ from small import ROOT
 from files import quoted
 
 COMMANDS = ["data_prep", "score", "train_dpo", "make_prefs", "generate", "evaluate", "report"]
-COMMANDS += ["plan", "calibrate", "merge", "convert"]
+COMMANDS += ["plan", "calibrate", "merge", "convert", "check"]
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "matplotlib")
 
 # A command as __main__ in a fresh process; the last line says which heavy modules it has imported.

@@ -12,7 +12,7 @@ from small import ROOT
 # A room imports files, config, the rooms below it and its own files. Lowest first.
 ROOMS = ["cli", "models", "preferences", "scoring", "training", "reasoning", "reporting"]
 COMMANDS = {"data_prep", "score", "train_dpo", "make_prefs", "generate", "evaluate", "report"}
-COMMANDS |= {"plan", "calibrate", "merge", "convert"}
+COMMANDS |= {"plan", "calibrate", "merge", "convert", "check"}
 GROUND = {"files": 0, "cli": 1, "config": 2}  # below all other rooms
 FLOOR = GROUND | {room: floor for floor, room in enumerate(ROOMS[1:], 3)}
 

@@ -5,6 +5,7 @@ import datetime
 import fcntl
 import functools
 import glob
+import importlib
 import logging
 import os
 import warnings
@@ -16,8 +17,9 @@ import torch.distributed as dist
 from torch.utils.cpp_extension import get_default_build_root
 
 from files import InputError
+from training import cards
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # before deepspeed's import
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.device_count() else "cpu")  # before deepspeed's import
 import cpuinfo  # noqa: E402
 import deepspeed  # noqa: E402
 from deepspeed.runtime import compiler  # noqa: E402
@@ -36,6 +38,13 @@ def without_compiling(*_, **__):
     return unchanged
 
 
+def without_extension():
+    """In place of DeepSpeed's builder of deepspeed_shm_comm: build nothing."""
+
+
+# A start on a CPU would compile and load it, though it only serves inference_all_reduce(), of tensor parallelism. The
+# module is taken by its name, because deepspeed.comm's attribute `torch` is torch.
+importlib.import_module("deepspeed.comm.torch").build_shm_op = without_extension
 # Each start would take three seconds more: DeepSpeed looks at the CPU once for every extension, and prepares compilers
 # for Muon, an optimizer that is not used here.
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
@@ -107,7 +116,7 @@ def start():
     deepspeed_logger.setLevel(logging.WARNING)
     clear_stale_locks()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
-    cuda = torch.cuda.is_available()
+    cuda = os.environ["DS_ACCELERATOR"] == "cuda" and cards.usable() > 0
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():

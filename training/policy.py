@@ -15,7 +15,7 @@ from models import architecture, checkpoint, families, folders, lora, tokenizati
 from scoring.passes import ENOUGH
 from scoring.states import all_masked
 from scoring.window import Piece
-from training import card, engine, memory
+from training import card, engine, memory, runs
 
 SMALL = 10**8  # parameters: a model below is taken for one like the embedded one, which solves its tasks alone
 
@@ -137,9 +137,11 @@ def next_commands(run, model_args, is_small, streams):
     is_small: a model like the embedded one. streams: the weights may not fit the card, so that sampling streams them.
     """
     folder, final, base = (shlex.quote(str(each)) for each in (run.folder, run.final, model_args.model_name_or_path))
-    names = ["trust_remote_code", "use_mixed_precision", "load_in_4bit", *(["deepspeed"] if streams else [])]
+    names = ["trust_remote_code", "use_mixed_precision", "load_in_4bit"]
     sampling = "--gen_length 40 --block_length 8" if is_small else "--gen_length 256 --block_length 32"
     sampling = f"{sampling} {config.flags(names, model_args)}".rstrip()
+    if streams:
+        sampling += f" --deepspeed {shlex.quote(runs.streaming_config(model_args.deepspeed) or runs.STREAMING)}"
     tasks = "--tasks arithmetic" if is_small else "--tasks gsm8k --limit 200"
     return (
         f"next: python report.py {folder}\n"

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from files import InputError, file_sha256, hold, naming, owner, read_sealed, replacing, sealed, write_json
+from files import InputError, file_sha256, hold, naming, owner, read_json, read_sealed, replacing, sealed, write_json
 from scoring import reference
 
 # Arguments that may differ when a run is resumed: where things are, how often it prints and saves, how work is divided.
@@ -26,7 +26,22 @@ FREE = set(
     tokens_per_forward gradient_checkpointing deepspeed model_name_or_path trust_remote_code ranks
     """.split()
 )
+STREAMING = "ds_configs/zero3_offload_4080.json"  # keeps the weights on the host
 ACCUMULATION = "gradient_accumulation_steps"  # may differ, too, with another number of ranks
+
+
+def streaming_config(ds_config):
+    """The ds_config that streams the weights of a run to one card when the model is sampled; None where all fit.
+
+    ds_config: of the run, a path or None. Under ZeRO-3 without offload_param, several cards held the weights.
+    """
+    try:
+        zero = read_json(ds_config or os.devnull, "")["zero_optimization"]
+        if zero["stage"] != 3:
+            return None
+        return ds_config if zero.get("offload_param") else STREAMING
+    except (InputError, KeyError, TypeError):
+        return None
 
 
 class Run:
