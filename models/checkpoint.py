@@ -51,7 +51,7 @@ def load_model(name, dtype, ds_config=None, trust_remote_code=False, shift_logit
         import deepspeed
 
         partitioned = deepspeed.zero.Init(config_dict_or_path=ds_config)  # its own dtype argument is ignored on a CPU
-    with no_init_weights(), locking_pages(name), partitioned:
+    with no_init_weights(), partitioned:
         model = architecture.build(config, dtype, shift, trust_remote_code)
     if load_in_4bit:
         quantized.prepare(model, dtype)
@@ -60,21 +60,6 @@ def load_model(name, dtype, ds_config=None, trust_remote_code=False, shift_logit
         check_base(name, folder, adapter_base(adapter), load_in_4bit)
         model = lora.attach(model, adapter, writing)  # beside, not merged: bfloat16 would round most of it away
     return model.train()
-
-
-@contextlib.contextmanager
-def locking_pages(name):
-    """Turn a refusal of page-locked memory, which zero.Init takes for offloaded weights, into a user's error."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "CUDA error: out of memory" not in str(error):  # torch.OutOfMemoryError, the card's own, says it otherwise
-            raise
-        raise InputError(
-            f"{name}: the system refused page-locked memory for its weights, as WSL2 does; write "
-            '"pin_memory": false in a copy of the ds_config, or take ds_configs/zero0.json with '
-            "configs/llada_8b_qlora_4080.yaml"
-        ) from None
 
 
 def without_dropout(config):

@@ -103,6 +103,17 @@ def test_merged_is_the_adapters_model(home, trained, tmp_path):
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "llada"
 
 
+@pytest.mark.parametrize("card_gib, flag", [(8, ""), (0.0001, " --deepspeed ds_configs/zero3_offload_4080.json")])
+def test_the_next_command_fits_the_card(trained, tmp_path, capsys, monkeypatch, card_gib, flag):
+    """A merged model that is larger than the card is streamed."""
+    card = SimpleNamespace(total_memory=card_gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    adapter = trained.folder / "zero3_offload_4080-final"
+    merge.main([str(adapter), str(tmp_path / "merged"), "--use_mixed_precision", "no"])
+    assert capsys.readouterr().out.endswith(f"--tasks gsm8k --use_mixed_precision no{flag}\n")
+
+
 def test_bf16_keeps_the_adapter(home, trained, tmp_path, capsys):
     """Beside its base an adapter counts in bf16, too; merged, most of a small one is rounded away, and that is said."""
     folder, ids = shutil.copytree(trained.folder / "zero0-final", tmp_path / "small"), torch.arange(4, 60)[None]

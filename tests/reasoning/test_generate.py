@@ -19,9 +19,10 @@ from small import ROOT, call, flags, refusal, run, settings
 import generate
 from config import SampleArguments
 from files import InputError
-from models import tokenization
+from models import checkpoint, tokenization
 from models.llada import LLaDAConfig
 from reasoning import arguments, sampler, tasks
+from training import streaming
 
 MASK = 3
 SHORT = flags(gen_length=8, steps=4, use_mixed_precision="no", device="cpu")
@@ -178,6 +179,22 @@ def test_out_of_memory(spoken, tiny_dir, monkeypatch):
     monkeypatch.setattr(sampler, "generate", full)
     with pytest.raises(InputError, match="cpu ran out of memory; lower --batch_size"):
         sampler.respond(*spoken, [[1]], settings(model_name_or_path=str(tiny_dir), gen_length=1))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_weights_that_do_not_fit_the_card(tiny_dir, monkeypatch, streamed):
+    """A model that is loaded names what streams or packs its weights; a batch size does not help it."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("a page of figures")
+
+    monkeypatch.setattr(checkpoint, "fill", full)
+    sample = settings(model_name_or_path=str(tiny_dir))
+    with pytest.raises(InputError) as refused:
+        streaming.load(sample, None) if streamed else sampler.load(sample)
+    said = str(refused.value)
+    assert said.startswith(f"{tiny_dir}: its weights do not fit on the card; add --deepspeed ds_configs/zero3_offload")
+    assert "--load_in_4bit true" in said and "--batch_size" not in said
 
 
 # --- command line -----------------------------------------------------------------------------------------

@@ -220,6 +220,9 @@ def test_flags_of_the_evaluation(tmp_path, monkeypatch):
     config = ROOT / "ds_configs" / "zero2_offload_4080.json"
     run = write_run(tmp_path / "b", deepspeed=str(config))
     assert "--deepspeed" not in diagnosis.evaluate_command(history.read(run))
+    config = ROOT / "ds_configs" / "zero3.json"  # several cards held the weights, and evaluate.py has one
+    command = diagnosis.evaluate_command(history.read(write_run(tmp_path / "c", deepspeed=str(config))))
+    assert "--deepspeed ds_configs/zero3_offload_4080.json" in command
 
 
 @pytest.fixture

@@ -239,12 +239,14 @@ def test_next_commands(ran):
     "given, streams, flags",
     [
         ({"deepspeed": "ds_configs/zero3_offload_4080.json"}, True, "--deepspeed ds_configs/zero3_offload_4080.json"),
+        ({"deepspeed": "ds_configs/zero3.json"}, True, "--deepspeed ds_configs/zero3_offload_4080.json"),
         ({"deepspeed": "ds_configs/zero2_offload_4080.json"}, False, ""),
         ({"lora_r": 16, "load_in_4bit": True, "deepspeed": "ds_configs/zero0.json"}, False, "--load_in_4bit True"),
     ],
 )
-def test_next_commands_of_a_real_model(given, streams, flags):
+def test_next_commands_of_a_real_model(given, streams, flags, monkeypatch):
     """They can be run as they are: other commands accept every flag, and with them weights that fit the card."""
+    monkeypatch.chdir(ROOT)
     model_args = config.ModelArguments(model_name_or_path="org/8B", **given)
     lines = next_commands(runs.Run("runs/my night"), model_args, False, streams).splitlines()
     sampling = f"--gen_length 256 --block_length 32 {flags}".rstrip()
