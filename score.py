@@ -69,7 +69,7 @@ from scoring import passes
 from scoring.recipe import draw, replay, state_count
 from scoring.states import all_masked, join, response_states
 from scoring.window import Scores, Window
-from training import deepspeed_config, engine, memory, stopping
+from training import deepspeed_config, engine, fetches, memory, stopping
 from training.streaming import load
 
 CHUNK = 8  # pairs that the reference job writes at once: what a kill can lose, per rank
@@ -94,7 +94,8 @@ def row_scores(model, rows, device):
     if len(set(joined.lengths)) == 1:
         inputs, lengths = joined.inputs.reshape(B, -1), {}  # (B, L)
     positions, targets = engine.send(joined.positions, device), engine.send(joined.targets, device)
-    logps = model(input_ids=engine.send(inputs, device), positions=positions, targets=targets, **lengths)  # (M,)
+    ids = engine.send(inputs, fetches.ids_device(model, device))
+    logps = model(input_ids=ids, positions=positions, targets=targets, **lengths)  # (M,)
     logps = logps * engine.send(joined.weight, device)  # float32
     grid = torch.zeros(B * widest, dtype=torch.float32, device=device)
     places = engine.send(joined.row * widest + joined.place, device)

@@ -8,8 +8,8 @@ W' = W + alpha / r * B A, A (r, in) random, B (out, r) zero at first: the policy
 base. Dropout is 0: otherwise policy and reference would never agree, and a gradient that is added up segment by segment
 would not be the loss's.
 
-A layer with its adapter is one module, so ZeRO-3 gathers its weight, A and B together; peft's wrappers are several, each
-with hooks of its own. The files are in peft's format, and peft loads them.
+A layer with its adapter is one module, so ZeRO-3 gathers its weight, A and B together; peft's wrappers are several. The
+files are in peft's format, and peft loads them.
 """
 
 import contextlib

@@ -18,12 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from models.llada import LLaDAModelLM
+
 IS_KNOWN = hasattr(coordinators, "update_recompute_parameters") and hasattr(
     coordinators.PartitionedParameterCoordinator, "_invalidate_trace"
-)
-UNKNOWN = (
-    f"warning: DeepSpeed {deepspeed.__version__} fetches weights in another way than 0.19.8, for which this project is "
-    "made; some may cross the bus twice"
 )
 
 
@@ -32,7 +30,12 @@ def streamed(engine):
     blocks = [module for module in engine.module.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not IS_KNOWN:
         if torch.distributed.get_rank() == 0:
-            print(UNKNOWN, file=sys.stderr, flush=True)
+            print(
+                f"warning: DeepSpeed {deepspeed.__version__} fetches weights in another way than 0.19.8, so that some "
+                "may cross the bus twice",
+                file=sys.stderr,
+                flush=True,
+            )
         return
     for block in blocks:
         for parameter in block.parameters():
@@ -129,6 +132,16 @@ class HostEmbedding(nn.Embedding):
         x = rows.to(self.device, non_blocking=True).view(*ids.shape, -1)
         self.sent = torch.cuda.current_stream().record_event()
         return x
+
+
+def ids_device(model, device):
+    """Where input ids should be: on the host if a model's embedding is there, so that it waits for nothing.
+
+    Other families than LLaDA make tensors of their own where their ids are.
+    """
+    model = getattr(model, "module", model)
+    is_on_host = isinstance(model, LLaDAModelLM) and isinstance(model.get_input_embeddings(), HostEmbedding)
+    return torch.device("cpu") if is_on_host else device
 
 
 # --- how far the host is ahead -----------------------------------------------------------------------------
