@@ -51,6 +51,13 @@ PY
     ) 9> "$TORCH_EXTENSIONS_DIR/.builder"
 }
 
+compile_async_io() { # [DS_CONFIG]: what swaps optimizer states to an SSD, if the ds_config does
+    grep -qs '"nvme"' "${1:-}" && [ ! -e "$TORCH_EXTENSIONS_DIR/async_io/async_io.so" ] || return 0
+    echo "setup: compiling DeepSpeed's async_io (one to five minutes, once)"
+    (cd "$here" && "$python" -c 'from training import nvme; nvme.load_extension()') > "$TORCH_EXTENSIONS_DIR/async_io.log" 2>&1 ||
+        die "DeepSpeed's async_io did not compile; it needs libaio (apt install libaio-dev); see $TORCH_EXTENSIONS_DIR/async_io.log"
+}
+
 set_up() { # [DS_CONFIG]: set $python, $gpus that torch can use, $exact (torch is 2.13 or newer); refuse what cannot run
     local answer compile prefix
     find_python
@@ -61,6 +68,7 @@ set_up() { # [DS_CONFIG]: set $python, $gpus that torch can use, $exact (torch i
     export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$prefix/torch_extensions}
     answer=$("$python" "$here/check.py" --starting "$@") || exit 2
     read -r gpus exact compile <<< "$answer"
+    compile_async_io "$@"
     [ "$compile" = 1 ] && ! compile_adam || return 0
     [ $# = 0 ] || die "DeepSpeed's CPU Adam did not compile, and this ds_config offloads the optimizer; see $TORCH_EXTENSIONS_DIR/build.log"
     echo "setup: DeepSpeed's CPU Adam did not compile; a ds_config that offloads the optimizer needs it; see $TORCH_EXTENSIONS_DIR/build.log"

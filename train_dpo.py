@@ -52,7 +52,7 @@ from models import quantized
 from reasoning import tasks
 from scoring import recipe, reference
 from scoring.objective import SFT, Preference, Stream, split
-from training import deepspeed_config, engine, guard, resume, stopping, tracking
+from training import deepspeed_config, engine, guard, nvme, resume, stopping, tracking
 from training.policy import check_row_lengths, check_start, fit, longest_row, save_final, start_policy
 
 FULL_PASSES = 8  # of an evaluation, between two looks at what is left to score
@@ -335,6 +335,8 @@ def main(argv=None):
         state = "stopped and saved" if run.saved() else "stopped before the first step was made"
         print(f"{state}; to resume, run: {exits.command()}", flush=True)
     dist.barrier()
+    if ranks.first:
+        nvme.remove(run.folder / "nvme")
     dist.destroy_process_group()
     return 0
 

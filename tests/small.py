@@ -62,12 +62,12 @@ LENGTHS = [
 ]
 
 
-def make_model(folder, tokenizer_dir, seed=0):
+def make_model(folder, tokenizer_dir, seed=0, width=32):
     """A LLaDA folder with the tokenizer of `tokenizer_dir`, weights large enough that predictions differ."""
     torch.manual_seed(seed)
     model = LLaDAModelLM(
         LLaDAConfig(
-            d_model=32,
+            d_model=width,
             n_layers=2,
             n_heads=4,
             mlp_hidden_size=48,

@@ -5,6 +5,7 @@ ds_configs/*.json -> read_ds_config() -> training_config() or scoring_config() -
 
 import json
 import math
+from pathlib import Path
 from typing import Annotated, get_args
 
 import pydantic
@@ -14,6 +15,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 
 from cli.parser import nearest
 from files import InputError, each_once
+from training import nvme
 
 # What a ds_config may hold here: {name: type, or the names of a section}. DeepSpeed itself accepts any name at the top
 # and in optimizer.params, and ignores those that it does not know.
@@ -66,6 +68,7 @@ def read_ds_config(path):
     check_names(config, SECTIONS, path)
     check_precision(config, path)
     check_stage(config, path)
+    check_nvme(config, path)
     return config
 
 
@@ -102,6 +105,27 @@ def check_stage(config, path):
         first = error.errors()[0]
         where = ".".join(map(str, ("zero_optimization", *first["loc"])))
         raise InputError(f"{path}: {where}: {first['msg']}; see ds_configs/README.md") from None
+
+
+def check_nvme(config, path):
+    """Refuse states on an SSD where DeepSpeed would ignore it, or keep them in another precision."""
+    zero = config["zero_optimization"]
+    optimizer, parameters = (zero.get(name) or {} for name in ("offload_optimizer", "offload_param"))
+    if parameters.get("device") == "nvme":
+        raise InputError(f'{path}: zero_optimization.offload_param.device "nvme" is not supported; write "cpu"')
+    if not nvme.is_used(config):
+        return
+    why = None
+    if zero["stage"] != 3:
+        why = f"needs stage 3, and stage is {zero['stage']}"
+    elif config.get("bf16", {}).get("bf16_master_weights_and_grads"):
+        why = "needs float32 master weights; leave out bf16.bf16_master_weights_and_grads"
+    elif optimizer.get("pipeline_read") or optimizer.get("pipeline_write"):
+        why = "with pipeline_read or pipeline_write hangs (DeepSpeed 0.19.8); leave them out"
+    elif optimizer.get("buffer_count", 4) < 4:
+        why = f"needs a buffer_count of 4 at least, and it is {optimizer['buffer_count']}"
+    if why:
+        raise InputError(f'{path}: zero_optimization.offload_optimizer.device "nvme" {why}')
 
 
 # --- names and types --------------------------------------------------------------------------------------
@@ -223,6 +247,9 @@ def training_config(config, args, model_args, path):
         "optimizer.params.betas": ([args.adam_beta1, args.adam_beta2], "adam_beta1, adam_beta2"),
         "optimizer.params.weight_decay": (args.weight_decay, "weight_decay"),
     }
+    if nvme.is_used(config):
+        folder = str(Path(args.output_dir, "nvme"))
+        values["zero_optimization.offload_optimizer.nvme_path"] = (folder, "output_dir/nvme")
     config = resolve(config, values, path)
     config.pop("train_batch_size", None)
     # To DeepSpeed each backward pass is an accumulation step. Their number varies, and we scale the loss and set the

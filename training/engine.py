@@ -26,7 +26,7 @@ from deepspeed.runtime import compiler  # noqa: E402
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
-from training import fetches  # noqa: E402
+from training import fetches, nvme  # noqa: E402
 
 
 def without_compiling(*_, **__):
@@ -141,6 +141,8 @@ def build(model, config):
     """The DeepSpeed engine of `model`; if `config` names an optimizer, for the parameters that require a gradient."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters = trainable if "optimizer" in config else None
+    if nvme.is_used(config):
+        nvme.prepare(trainable, config)
     try:
         engine = deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
     except AttributeError as error:
@@ -152,6 +154,8 @@ def build(model, config):
         ) from None
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         forget_first_step(engine.optimizer)
+    if nvme.is_used(config):
+        nvme.reserve(engine)
     if engine.zero_optimization_stage() == 3:
         fetches.streamed(engine)
     return engine

@@ -22,7 +22,7 @@ import files
 from cli import exits, out_of_memory
 from files import InputError
 from preferences.packed import longest
-from training import engine
+from training import engine, nvme
 
 SAME = {"bf16": 2e-2, "no": 1e-4}  # per token: how far a resumed run's score may be from the checkpoint's
 
@@ -53,9 +53,10 @@ def save(job, run, progress, probed=True):
     state = asdict(progress) | {"world": job.ranks.world, "probe": probe(job) if probed else None}
     work = run.checkpoints / run.temporary(progress.step)
     try:
-        job.policy.save_checkpoint(
-            str(run.checkpoints), tag=work.name, save_latest=False, exclude_frozen_parameters=True
-        )
+        with nvme.mapped(job.policy):
+            job.policy.save_checkpoint(
+                str(run.checkpoints), tag=work.name, save_latest=False, exclude_frozen_parameters=True
+            )
         dist.barrier()
         if job.ranks.first:
             run.keep(progress.step, state, job.args.save_total_limit)
@@ -109,7 +110,7 @@ def load(job, path, dtype):
     state = files.read_sealed(path / "state.json", "another checkpoint")
     # LoRA's adapters are saved without their base
     complete = all(parameter.requires_grad for parameter in job.policy.module.parameters())
-    with for_this_world(job, path, state["world"]) as folder:
+    with for_this_world(job, path, state["world"]) as folder, nvme.mapped(job.policy):
         loaded, _ = job.policy.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=complete)
     if loaded is None:
         raise InputError(f"{path}: DeepSpeed cannot load it; choose another checkpoint with --resume_from_checkpoint")
