@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 
+from cli.out_of_memory import OutOfMemory
 from files import InputError
 from models import families
 from models.checkpoint import DTYPES, load_model
@@ -198,7 +199,7 @@ def memory_of(device):
     try:
         yield
     except torch.OutOfMemoryError:
-        raise InputError(f"{device} ran out of memory; lower --batch_size or add --device cpu") from None
+        raise OutOfMemory(f"{device} ran out of memory; lower --batch_size or add --device cpu") from None
 
 
 def batches(prompts, batch_size):

@@ -61,6 +61,12 @@ def test_largest_that_fits(monkeypatch, fixed, each, free, most, want, tried):
     assert found.peak_gib == (77 + fixed + each * tried[-1]) / 2**30
 
 
+def test_a_peak_that_does_not_grow():
+    """It says nothing of how much more fits: as much as is of use, or the size before if it is too high already."""
+    assert memory.fitting([(100, 500), (200, 490)], 600, 10**6) == 10**6
+    assert memory.fitting([(100, 500), (200, 490)], 480, 10**6) == 100
+
+
 def test_memory_is_kept_for_later(monkeypatch):
     """`reserved` bytes are left free: those of the optimizer's first step."""
     assert Machine(monkeypatch, line(0, 10), 10_000).fit(100, 10**6, reserved=5000).size == 400
