@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole job: preferences -> packed arrays -> reference scores -> an aligned model. Steps that are up to date are skipped.
 #
-#   bash launch.sh DS_CONFIG [--num_gpus N] [flags of data_prep.py, score.py and train_dpo.py]
+#   bash launch.sh DS_CONFIG [--num_gpus N] [--on_oom smaller] [flags of data_prep.py, score.py and train_dpo.py]
 #   bash launch.sh ds_configs/zero3_offload_4080.json
 #   bash launch.sh ds_configs/zero3_offload_4080.json --config_file configs/tiny.yaml --beta 0.2
 #   bash launch.sh --check          # a table of this machine: what is missing, and what to do; nothing is installed

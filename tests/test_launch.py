@@ -107,6 +107,7 @@ def test_two_ranks_and_stale_data(clone, tmp_path):
         ("--help", 0, "bash launch.sh DS_CONFIG"),
         ("--setup", 0, "setup: ready"),
         ("nowhere.json", 2, "error: nowhere.json: no such ds_config; expected one of ds_configs/"),
+        (f"{DS} --on_oom less", 2, "error: --on_oom is 'less', expected stop or smaller"),
         (f"{DS} --num_gpus none", 2, "error: --num_gpus is 'none'"),
         (f"{DS} --in nowhere.jsonl", 2, "error: nowhere.jsonl: no such file"),
         (f"{DS} --max_len 3", 2, "error: unknown argument --max_len; did you mean --max_length?"),
