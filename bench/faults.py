@@ -42,7 +42,7 @@ class Stage:
         where = ["--data", folder / "packed", "--model_name_or_path", self.work / "model"]
         if self.name == "prep":
             return [ROOT / "data_prep.py", "--in", self.work / "prefs.jsonl", "--num_proc", "2", *where]
-        noise = small.flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, states_per_forward=5)
+        noise = small.flags(use_mixed_precision="no", diffusion_steps=3, trajectories=2, tokens_per_forward=200)
         if self.name == "score":
             return [ROOT / "score.py", *where, *noise]
         training = small.flags(learning_rate=3e-3, gradient_accumulation_steps=2, save_steps=1, max_steps=8)

@@ -65,7 +65,7 @@ def build(config, dtype, shift, trust_remote_code=False):
         config.is_causal = config.use_cache = False
         kind = getattr(transformers, CAUSAL[config.model_type])
         model = kind._from_config(config, dtype=dtype, attn_implementation=attention.NAME)
-        model.joins_rows = True
+        model.joins_rows = "sliding_attention" not in (getattr(config, "layer_types", None) or ())
         for module in model.modules():
             if hasattr(module, "is_causal"):
                 module.is_causal = False

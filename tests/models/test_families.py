@@ -148,6 +148,15 @@ def test_a_row_does_not_depend_on_its_neighbours(home, family, dtype, close):
     assert worst < close
 
 
+def test_sliding_windows_do_not_join_rows(home, tmp_path):
+    """Attention of rows end to end knows no window: such a model gets rows of one length, and its own attention."""
+    folder = shutil.copytree(home.folder / "Dream", tmp_path / "sliding")
+    edit_json(folder / "config.json", use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    model = checkpoint.load_model(str(folder), torch.float32)
+    assert model.config.layer_types == ["full_attention", "sliding_attention"] and not score.joins_rows(model)
+    assert (model(input_ids=home.ids).logits - home.logits["Dream"]).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_causality(home, family):
     """The last token moves the first's logits, and dropout is off although the model is in training mode."""
