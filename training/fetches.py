@@ -71,23 +71,24 @@ class Passes:
     """Keeps DeepSpeed's record of a pass fit for passes with and without a graph.
 
     The record of a whole pass serves both: a pass without a graph is its first half. The record of a pass without a
-    graph ends before the backward pass, where DeepSpeed throws it away; as it records the next pass, whichever that is,
-    alternating passes would never have a record.
+    graph ends before the backward pass, where DeepSpeed throws it away; as it then records the next pass, whichever
+    that is, alternating passes would never have a record. So a model that trains has none before its first graph.
+    Nor may it have had one: what is freed by a record is cached for ever (PC, __params_to_release).
     """
 
     def __init__(self, engine):
         self.parameters = list(engine.module.parameters())
+        self.trains = any(parameter.requires_grad for parameter in self.parameters)
         offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)  # without an optimizer: itself
         self.coordinator = offload.get_param_coordinator()
         self.is_whole = False  # whether the record has a backward pass
 
     def begin(self, *_):
         """Before a forward pass."""
-        has_graph = torch.is_grad_enabled()
-        if has_graph and not self.is_whole and not self.coordinator.is_invalid_trace():
+        if self.trains and not self.is_whole and not self.coordinator.is_invalid_trace():
             self.coordinator._invalidate_trace()
         if self.coordinator.is_invalid_trace():
-            self.is_whole = has_graph  # this pass is recorded
+            self.is_whole = torch.is_grad_enabled()  # this pass is recorded
         for parameter in self.parameters:  # what a pass without a graph kept for a backward pass
             is_left = parameter.ds_status == ZeroParamStatus.AVAILABLE and not parameter.ds_persist
             if is_left and not parameter.ds_active_sub_modules:
