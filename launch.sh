@@ -53,9 +53,12 @@ ranks=${ranks:-$((gpus > 0 ? gpus : 1))}
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || die "--num_gpus is '$ranks', expected a number from 1"
 [ "$gpus" = 0 ] || [ "$ranks" -le "$gpus" ] || die "--num_gpus $ranks: this machine has $gpus"
 [ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((($(nproc) + ranks - 1) / ranks)))}
-# Allocate page-locked memory exactly and free it: by default torch rounds up to powers of two, tens of GiB at 8B.
-[ "$gpus" = 0 ] || [ "$exact" = 0 ] || [ -n "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ] ||
-    export PYTORCH_ALLOC_CONF=pinned_max_cached_size_mb:1
+# Allocate page-locked memory exactly and free it: by default torch rounds up to powers of two, tens of GiB at 8B. On the card,
+# passes of many lengths need segments that grow; WSL2, which has no /dev/nvidia0, refuses them (pytorch/pytorch#192330).
+allocation=
+[ "$exact" = 0 ] || allocation=pinned_max_cached_size_mb:1
+! compgen -G "/dev/nvidia[0-9]*" >/dev/null || allocation=expandable_segments:True${allocation:+,$allocation}
+[ "$gpus" = 0 ] || [ -n "${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}" ] || export PYTORCH_ALLOC_CONF=$allocation
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
 hosts=${NNODES:-1} host=${NODE_RANK:-0}
