@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from step import add_gradient
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,6 +42,8 @@ from models import checkpoint
 from preferences import packed as disk
 from scoring import noise
 from scoring.states import States, response_states
+from scoring.window import Piece
+from training.engine import Ranks
 
 
 class Design(NamedTuple):
@@ -87,7 +90,7 @@ PARTS += [Design("spread", 3, 3, k) for k in (1, 2, 4)]
 PARTS += [Design("spread", 2, 3, k) for k in (1, 2)]
 PARTS += [elbo(8, k) for k in (1, 2, 4)]
 TRUTH_MASKS, TRUTH_DRAWS = 8, 3
-ROWS = 64  # states a forward
+TOKENS = 4096  # of a forward pass
 
 
 def policy_of_examples(work):
@@ -153,11 +156,10 @@ class Tally:
     def add(self, policy, reference, packed, index, design, number):
         made = draw(packed, index, design, number)
         policy.zero_grad()
-        _, policy_scores = score.score_and_backward(
-            policy, [each.states for each in made], difference, ROWS, "cpu", torch.Tensor.backward
-        )
+        responses = [each.states for each in made]
+        [(_, policy_scores)] = add_gradient(policy, [Piece(responses, difference)], TOKENS)
         with torch.no_grad():
-            ref_scores = [score.state_scores(reference, each.states, ROWS, "cpu") for each in made]
+            ref_scores = score.state_scores(reference, responses, TOKENS, Ranks(0, 1, torch.device("cpu")))
         gradient = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
         self.scores.append([float(part.sum()) for part in (*policy_scores, *ref_scores)])
         self.sum = self.sum + gradient

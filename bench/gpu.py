@@ -1,340 +1,303 @@
-"""The training step and the reference job on one card, random weights of the shapes that people have.
+"""Everything that only a CUDA card can show, in one command that fits a card lent for a quarter of an hour.
 
-    python bench/gpu.py --vram_gb 16 [--rows NAME ...] [--json FILE]      a CUDA card, its memory capped
-    python bench/gpu.py --device cpu --quick                              tiny shapes: shows that it runs, no more
+    python bench/gpu.py --json FILE [--minutes 12] [--vram_gb 16]    a CUDA card, its memory capped
+    python bench/gpu.py --device cpu --quick                         tiny shapes: shows that it runs, no more
 
-Each row is a process of its own, with the engine, the score and the default estimator of train_dpo.py: a pair of
-128 + 256 tokens, states_per_forward found as `auto` finds it, one step of two pairs to warm up, --steps timed.
+check    the machine: what `python check.py` says
+parity   logits and log-probabilities of small checkpoints on the card against those on the CPU (gpu_checks.py)
+steps    two steps of training of every kind on the card against the same on the CPU: losses, norms of gradients
+table    the training step of random models at GSM8K's length, prompt 100 and response 200 (gpu_rows.py)
 
 pairs/s, tokens/s   tokens: prompt and response through the model, states times length, of both responses
 TFLOP/s             of the arithmetic that is needed: forward, and twice that backward (once through frozen weights);
                     what is computed twice counts once
-of peak             that, as a share of a bfloat16 matrix product's rate in the same process
-bus                 parameters in and gradients out over the bus at a pinned copy's rate, as a share of the step
+of ceiling          that, as a share of a large bfloat16 matrix product's rate in the same process
+models, demand      weights that ZeRO-3 fetches from the host for a pair, as a multiple of the model; the share of it
+                    that it did not fetch ahead
 GPU, host GiB       peaks of the process
-Below: the three largest costs of one step, by the profiler. A capped larger card stands in for a 4080's memory, never
-for its speed or its bus. T denoising steps, R trajectories, S states.
+
+Each part is a process of its own with a time limit, and FILE is written whenever more is known: a run that is cut off
+still tells. What no longer fits --minutes is left out, and named. A capped larger card stands in for a 4080's memory,
+never for its speed or its bus.
 """
 
 import argparse
-import contextlib
+import functools
+import glob
+import importlib.metadata
 import json
+import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from step import BETA, flops, wait
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from transformers.initialization import no_init_weights
-
-import config
 import files
-import score
 from cli import exits
-from models import lora
-from models.llada import LLaDAConfig, LLaDAModelLM
-from scoring import losses, noise
-from scoring.states import backward_passes, response_states, sizes
-from training import deepspeed_config, engine, memory
 
-
-class Shape(NamedTuple):
-    width: int
-    layers: int
-    heads: int
-    mlp: int
-    vocabulary: int
-
-
-class Row(NamedTuple):
-    shape: Shape
-    kind: str  # score, train or lora
-    ds_config: str  # where memory is
-
-
-LLADA_8B = Shape(4096, 32, 32, 12288, 126464)
-SMDM = Shape(1792, 20, 14, 7168, 32001)
-HALF = Shape(1024, 24, 16, 4096, 32000)
-TINY = Shape(64, 2, 4, 128, 512)
-ROWS = {
-    "8B-score": Row(LLADA_8B, "score", "zero3_offload_4080"),
-    "1.1B-full": Row(SMDM, "train", "zero3_offload_4080"),
-    "8B-LoRA": Row(LLADA_8B, "lora", "zero3_offload_4080"),
-    "0.5B-full": Row(HALF, "train", "zero3_offload_4080"),
-    "0.5B-full-zero2": Row(HALF, "train", "zero2_offload_4080"),
+ROWS = {  # name: (seconds that it may take, what it is)
+    "8B-LoRA": (260, "LLaDA-8B shape, LoRA r 16, ZeRO-3, weights streamed"),
+    "8B-QLoRA": (160, "LLaDA-8B shape, QLoRA r 16, ZeRO-0"),
+    "1.1B-full": (120, "SMDM-1.1B shape, full training, ZeRO-2, optimizer offloaded"),
+    "0.5B-full": (90, "0.5B shape, full training, ZeRO-2, optimizer offloaded"),
 }
-NOT_RUN = {"8B-full": "needs 96 to 160 GB of host memory (ds_configs/README.md)"}
-PASSES = {"score": 1 / 3, "lora": 2 / 3, "train": 1}  # of forward, backward by inputs and backward by weights
-PROMPT, RESPONSE, MASK, ACCUMULATE = 128, 256, 3, 2
-BLANKS = {"bus": ".2f", "gpu_gib": ".1f"}  # columns that have no value on a CPU, and their form
-T, R = config.NoiseArguments.diffusion_steps, config.NoiseArguments.trajectories
+LIMITS = {"check": 60, "parity": 90, "steps": 200}  # seconds
+LEAST = 30  # seconds: with less, a part is not begun
+TOLERANCE = {"bf16": 0.05, "QLoRA": 0.05, "": 2e-3}  # by what a case's name holds; of a number, or of 0.1 if it is less
+NOT_MEASURED = {"8B-full": "needs 96 to 160 GB of host memory (ds_configs/README.md)"}
 
 
-def random_model(shape, ds_config, dtype):
-    """A LLaDA with normal weights; under ZeRO-3 partitioned from the start."""
-    model_config = LLaDAConfig(
-        d_model=shape.width,
-        n_layers=shape.layers,
-        n_heads=shape.heads,
-        mlp_hidden_size=shape.mlp,
-        vocab_size=shape.vocabulary,
-        mask_token_id=MASK,
+class Report:
+    """What is known so far, in the file."""
+
+    def __init__(self, path, **about):
+        self.path, self.found = path, about | {"check": [], "parity": [], "steps": [], "table": []}
+        self.save()
+
+    def save(self):
+        if self.path:
+            files.write_json(self.path, self.found)
+
+    def add(self, part, value):
+        """Append a value to what is known of a part; returns it."""
+        self.found[part].append(value)
+        self.save()
+        return value
+
+    def leave_out(self, name, why):
+        self.found["not_measured"][name] = why
+        self.save()
+
+    def too_far(self, part):
+        """In words, how many comparisons of a part are not within their bounds; None if all are."""
+        rows = [row for row in self.found[part] if not row.get("ok", True)]
+        return f"{len(rows)} comparison(s) out of bounds" if rows else None
+
+
+def follow(command, limit, told, device="cpu"):
+    """Run a Python command, told(line) for each line that it prints. Returns None, or what went wrong, in words."""
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    if device == "cpu":
+        env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    else:
+        env = {"PYTORCH_ALLOC_CONF": allocation()} | env
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=errors, text=True, env=env
+        )
+        cut = threading.Event()
+
+        def end():
+            cut.set()
+            process.kill()
+
+        timer = threading.Timer(limit, end)
+        timer.start()
+        for line in process.stdout:
+            told(line.rstrip("\n"))
+        code = process.wait()
+        timer.cancel()
+        if cut.is_set():
+            return f"cut off after {limit:.0f} s"
+        errors.seek(0)
+        last = (errors.read().strip() or "?").splitlines()[-1]
+    return None if code == 0 else f"exit code {code}: {last}"
+
+
+def allocation():
+    """PYTORCH_ALLOC_CONF as launch.sh sets it."""
+    exact = ["pinned_max_cached_size_mb:1"] if importlib.metadata.version("torch") >= "2.13" else []
+    growing = ["expandable_segments:True"] if glob.glob("/dev/nvidia[0-9]*") else []
+    return ",".join(growing + exact)
+
+
+def as_json(told):
+    """A function for follow() that gives told() what lines of JSON hold, and ignores other lines."""
+
+    def read(line):
+        if line.startswith("{"):
+            told(json.loads(line))
+
+    return read
+
+
+# --- the parts --------------------------------------------------------------------------------------------
+
+
+def check(args, limit, report):
+    """Print check.py's table. A red row is told and stops nothing: the rest is tried."""
+
+    def told(line):
+        print(f"  {report.add('check', line)}", flush=True)
+
+    follow([ROOT / "check.py"], limit, told, args.device)
+
+
+def parity(args, limit, report):
+    """Print a line for each comparison."""
+
+    def told(row):
+        report.add("parity", row)
+        for word in ("skipped", "failed"):
+            if word in row:
+                print(f"  {row['checkpoint']:<32}{word}: {row[word]}", flush=True)
+                return
+        verdict = "ok" if row["ok"] else "TOO FAR"
+        print(
+            f"  {row['checkpoint']:<32}{row['what']:<19}{row['precision']:<10}{row['apart']:9.1e} apart, "
+            f"{row['bound']:.1e} allowed: {verdict}",
+            flush=True,
+        )
+
+    command = [ROOT / "bench" / "gpu_checks.py", "parity", *shared(args)]
+    return follow(command, limit, as_json(told), args.device) or report.too_far("parity")
+
+
+def steps(args, limit, report):
+    """Run the steps on the card and on the CPU at once, and print a line for each case that both have made."""
+    done, lock = {"here": {}, "cpu": {}}, threading.Lock()
+
+    def told_by(place):
+        def told(row):
+            with lock:
+                done[place][row["case"]] = row
+                if all(row["case"] in each for each in done.values()):
+                    compare(done["cpu"][row["case"]], done["here"][row["case"]], report)
+
+        return as_json(told)
+
+    command = [ROOT / "bench" / "gpu_checks.py", "steps", *(["--quick"] if args.quick else [])]
+    with ThreadPoolExecutor(1) as pool:
+        on_cpu = pool.submit(follow, [*command, "--device", "cpu"], limit, told_by("cpu"))
+        problem = follow([*command, "--device", args.device], limit, told_by("here"), args.device)
+    return problem or on_cpu.result() or report.too_far("steps")
+
+
+def compare(cpu, here, report):
+    """Print and keep how far two runs of a case are apart."""
+    row = {"case": cpu["case"], "cpu": cpu, "here": here, "ok": False}
+    failed = [f"{place}: {each['failed']}" for place, each in (("cpu", cpu), ("here", here)) if "failed" in each]
+    if failed:
+        words = f"failed: {'; '.join(failed)}"
+    else:
+        bound = next(value for name, value in TOLERANCE.items() if name in row["case"])
+        apart = {name: furthest(here[name], cpu[name]) for name in ("loss", "grad_norm")}
+        row |= {"apart": apart, "bound": bound, "ok": max(apart.values()) <= bound}
+        words = f"losses {apart['loss']:.1e} apart, norms {apart['grad_norm']:.1e}, {bound:g} allowed: "
+        words += "ok" if row["ok"] else "TOO FAR"
+    report.add("steps", row)
+    print(f"  {row['case']:<28}{words}", flush=True)
+
+
+def furthest(values, wanted):
+    """The largest difference of two lists of numbers, as a share of the wanted ones; infinite for a missing number."""
+    if len(values) != len(wanted) or None in values or None in wanted:
+        return float("inf")
+    return max(abs(value - want) / max(abs(want), 0.1) for value, want in zip(values, wanted))
+
+
+def shared(args):
+    """The flags that the parts' scripts share."""
+    return ["--device", args.device, *(["--quick"] if args.quick else [])]
+
+
+HEAD = (
+    f"  {'row':<11}{'1e9 par':>8}{'tokens':>8}{'pairs/s':>9}{'tokens/s':>10}{'TFLOP/s':>9}{'of ceiling':>11}"
+    f"{'models':>8}{'demand':>8}{'GPU GiB':>9}{'host GiB':>10}"
+)
+
+
+def measure(name, args, limit, report):
+    """Print a row of the table."""
+    row = report.add("table", {"row": name, "what": ROWS[name][1]})
+
+    def told(values):
+        row.update(values)
+        report.save()
+
+    command = [ROOT / "bench" / "gpu_rows.py", name, "--steps", args.steps, "--vram_gb", args.vram_gb, *shared(args)]
+    problem = follow(command, limit, as_json(told), args.device)
+    if problem:
+        row["failed"] = problem
+        report.save()
+    print(line_of(row), flush=True)
+    return problem
+
+
+def line_of(row):
+    """A row of the table in a line, and its largest costs in another."""
+    if "pairs_per_second" not in row:
+        return f"  {row['row']:<11} not measured"
+    gpu = "-" if row["gpu_gib"] is None else f"{row['gpu_gib']:.1f}"
+    demand = "-" if row["on_demand"] is None else f"{row['on_demand']:.1%}"
+    line = (
+        f"  {row['row']:<11}{row['parameters'] / 1e9:8.2f}{row['tokens_per_forward']:8d}{row['pairs_per_second']:9.3f}"
+        f"{row['tokens_per_second']:10.0f}{row['tflops']:9.3f}{row['of_ceiling']:11.3f}{row['models_a_pair']:8.2f}"
+        f"{demand:>8}{gpu:>9}{row['host_gib']:10.1f}"
     )
-    partitioned = contextlib.nullcontext()
-    if ds_config["zero_optimization"]["stage"] == 3:
-        partitioned = engine.deepspeed.zero.Init(config_dict_or_path=ds_config)
-    with no_init_weights(), partitioned:
-        model = LLaDAModelLM._from_config(model_config, dtype=dtype)
-    for parameter in model.parameters():
-        values = getattr(parameter, "ds_tensor", parameter).data
-        if len(getattr(parameter, "ds_shape", parameter.shape)) > 1:
-            values.normal_(0, 0.02)
-        else:
-            values.fill_(1)
-    return model.train()
+    if "costs" in row:
+        line += f"\n{'':14}{', '.join(f'{name} {share:.0%}' for name, share in row['costs'])}"
+    return line
 
 
-def pair_of(vocabulary, prompt, response):
-    """The States of a pair of random ids, by the default estimator."""
-    rng, made = np.random.default_rng(0), []
-    for _ in range(2):
-        masked = noise.state_masks(response, "spread", T, R, rng)
-        weight = noise.state_weights(masked, "spread", T, R)
-        ids = rng.integers(10, vocabulary, prompt + response)
-        made.append(response_states(ids[:prompt], ids[prompt:], masked, weight, MASK))
-    return made
+# --- all of it --------------------------------------------------------------------------------------------
 
 
-def zero_loss(scores):
-    return 0.0 * sum(scores)
+def jobs(args):
+    """[(name, seconds that it may take, function)] of what the arguments ask for, in order."""
+    parts = {"check": check, "parity": parity, "steps": steps}
+    found = [(name, LIMITS[name], part) for name, part in parts.items() if name in args.parts]
+    if "table" in args.parts:
+        found += [(name, ROWS[name][0], functools.partial(measure, name)) for name in args.rows]
+    return found
 
 
-def dpo_loss(scores):
-    return losses.sigmoid(scores[0] - scores[1], BETA)
-
-
-class Work:
-    """One row: its model in its engine, and its step."""
-
-    def __init__(self, row, quick):
-        self.ranks, self.kind, self.forwards, self.backwards = engine.start(), row.kind, 0, 0
-        lengths = (8, 16) if quick else (PROMPT, RESPONSE)
-        self.states = pair_of(row.shape.vocabulary, *lengths)
-        self.S = len(self.states[0].inputs)
-        ds_config = self.ds_config(ROOT / "ds_configs" / f"{row.ds_config}.json")
-        self.streamed = ds_config["zero_optimization"]["stage"] == 3
-        self.model = random_model(row.shape, ds_config, torch.bfloat16)
-        self.parameters = sum(getattr(each, "ds_numel", each.numel()) for each in self.model.parameters())
-        self.flops = flops(self.model, self.states)
-        self.model.register_forward_hook(self.count)
-        if self.kind != "score":
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
-        trained = lora.add(self.model, 16, 32, "auto", 0, "random")[0] if self.kind == "lora" else self.model
-        self.engine = engine.build(trained, ds_config)
-        rows = {size: size for size in sizes(self.S)} | {self.S: 2 * self.S}  # with all, both responses share a graph
-        self.size = memory.largest_that_fits(rows, self.trial, self.ranks).size
-
-    def ds_config(self, path):
-        read, model_args = deepspeed_config.read_ds_config(path), config.ModelArguments()
-        if self.kind == "score":
-            return deepspeed_config.scoring_config(read, model_args)
-        args = config.TrainArguments(gradient_accumulation_steps=ACCUMULATE)
-        return deepspeed_config.training_config(read, args, model_args, ACCUMULATE * 2 * self.S, path)
-
-    def count(self, *_):
-        self.forwards += 1
-
-    def backward(self, loss, last=False):
-        self.backwards += 1
-        self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss, scale_wrt_gas=False)
-
-    def trial(self, size):
-        if self.kind == "score":
-            with torch.no_grad():
-                return score.state_scores(self.engine, self.states[0].first(size), size, self.ranks.device)
-        states = self.states if size == self.S else [self.states[0].first(size)]
-        score.score_and_backward(self.engine, states, zero_loss, size, self.ranks.device, self.backward)
-
-    def step(self):
-        """One optimizer step of ACCUMULATE pairs, or the scores of as many."""
-        if self.kind == "score":
-            for _ in range(ACCUMULATE):
-                self.score_pair()
-        else:
-            for pair in range(ACCUMULATE):
-                self.train_pair(is_last=pair + 1 == ACCUMULATE)
-            engine.step(self.engine)
-        wait(self.ranks.device)
-
-    def score_pair(self):
-        with torch.no_grad():
-            for states in self.states:
-                score.state_scores(self.engine, states, self.size, self.ranks.device)
-
-    def train_pair(self, is_last):
-        left = backward_passes([self.S] * 2, [self.S] * 2, self.size)
-
-        def backward(loss):
-            nonlocal left
-            left -= 1
-            self.backward(loss, is_last and left == 0)
-
-        score.score_and_backward(self.engine, self.states, dpo_loss, self.size, self.ranks.device, backward)
-
-
-class Rates(NamedTuple):
-    product: float  # FLOP/s of a bfloat16 matrix product
-    copy: float  # bytes/s of a pinned copy to the card; None without one
-
-
-def rates(device):
-    """The Rates of this machine, the best of six."""
-    cuda = device.type == "cuda"
-    size = 8192 if cuda else 512
-    matrix, product, copy = torch.randn(size, size, device=device, dtype=torch.bfloat16), 0, 0
-    block = torch.empty(2**28 if cuda else 1, dtype=torch.uint8, pin_memory=cuda)
-    for _ in range(6):
-        began = time.perf_counter()
-        matrix @ matrix
-        wait(device)
-        product = max(product, 2 * size**3 / (time.perf_counter() - began))
-        if cuda:
-            began = time.perf_counter()
-            block.to(device, non_blocking=True)
-            wait(device)
-            copy = max(copy, len(block) / (time.perf_counter() - began))
-    return Rates(product, copy or None)
-
-
-def costs(work):
-    """The three largest of one step's costs: [(name, share)]."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if cuda := work.ranks.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        work.step()
-    times = {
-        event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
-        for event in profile.key_averages()
-    }
-    whole = sum(times.values())
-    return [(name, value / whole) for name, value in sorted(times.items(), key=lambda item: -item[1])[:3]]
-
-
-def worker(name, args):
-    """Measure one row; print it as JSON."""
-    if args.device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.vram_gb * 2**30 / total))
-    row = ROWS[name]
-    work = Work(row._replace(shape=TINY) if args.quick else row, args.quick)
-    rate = rates(work.ranks.device)
-    work.step()
-    work.forwards = work.backwards = 0
-    began = time.perf_counter()
-    for _ in range(args.steps):
-        work.step()
-    seconds = (time.perf_counter() - began) / args.steps
-    needed = ACCUMULATE * work.flops * PASSES[work.kind]
-    peaks = memory.memory_peaks(work.ranks.device)
-    result = {
-        "row": name,
-        "parameters": work.parameters,
-        "states_per_forward": work.size,
-        "seconds": seconds,
-        "pairs_per_second": ACCUMULATE / seconds,
-        "tokens_per_second": ACCUMULATE * sum(states.inputs.size for states in work.states) / seconds,
-        "tflops": needed / seconds / 1e12,
-        "of_peak": needed / seconds / rate.product,
-        "bus": rate.copy and bytes_moved(work) / args.steps / rate.copy / seconds,
-        "gpu_gib": peaks[0],
-        "host_gib": peaks[1],
-        "costs": costs(work),
-    }
-    print(json.dumps(result))
-    torch.distributed.destroy_process_group()
-
-
-def bytes_moved(work):
-    """Bytes over the bus since the counters were 0: parameters in for each pass, gradients out, 2 bytes each."""
-    passes = work.forwards + work.backwards if work.streamed else 0
-    gradients = work.backwards if work.kind == "train" else 0
-    return 2 * work.parameters * (passes + gradients)
-
-
-def show_head():
-    print(
-        f"{'row':<17}{'1e9 par':>7}{'states':>8}{'pairs/s':>9}{'tokens/s':>10}{'TFLOP/s':>9}{'of peak':>9}{'bus':>6}"
-        f"{'GPU GiB':>9}{'host GiB':>10}"
-    )
-
-
-def show(row):
-    bus, gpu = ("-" if row[name] is None else format(row[name], form) for name, form in BLANKS.items())
-    print(
-        f"{row['row']:<17}{row['parameters'] / 1e9:7.2f}{row['states_per_forward']:8d}"
-        f"{row['pairs_per_second']:9.3f}{row['tokens_per_second']:10.0f}{row['tflops']:9.3f}{row['of_peak']:9.3f}"
-        f"{bus:>6}{gpu:>9}{row['host_gib']:10.1f}\n"
-        f"{'':17} {', '.join(f'{name} {share:.0%}' for name, share in row['costs'])}",
-        flush=True,
-    )
-
-
-def measure(name, args):
-    """A row of the table, measured by a process of its own; {"row", "failed"} if that fails."""
-    options = {"worker": name, "vram_gb": args.vram_gb, "steps": args.steps, "device": args.device}
-    command = [sys.executable, __file__, *(f"--{option}={value}" for option, value in options.items())]
-    command += ["--quick"] if args.quick else []
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return {"row": name, "failed": (done.stderr.strip() or "?").splitlines()[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def main(argv=None):
+def read_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vram_gb", type=float, default=16.0, help="use no more of the card's memory")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--json", help="write what is found there, as it is found")
+    parser.add_argument("--minutes", type=float, default=12, help="for all of it; what no longer fits is left out")
+    parser.add_argument("--vram_gb", type=float, default=16.0, help="use no more of the card's memory in the table")
+    parser.add_argument("--parts", nargs="+", choices=[*LIMITS, "table"], default=[*LIMITS, "table"])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="of the table")
+    parser.add_argument("--steps", type=int, default=2, help="of a row, after one that warms up")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes")
-    parser.add_argument("--json", help="write the table there")
-    parser.add_argument("--worker", choices=list(ROWS), help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and few comparisons")
     args = parser.parse_args(argv)
-    if args.worker:
-        return worker(args.worker, args)
     if not args.quick and not (args.device == "cuda" and torch.cuda.is_available()):
         raise files.InputError(
             "bench/gpu.py measures a CUDA card, and there is none; to see that it runs: --device cpu --quick"
         )
-    show_head()
-    table = []
-    for name in args.rows:
-        table.append(measure(name, args))
-        if "failed" in table[-1]:
-            print(f"{name:<17} failed: {table[-1]['failed']}", flush=True)
-        else:
-            show(table[-1])
-    for name, why in NOT_RUN.items():
-        print(f"{name:<17} not measured: {why}")
-    if args.json:
-        result = {
-            "table": table,
-            "not_measured": NOT_RUN,
-            "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-            "vram_gb": args.vram_gb,
-            "torch": torch.__version__,
-            "deepspeed": engine.deepspeed.__version__,
-        }
-        files.write_json(args.json, result)
-    return 1 if any("failed" in row for row in table) else 0
+    return args
+
+
+def main(argv=None):
+    args, problems = read_arguments(argv), 0
+    end = time.monotonic() + 60 * args.minutes
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
+    report = Report(args.json, device=args.device, vram_gb=args.vram_gb, not_measured=dict(NOT_MEASURED), **versions)
+    for name, most, run in jobs(args):
+        if name in LIMITS:
+            print(name)
+        elif name == args.rows[0]:
+            print(f"table\n{HEAD}")
+        limit = min(most, end - time.monotonic())
+        if limit < LEAST:
+            report.leave_out(name, f"no time was left of --minutes {args.minutes:g}")
+            continue
+        problem = run(args, limit, report)
+        problems += problem is not None
+        if problem:
+            print(f"  {name}: {problem}", flush=True)
+    for name, why in report.found["not_measured"].items():
+        print(f"  {name:<11} not measured: {why}")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

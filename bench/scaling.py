@@ -22,16 +22,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from step import BETA, MASK, build, flops, wait
+from step import BETA, MASK, PER_FORWARD, add_gradient, build, flops, wait
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import files
-import score
 from scoring import losses, noise
 from scoring.states import response_states
-
-PER_FORWARD = 4
+from scoring.window import Piece
 
 
 class Sizes(NamedTuple):
@@ -62,7 +60,7 @@ def pair_of(length, T, V):
 
 def gradient_seconds(model, states, device):
     began = time.perf_counter()
-    score.score_and_backward(model, states, loss, PER_FORWARD, device, torch.Tensor.backward)
+    add_gradient(model, [Piece(states, loss)], PER_FORWARD * states[0].inputs.shape[1])
     wait(device)
     return time.perf_counter() - began
 
@@ -86,7 +84,7 @@ def reference_seconds(folder, pairs, ranks):
     for old in data.glob("ref-*/*"):
         old.unlink()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    options = ["--data", data, "--use_mixed_precision", "no", "--states_per_forward", "16"]
+    options = ["--data", data, "--use_mixed_precision", "no", "--tokens_per_forward", "1024"]
     began = time.perf_counter()
     subprocess.run([sys.executable, *launcher, ROOT / "score.py", *options], check=True, capture_output=True)
     return time.perf_counter() - began
@@ -114,7 +112,7 @@ def against_states(args, sizes, model, device):
         return gradient_seconds(model, made[T], device)
 
     rows = []
-    print(f"{'states':>8}{'s a pair':>12}{'s a state':>12}   ({length} tokens, {PER_FORWARD} states a forward)")
+    print(f"{'states':>8}{'s a pair':>12}{'s a state':>12}   ({length} tokens, {PER_FORWARD} rows a forward)")
     for T, seconds in by_turns(sizes.states, run, args.turns, 1).items():
         rows.append({"states": T, "seconds": seconds, "per_state": seconds / (2 * T)})
         print(f"{T:8d}{seconds:12.3f}{rows[-1]['per_state']:12.4f}", flush=True)

@@ -4,8 +4,8 @@
 
 guide       its pseudocode to the letter but for teacher forcing: a deep-copied reference, T forwards one after
             the other with their graph, logits of the whole row, a batch of one
-ours        reference scores from disk, states in batches, the head where a token is scored; the same pair and masks as
-            the plain loop's, both stepwise with T steps of one trajectory
+ours        reference scores from disk, rows of both responses in one pass, the head where a token is scored; the same
+            pair and masks as the plain loop's, both stepwise with T steps of one trajectory
 calibrated  ours again, with the design and k of CALIBRATED, whose gradient has less error than 20 steps of one
             trajectory (bench/estimators.py has both)
 limit       seconds of the arithmetic that the gradient needs (forward, and twice that backward) at the rate of a large
@@ -36,10 +36,12 @@ import score
 from models.llada import LLaDAConfig, LLaDAModelLM
 from scoring import losses, noise
 from scoring.states import response_states
+from scoring.window import Piece
+from training.engine import Ranks
 
 MASK, BETA = 3, 0.1
 KINDS = ("guide", "ours", "calibrated")
-PER_FORWARD = 4  # states a forward pass, of ours
+PER_FORWARD = 4  # rows of a forward pass, of ours
 
 
 class Design(NamedTuple):
@@ -119,13 +121,33 @@ class Pair:
             made.append(states.carrying(noise.gradient_states(masked, weight, k, rng), k) if k else states)
         return made
 
-    def ours(self, states, refs, states_per_forward):
+    def ours(self, states, refs):
         """refs: the scores that the reference job left on disk."""
 
         def loss(scores):
             return loss_of(scores, refs)
 
-        score.score_and_backward(self.model, states, loss, states_per_forward, self.device, torch.Tensor.backward)
+        add_gradient(self.model, [Piece(states, loss)], self.tokens)
+
+    def scores(self, states):
+        """The scores that a reference job would write."""
+        ranks = Ranks(0, 1, self.device)
+        return [float(each.sum()) for each in score.state_scores(self.model, states, self.tokens, ranks)]
+
+    @property
+    def tokens(self):
+        """tokens_per_forward: of PER_FORWARD rows."""
+        return PER_FORWARD * (len(self.prompt) + len(self.sides[0]))
+
+
+def add_gradient(model, pieces, tokens_per_forward):
+    """Add the gradient of the Pieces' losses to the parameters' grad."""
+    ranks = Ranks(0, 1, next(model.parameters()).device)
+
+    def backward(loss, is_last):
+        loss.backward()
+
+    return score.score_and_backward(model, pieces, tokens_per_forward, ranks, backward)
 
 
 def loss_of(scores, refs):
@@ -196,8 +218,8 @@ def worker(kind, row, device, repeats):
     else:
         states = pair.states(*(CALIBRATED if kind == "calibrated" else Design("stepwise", row.T, 1, 0)))
         with torch.no_grad():
-            refs = [float(score.state_scores(model, part, 4, device).sum()) for part in states]
-        run = functools.partial(pair.ours, states, refs, PER_FORWARD)
+            refs = pair.scores(states)
+        run = functools.partial(pair.ours, states, refs)
         need = flops(model, states)
     wait(device)
     before = peak(device) - (bytes_of(reference) if kind == "guide" else 0)
@@ -267,7 +289,7 @@ def line_of(row, got):
 def show_head(args):
     estimator, T, R, k = CALIBRATED
     print(
-        f"ours: the same gradient, {PER_FORWARD} states a forward; "
+        f"ours: the same gradient, {PER_FORWARD} rows a forward; "
         f"calibrated: {estimator}, T = {T}, R = {R}, k = {k or 'all'}; "
         f"{args.device}, {torch.get_num_threads()} thread(s)\n"
         f"{'T':>3}{'prompt':>7}{'resp.':>6}{'V':>8}{'width':>6}{'layers':>7} | "

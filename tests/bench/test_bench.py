@@ -5,6 +5,7 @@ bash tests/run.sh tests/bench/test_bench.py
 
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -16,9 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(ROOT / "bench"))
 
 import gpu
+import gpu_rows
 import step
 
 import score
+from training.engine import Ranks
 
 
 def bench(name, tmp_path, *argv, code=0):
@@ -43,13 +46,14 @@ def test_step(tmp_path):
 def test_needed_arithmetic(estimator, k):
     """flops() is what torch counts in the products of forward and backward, but for the logits that are made twice."""
     model = step.build(512, 32, 2, "cpu")
-    states = step.Pair(model, 3, 5, 12, 512, "cpu").states(estimator, 3, 2, k)
+    states = step.Pair(model, 3, 5, 12, 512, torch.device("cpu")).states(estimator, 3, 2, k)
     forwards = [(part, not k) for part in states]  # (States, whether it has a graph)
     forwards += [(part.graph, True) for part in states if k]
     counted = 0
     for which, graph in forwards:
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH):
-            total = score.state_scores(model, which, 16, "cpu").sum()
+            [scores] = score.state_scores(model, [which], 1000, Ranks(0, 1, torch.device("cpu")))
+            total = scores.sum()
             if graph:
                 total.backward()
         again = 2 * (which.weight != 0).sum() * 32 * 512 if graph else 0  # the head's logits, in the backward pass
@@ -59,9 +63,17 @@ def test_needed_arithmetic(estimator, k):
 
 @pytest.mark.long
 def test_memory(tmp_path):
-    table, said = bench("memory", tmp_path, "--states", "4", "12", "--length", "128")
+    table, said = bench("memory", tmp_path, "--states", "4", "12", "--length", "128", "--tokens_per_forward", "256")
     assert [row["states"] for row in table["table"]] == [4, 12] and table["largest_over_smallest"] >= 1
     assert all(0 < row["segmented_mib"] < row["joint_mib"] for row in table["table"]) and "largest / smallest" in said
+
+
+def test_packed(tmp_path):
+    """The same scores and gradients however the rows are divided, in float32."""
+    found, _ = bench("packed", tmp_path, "--quick", "--turns", "1", "--tokens", "300", "5000")
+    assert [row["way"] for row in found["table"]] == ["unpacked", "300", "5000"] * 2
+    for row in found["table"]:
+        assert row["scores_apart"] < 1e-4 and row["gradients_apart"] < 1e-5 and row["pairs_per_second"] > 0
 
 
 @pytest.mark.long
@@ -75,18 +87,68 @@ def test_scaling(tmp_path):
 
 
 def test_gpu_on_a_cpu(tmp_path):
-    """The script as it is, at tiny size; what is not here is named, nothing is invented for it."""
-    rows = ["8B-score", "1.1B-full", "8B-LoRA"]
-    table, said = bench("gpu", tmp_path, "--device", "cpu", "--quick", "--steps", "1", "--rows", *rows)
-    assert [row["row"] for row in table["table"]] == rows and "failed" not in said
+    """The table at tiny size; what is not here is named, nothing is invented for it."""
+    parts = ["--parts", "check", "parity", "table", "--rows", "8B-LoRA", "1.1B-full"]
+    found, said = bench("gpu", tmp_path, "--device", "cpu", "--quick", "--steps", "1", *parts)
+    assert any(line.startswith("host memory") for line in found["check"]) and not found["steps"]
+    assert {row["what"] for row in found["parity"]} == {"logits", "log-probabilities", "rows end to end"}
+    assert all(row["ok"] for row in found["parity"]) and found["parity"][0]["checkpoint"] == "tiny"
+    assert [row["row"] for row in found["table"]] == ["8B-LoRA", "1.1B-full"] and "failed" not in said
     most = 1 if AVX512 else math.inf
-    for row in table["table"]:
-        assert row["tflops"] > 0 and 0 < row["of_peak"] < most
-        assert row["bus"] is None and row["gpu_gib"] is None
-        assert row["states_per_forward"] == 7 and len(row["costs"]) == 3
-        assert row["tokens_per_second"] == pytest.approx(row["pairs_per_second"] * 2 * 7 * 24)  # sides, states, tokens
+    for row in found["table"]:
+        assert row["tflops"] > 0 and 0 < row["of_ceiling"] < most
+        assert row["gpu_gib"] is None and row["bus_gbs"] is None and row["card"] is None
+        assert row["tokens_per_forward"] == 2 * 2 * 7 * 24 and len(row["costs"]) == 3  # pairs, sides, states, tokens
+        assert row["tokens_per_second"] == pytest.approx(row["pairs_per_second"] * 2 * 7 * 24)
         assert row["parameters"] == 2 * 512 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
-    assert "8B-full           not measured: needs 96 to 160 GB of host memory" in said
+    streamed, stays = found["table"]
+    assert 0 < streamed["models_a_pair"] <= 1 and streamed["on_demand"] < 0.1  # both pairs in one pass, twice
+    assert stays["models_a_pair"] == 0 and stays["on_demand"] is None
+    assert "8B-full     not measured: needs 96 to 160 GB of host memory" in said
+
+
+@pytest.mark.long
+def test_gpu_steps_on_a_cpu(tmp_path):
+    """Full training, LoRA and SFT, by the scripts themselves, twice."""
+    found, _ = bench("gpu", tmp_path, "--device", "cpu", "--quick", "--parts", "steps")
+    assert [row["case"] for row in found["steps"]] == ["full, zero3 offload", "LoRA, zero0", "SFT, zero0"]
+    for row in found["steps"]:
+        assert row["ok"] and len(row["here"]["loss"]) == 2 and row["apart"] == {"loss": 0, "grad_norm": 0}
+
+
+@pytest.mark.gpu
+def test_gpu_parity_and_steps(tmp_path):
+    """Logits and two steps of every kind of training are on the card what they are on the CPU."""
+    command = [sys.executable, ROOT / "bench" / "gpu.py", "--parts", "parity", "steps", "--json", tmp_path / "gpu.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["device"] == "cuda" and found["parity"] and len(found["steps"]) > 3
+
+
+def test_gpu_out_of_time(tmp_path):
+    """What no longer fits is named, and nothing is begun."""
+    found, said = bench("gpu", tmp_path, "--device", "cpu", "--quick", "--minutes", "0.1")
+    assert found["table"] == [] and set(found["not_measured"]) == {"8B-full", *gpu.LIMITS, *gpu.ROWS}
+    assert "8B-QLoRA    not measured: no time was left of --minutes 0.1" in said
+
+
+def test_gpu_cut_off():
+    """What a part said before its time was over is kept."""
+    lines = []
+    code = "print(1)\nimport time\ntime.sleep(60)"
+    assert gpu.follow(["-c", code], 5, lines.append) == "cut off after 5 s" and lines == ["1"]
+    assert gpu.follow(["-c", "raise SystemExit('no card')"], 60, lines.append) == "exit code 1: no card"
+
+
+def test_gpu_comparisons():
+    """A number that is missing or apart is seen."""
+    assert gpu.furthest([1.0, 2.0], [1.0, 2.2]) == pytest.approx(0.2 / 2.2)
+    assert gpu.furthest([1.0], [1.0, 2.0]) == gpu.furthest([None], [1.0]) == math.inf
+    report = gpu.Report(None)
+    gpu.compare({"case": "full", "loss": [1.0], "grad_norm": [1.0]}, {"loss": [1.0], "grad_norm": [1.1]}, report)
+    gpu.compare({"case": "full", "loss": [1.0], "grad_norm": [1.0]}, {"failed": "out of memory"}, report)
+    assert report.too_far("steps") == "2 comparison(s) out of bounds"
 
 
 def test_gpu_shapes():
@@ -96,8 +158,9 @@ def test_gpu_shapes():
         block = 4 * shape.width**2 + 3 * shape.width * shape.mlp + 2 * shape.width
         return 2 * shape.vocabulary * shape.width + shape.layers * block + shape.width
 
-    assert parameters(gpu.LLADA_8B) == 8_015_581_184
-    assert parameters(gpu.SMDM) == pytest.approx(1_142_367_744, rel=1e-4)  # its head has a row less
+    assert parameters(gpu_rows.LLADA_8B) == 8_015_581_184
+    assert parameters(gpu_rows.SMDM) == pytest.approx(1_142_367_744, rel=1e-4)  # its head has a row less
+    assert list(gpu_rows.ROWS) == list(gpu.ROWS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")

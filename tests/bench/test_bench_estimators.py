@@ -3,17 +3,16 @@
 bash tests/run.sh tests/bench/test_bench_estimators.py
 """
 
-import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from small import LENGTHS, ROOT, make_model, make_pairs, pack, refusal
 
-spec = importlib.util.spec_from_file_location("estimators", ROOT / "bench" / "estimators.py")
-estimators = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(estimators)
+sys.path.insert(0, str(ROOT / "bench"))
+import estimators
 
 
 @pytest.fixture(scope="module")
