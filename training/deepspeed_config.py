@@ -252,9 +252,9 @@ def training_config(config, args, model_args, path):
         values["zero_optimization.offload_optimizer.nvme_path"] = (folder, "output_dir/nvme")
     config = resolve(config, values, path)
     config.pop("train_batch_size", None)
-    # To DeepSpeed each backward pass is an accumulation step. Their number varies, and we scale the loss and set the
-    # boundary ourselves; 2 says that there may be several: ZeRO-2's offload allocates its accumulation buffer then.
-    config["gradient_accumulation_steps"] = 2
+    # To DeepSpeed each backward pass is an accumulation step. Their number varies, so it is not told: we scale the loss
+    # and set the boundary ourselves.
+    config["gradient_accumulation_steps"] = 1
     if model_args.lora_r and sums_in_float32(config):
         config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     return {"timers": NO_TIMER} | config | {"steps_per_print": 10**9, "wall_clock_breakdown": False}
