@@ -51,6 +51,11 @@ class PlanArguments:
         "bf16 with float32 sums (NVIDIA Ada GPU Architecture, appendix A), a planning number",
     )
     pcie_gbs: float = arg(25, "the bus's rate in 1e9 bytes a second; 25 is about what PCIe 4.0 x16 gives of 31.5")
+    ssd_gbs: float = arg(
+        2,
+        "the SSD's rate in 1e9 bytes a second, reads and writes together, for optimizer states on it; 2 is a planning "
+        "number: consumer drives write 1 to 2 when their cache is full",
+    )
     ranks: int = arg(1, "cards, all in this host")
     pairs: int = arg(
         0, "also plan the hours of reference scores and of training for so many pairs (sft: rows); 0: none"
@@ -61,7 +66,14 @@ def read_arguments(argv=None):
     """One instance of each of config.GROUPS and PlanArguments, checked."""
     groups = config.parse(argv, __doc__, *config.GROUPS, PlanArguments, hide=UNUSED)
     data_args, model_args, noise_args, train_args, own = groups
-    for name, least in (("gpu_gib", 0), ("host_gib", 0), ("tflops", 1e-9), ("pcie_gbs", 1e-9), ("ranks", 1)):
+    for name, least in (
+        ("gpu_gib", 0),
+        ("host_gib", 0),
+        ("tflops", 1e-9),
+        ("pcie_gbs", 1e-9),
+        ("ssd_gbs", 1e-9),
+        ("ranks", 1),
+    ):
         if not least <= getattr(own, name) < math.inf:
             wanted = {"ranks": "1 or more", "gpu_gib": "0 or more", "host_gib": "0 or more"}.get(name, "more than 0")
             raise InputError(f"--{name} is {getattr(own, name)}, expected {wanted}")
@@ -83,9 +95,19 @@ from models import architecture, families, folders, quantized
 from training import deepspeed_config, memory
 from training.advice import stuck, tries
 from training.costs import Cost, Work, scoring_cost, training_cost, work_of
-from training.footprint import Item, Machine, activation_bytes, card_items, host_items, logit_bytes, model_shape
+from training.footprint import (
+    Item,
+    Machine,
+    activation_bytes,
+    card_items,
+    disk_items,
+    host_items,
+    logit_bytes,
+    model_shape,
+)
 
 GIB = 2**30
+RATED_TB = 600  # of writes: Samsung's 990 PRO of 1 TB
 AUTO_STEPS = config.NoiseArguments.diffusion_steps  # T for --diffusion_steps auto, not yet calibrated; main says so
 
 
@@ -257,6 +279,7 @@ def machine_of(own):
         host_gib=own.host_gib or host_memory_gib(),
         tflops=own.tflops,
         pcie_gbs=own.pcie_gbs,
+        ssd_gbs=own.ssd_gbs,
         ranks=own.ranks,
         rounded=torch.__version__ < "2.13",  # from there on launch.sh can tell torch not to
     )
@@ -297,6 +320,18 @@ def hours(made, pairs, train_args, noise_sets):
     return f"{pairs} pairs of the longest length: {scored}, {trained}"
 
 
+def ssd_lines(states, rate):
+    """What a step costs an SSD. states: [Item] of the optimizer's states there. rate: 1e9 bytes a second."""
+    size = total(states, "SSD") / 1e9
+    names = ", ".join(item.name for item in states)
+    return (
+        f"SSD: {size:.0f} GB ({names}); a checkpoint takes about 0.8 of it\n"
+        f"  a step reads {size:.0f} GB and writes {size:.0f}: {2 * size / rate:.0f} s at {rate:g} GB/s, part of "
+        "the seconds above; let steps be rare, by --gradient_accumulation_steps\n"
+        f"  {RATED_TB} TB of writes, a usual rating of a drive of 1 TB, are {1000 * RATED_TB / size:,.0f} steps"
+    )
+
+
 def main(argv=None):
     # 1. What is to be planned
     data_args, model_args, noise_args, train_args, own = read_arguments(argv)
@@ -312,6 +347,9 @@ def main(argv=None):
     if noise_args.diffusion_steps == "auto":
         print(f"--diffusion_steps auto: planned with {AUTO_STEPS}, before its calibration")
     print(table(made))
+    states = disk_items(model_shape(model_config, model_args), ds, model_args)
+    if states:
+        print(ssd_lines(states, machine.ssd_gbs))
     if own.pairs:
         print(hours(made, own.pairs, train_args, noise_args.noise_sets))
     if words := stuck(ds, train_args.learning_rate):

@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from scoring import noise, objective
-from training.footprint import bytes_per_element, placement
+from training.footprint import bytes_per_element, disk_items, placement
 
 
 class Work(NamedTuple):
@@ -52,10 +52,12 @@ class Cost(NamedTuple):
 
     operations: float
     bus: float  # bytes
+    ssd: float = 0  # bytes that are read and written
 
     def seconds(self, machine):
-        """The slower of the two, which overlap."""
-        return max(self.operations / (machine.tflops * 1e12), self.bus / (machine.pcie_gbs * 1e9))
+        """The slower of the first two, which overlap, and the SSD's, which overlaps with nothing."""
+        overlapping = max(self.operations / (machine.tflops * 1e12), self.bus / (machine.pcie_gbs * 1e9))
+        return overlapping + self.ssd / (machine.ssd_gbs * 1e9)
 
 
 def work_of(data_args, noise_args, train_args, diffusion_steps):
@@ -96,7 +98,8 @@ def training_cost(shape, work, ds, model_args, train_args):
     pairs_a_step = train_args.per_device_train_batch_size * train_args.gradient_accumulation_steps
     backwards = pairs_a_step // work.pairs * work.backward_passes
     step = step_bytes(shape, ds, model_args, backwards)
-    return Cost(operations / work.pairs, bus / work.pairs + step / pairs_a_step)
+    swapped = 2 * sum(item.size for item in disk_items(shape, ds, model_args))  # read, and written
+    return Cost(operations / work.pairs, bus / work.pairs + step / pairs_a_step, swapped / pairs_a_step)
 
 
 def scoring_cost(shape, work, ds, model_args):

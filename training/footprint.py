@@ -36,6 +36,7 @@ class Machine(NamedTuple):
     host_gib: float
     tflops: float = 49  # 1e12 operations a second
     pcie_gbs: float = 25  # 1e9 bytes a second
+    ssd_gbs: float = 2  # 1e9 bytes a second, reads and writes together
     ranks: int = 1
     one_memory: bool = False  # the card is the host (a run on a CPU): nothing is copied between them
     # Page-locked memory comes in powers of two and is never freed: torch before 2.13, or without launch.sh
@@ -187,8 +188,9 @@ class Placement(NamedTuple):
     stage: int
     parameters_on_host: bool
     parameters_locked: bool
-    optimizer_on_host: bool
+    optimizer_on_host: bool  # or, of its states, what swapping needs there
     optimizer_locked: bool
+    states_on_disk: bool  # master weights, moments and gradients: training/nvme.py
 
 
 def placement(ds):
@@ -201,6 +203,7 @@ def placement(ds):
         parameters_locked=bool(parameters.get("pin_memory", False)),
         optimizer_on_host=zero["stage"] > 0 and optimizer.get("device", "none") != "none",
         optimizer_locked=bool(optimizer.get("pin_memory", False)),
+        states_on_disk=optimizer.get("device") == "nvme",
     )
 
 
@@ -214,12 +217,11 @@ def host_items(shape, ds, model_args, machine):
     found = []
     if placed.parameters_on_host:
         found += [("parameters", e.weight * shape.elements)]
-    if placed.optimizer_on_host:
-        found += [
-            ("master weights", e.master * trained),
-            ("moments", e.moments * trained),
-            ("gradients", e.gradient * trained),
-        ]
+    states = state_items(shape, e)
+    if placed.states_on_disk:
+        found += swap_items(shape, ds["zero_optimization"], e, machine.ranks)
+    elif placed.optimizer_on_host:
+        found += states
     if placed.optimizer_on_host and placed.stage == 3:
         found += [("gradient accumulation buffer", e.weight * trained)]
     elif placed.optimizer_on_host:
@@ -240,6 +242,38 @@ def host_items(shape, ds, model_args, machine):
     return [Item("host", name, size) for name, size in found if size]
 
 
+def state_items(shape, e):
+    """[(name, bytes)] of the optimizer's states, wherever they are."""
+    trained = sum(shape.trained)
+    return [
+        ("master weights", e.master * trained),
+        ("moments", e.moments * trained),
+        ("gradients", e.gradient * trained),
+    ]
+
+
+def swap_items(shape, zero, e, ranks):
+    """[(name, bytes)] of what the host holds of states on an SSD: buffers of the largest sub-group.
+
+    In the first step its moments are beside them: Adam makes them in other memory (swap_tensor/optimizer_utils.py). The
+    weights that are gathered at the end take that memory, too.
+    """
+    largest = max(sub_groups([numel / ranks for numel in shape.trained], zero.get("sub_group_size", 1e9)))
+    buffers = zero["offload_optimizer"].get("buffer_count", 4)
+    beyond = ranks * e.moments * largest - e.weight * sum(shape.trained)
+    return [
+        ("buffers to swap a sub-group", ranks * buffers * e.master * largest),
+        ("moments of a sub-group, in the first step", max(0, beyond)),
+    ]
+
+
+def disk_items(shape, ds, model_args):
+    """[Item] of what is on the SSD. A step reads all of it and writes all of it."""
+    if not placement(ds).states_on_disk:
+        return []
+    return [Item("SSD", name, size) for name, size in state_items(shape, bytes_per_element(ds, model_args))]
+
+
 def summed_bytes(e):
     """Bytes per element of stage 2's accumulation buffers: with bf16 gradients the sums are kept in the gradients."""
     return e.weight if e.gradient == 4 else 0
@@ -257,7 +291,9 @@ def locked_items(shape, ds, e, placed, ranks):
     if placed.parameters_on_host and placed.parameters_locked:
         rounding += ranks * lost_to_rounding(e.weight * numel / ranks for numel in shape.frozen)
         left_of_loading = ranks * sum(power_of_two(max(1, e.weight * numel / ranks)) for numel in shape.trained)
-    if placed.optimizer_on_host and placed.optimizer_locked and placed.stage == 3:
+    if placed.states_on_disk and placed.optimizer_locked:
+        rounding += ranks * lost_to_rounding([e.weight * share])
+    elif placed.optimizer_on_host and placed.optimizer_locked and placed.stage == 3:
         most = ds["zero_optimization"].get("sub_group_size", 1e9)
         groups = sub_groups([numel / ranks for numel in shape.trained], most)
         rounding += ranks * lost_to_rounding([*(e.gradient * numel for numel in groups), e.weight * share])

@@ -5,14 +5,16 @@ bash tests/run.sh tests/training/test_nvme.py
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 from types import SimpleNamespace
 
 import pytest
-from small import ROOT, flags, log, make_model, make_pairs, numbers, pack, run, run_jobs, start
+from small import ROOT, call, flags, log, make_model, make_pairs, numbers, pack, run, run_jobs, start
 
+import plan
 from config import ModelArguments, TrainArguments
 from files import InputError
 from training import deepspeed_config, nvme
@@ -223,3 +225,16 @@ class TestRefused:
                 read, TrainArguments(output_dir=str(tmp_path)), ModelArguments(), "ds.json"
             )
         assert words in str(error.value)
+
+
+def test_the_plan(capsys, tmp_path):
+    """LLaDA-8B: 16 bytes a parameter on the SSD, and on the host four buffers of the largest sub-group instead."""
+    model = {"model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32}
+    model |= {"mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464, "max_sequence_length": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(model | {"mask_token_id": 126336}))
+    argv = ["--config_file", ROOT / "configs" / "llada_8b_full_nvme_64gb.yaml", "--model_name_or_path", tmp_path]
+    assert call(plan.main, *argv, "--gpu_gib", 16, "--host_gib", 62) == 0
+    said = capsys.readouterr().out
+    assert "a step reads 128 GB and writes 128: 128 s at 2 GB/s" in said and "are 4,678 steps" in said, said
+    host = said[said.index("host  ") : said.index("parameters, ")]
+    assert re.search(r"buffers to swap a sub-group +7\.72\n", host) and "master weights" not in host, host

@@ -74,6 +74,7 @@ PRESETS = {
     "llada_8b_lora_4080": (LLADA_8B, 32),
     "llada_8b_qlora_4080": (LLADA_8B, 16),
     "llada_8b_full_192gb": (LLADA_8B, 192),
+    "llada_8b_full_nvme_64gb": (LLADA_8B, 64),
     "dream_7b_lora_4080": (DREAM_7B, 32),
     "smdm_1b_4080": (SMDM_1B, 32),
     "qwen_0.5b_4080": (QWEN_05B, 32),
