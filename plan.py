@@ -5,11 +5,12 @@
     python plan.py --config_file configs/llada_8b_lora_4080.yaml --gpu_gib 16 --host_gib 64 --pairs 800
 
 The formulas are in rooms: memory (activations, weights, optimizer) in training/footprint.py, operations and transfers
-in training/costs.py, what to change in training/advice.py. bench/planned.py compares the memory with a run. Here
-all is added up and judged. The host's memory is for all ranks. For a model on the Hub only config.json is downloaded.
-train_dpo.py prints the verdict when it starts.
+in training/costs.py, what to change in training/advice.py. bench/activations.py compares the memory with torch's on
+fake tensors, bench/planned.py with a run. Here all is added up and judged. The host's memory is for all ranks. For a
+model on the Hub only config.json is downloaded. train_dpo.py prints the verdict when it starts.
 """
 
+import bisect
 import math
 import os
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ USED_TRAINING = {
     "eval_fraction",
     "eval_steps",
 }
-UNUSED = {"mask_token_id", "end_token_id", "lora_alpha", "order", "block_length", "noise_seed"}
+UNUSED = {"mask_token_id", "end_token_id", "lora_alpha", "block_length", "noise_seed"}
 UNUSED |= names(config.DataArguments) - USED_DATA
 UNUSED |= names(config.TrainArguments) - USED_TRAINING  # they change no memory and no time
 
@@ -44,7 +45,7 @@ class PlanArguments:
     gpu_gib: float = arg(
         0, "the card's memory in GiB; 0: this machine's card, or 16 where there is none", heading="Machine"
     )
-    host_gib: float = arg(0, "the host's memory in GiB; 0: this machine's")
+    host_gib: float = arg(0, "the host's memory in GiB; 0: this machine's, or what a container or job may use of it")
     tflops: float = arg(
         49,
         "what the card does, 1e12 operations a second; 49 is half of an RTX 4080's peak of 97.5 in "
@@ -57,6 +58,10 @@ class PlanArguments:
         "number: consumer drives write 1 to 2 when their cache is full",
     )
     ranks: int = arg(1, "cards, all in this host")
+    prompt_tokens: int = arg(0, "tokens of every prompt", heading="Rows")
+    response_tokens: int = arg(
+        0, "tokens of every response; 0: so many that a prompt and its response have --max_length"
+    )
     pairs: int = arg(
         0, "also plan the hours of reference scores and of training for so many pairs (sft: rows); 0: none"
     )
@@ -77,10 +82,16 @@ def read_arguments(argv=None):
         if not least <= getattr(own, name) < math.inf:
             wanted = {"ranks": "1 or more", "gpu_gib": "0 or more", "host_gib": "0 or more"}.get(name, "more than 0")
             raise InputError(f"--{name} is {getattr(own, name)}, expected {wanted}")
-    if own.pairs < 0:
-        raise InputError(f"--pairs is {own.pairs}, expected 0 or more")
+    for name in ("pairs", "prompt_tokens", "response_tokens"):
+        if getattr(own, name) < 0:
+            raise InputError(f"--{name} is {getattr(own, name)}, expected 0 or more")
     if data_args.max_length < 1:
         raise InputError(f"--max_length is {data_args.max_length}, expected at least 1")
+    if own.prompt_tokens + max(1, own.response_tokens) > data_args.max_length:
+        raise InputError(
+            f"--prompt_tokens {own.prompt_tokens} and --response_tokens {own.response_tokens}: longer than "
+            f"--max_length {data_args.max_length}, above which rows are left out"
+        )
     config.check_scoring(model_args, noise_args)
     config.check(train_args)
     return groups
@@ -94,17 +105,8 @@ import torch
 from models import architecture, families, folders, quantized
 from training import deepspeed_config, memory
 from training.advice import stuck, tries
-from training.costs import Cost, Work, scoring_cost, training_cost, work_of
-from training.footprint import (
-    Item,
-    Machine,
-    activation_bytes,
-    card_items,
-    disk_items,
-    host_items,
-    logit_bytes,
-    model_shape,
-)
+from training.costs import Cost, Lengths, Work, scoring_cost, training_cost, work_of
+from training.footprint import Machine, card_items, disk_items, graph_items, host_items, model_shape
 
 GIB = 2**30
 RATED_TB = 600  # of writes: Samsung's 990 PRO of 1 TB
@@ -137,59 +139,58 @@ def total(items, *places):
     return sum(item.size for item in items if item.place in places)
 
 
-def plan(model_config, data_args, model_args, noise_args, train_args, ds, machine, advise=True):
-    """The Plan of a run. ds: as read_ds_config() gives it. advise: if the run does not fit, look for what to change."""
-    # 1. What does not depend on the states per forward pass
+def plan(model_config, data_args, model_args, noise_args, train_args, ds, machine, lengths=None, advise=True):
+    """The Plan of a run.
+
+    ds: as read_ds_config() gives it. lengths: of every row; None: all have the longest, which is scored whole. advise:
+    if the run does not fit, look for what to change.
+    """
+    # 1. What does not depend on the tokens per forward pass
     shape = model_shape(model_config, model_args)
     fixed = card_items(shape, ds, model_args, machine)
     room = memory.ROOM * (machine.gpu_gib * GIB - total(fixed, "card"))
 
-    # 2. The states per forward pass, and what one graph then holds
+    # 2. The tokens per forward pass, and what one graph then holds
     diffusion_steps = AUTO_STEPS if noise_args.diffusion_steps == "auto" else noise_args.diffusion_steps
-    work = work_of(data_args, noise_args, train_args, diffusion_steps)
-    if train_args.loss_type != "sft":
-        work = with_tokens_per_forward(work, shape, model_args, room)
-    items = fixed + graph_items(work, shape, model_args) + host_items(shape, ds, model_args, machine)
+    longest = Lengths(0, data_args.max_length + train_args.sft_pad_to)
+    work = work_of(lengths or longest, noise_args, train_args, diffusion_steps)
+
+    def graph(tokens):
+        """[Item] of a graph of so many tokens."""
+        return graph_items(shape, tokens, ds, model_args, machine)
+
+    tokens = model_args.tokens_per_forward
+    if tokens == "auto":
+        tokens = most_that_fit(work, graph, room)
+    work = work._replace(tokens_per_forward=tokens)
+    items = fixed + graph(work.tokens_in_graph) + host_items(shape, ds, model_args, machine)
 
     # 3. Does it fit?
     fits, verdict = judged(total(items, "card") / GIB, total(items, "host") / GIB, machine)
     if not fits and advise:
-        verdict += "; " + advice(model_config, data_args, model_args, noise_args, train_args, ds, machine)
+        groups = data_args, model_args, noise_args, train_args
+        verdict += "; " + advice(model_config, groups, ds, machine, work.lengths)
     return Plan(
         items=items,
         machine=machine,
         parameters=shape.parameters,
         trainable=sum(shape.trained),
         work=work,
-        training=training_cost(shape, work, ds, model_args, train_args),
-        scoring=scoring_cost(shape, work, ds, model_args),
+        training=training_cost(shape, work, ds, model_args, machine),
+        scoring=scoring_cost(shape, work, ds, model_args, machine),
         fits=fits,
         verdict=verdict,
     )
 
 
-def with_tokens_per_forward(work, shape, model_args, room):
-    """`work` with --tokens_per_forward as given; auto: the most tokens whose graph takes less than `room` bytes."""
-    if model_args.tokens_per_forward != "auto":
-        return work._replace(tokens_per_forward=model_args.tokens_per_forward)
-    best = work
-    for sequences in range(1, sum(work.states) + 1):
-        larger = work._replace(tokens_per_forward=sequences * work.length)
-        if total(graph_items(larger, shape, model_args), "card") < room:
-            best = larger
-    return best
+def most_that_fit(work, graph, room):
+    """--tokens_per_forward auto: the most tokens whose graph takes less than `room` bytes, at least the longest row."""
+    choices = range(work.lengths.row, work.most_tokens + 1)
 
+    def size(tokens):
+        return total(graph(tokens), "card")
 
-def graph_items(work, shape, model_args):
-    """[Item] of what the card holds of one graph."""
-    sequences = work.sequences_in_graph
-    weight_bytes = 2 if model_args.use_mixed_precision == "bf16" else 4
-    together = ", both responses in one graph" if work.in_one_graph and len(work.states) > 1 else ""
-    activations = activation_bytes(shape, sequences, work.length, weight_bytes, model_args.gradient_checkpointing)
-    return [
-        Item("card", f"activations of {sequences} x {work.length} tokens{together}", activations),
-        Item("card", "logits", logit_bytes(shape, sequences, work.length, weight_bytes)),
-    ]
+    return choices[max(0, bisect.bisect_left(choices, room, key=size) - 1)]
 
 
 def judged(card, host, machine):
@@ -206,12 +207,12 @@ def judged(card, host, machine):
 # --- advice -----------------------------------------------------------------------------------------------
 
 
-def advice(model_config, data_args, model_args, noise_args, train_args, ds, machine):
+def advice(model_config, groups, ds, machine, lengths):
     """The first change with which the run fits, in words; else what the machine lacks."""
-    least = None
-    for each in tries(model_args, ds, machine):
+    (data_args, model_args, *others), least = groups, None
+    for each in tries(model_args, lengths.row, ds, machine):
         args = replace(model_args, **each.values)
-        found = plan(model_config, data_args, args, noise_args, train_args, each.ds, machine, advise=False)
+        found = plan(model_config, data_args, args, *others, each.ds, machine, lengths, advise=False)
         if found.fits:
             return f"it fits with {each.words(model_args)}"
         if least is None or total(found.items, "card", "host") < total(least.items, "card", "host"):
@@ -235,7 +236,7 @@ def at_start(groups, ds, ranks):
     cuda = ranks.device.type == "cuda"
     machine = Machine(
         gpu_gib=usable_gib(ranks.device) if cuda else math.inf,
-        host_gib=host_memory_gib(),
+        host_gib=memory.host_bytes() / GIB,
         ranks=int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)),
         one_memory=not cuda,
         rounded="pinned_max_cached_size_mb" not in os.environ.get("PYTORCH_ALLOC_CONF", ""),
@@ -250,11 +251,6 @@ def usable_gib(device):
     """The part of a card's memory that this process may take."""
     memory_of_card = torch.cuda.get_device_properties(device).total_memory
     return torch.cuda.get_per_process_memory_fraction(device) * memory_of_card / GIB
-
-
-def host_memory_gib():
-    """Of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -276,7 +272,7 @@ def machine_of(own):
     card = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 16.0
     return Machine(
         gpu_gib=own.gpu_gib or card,
-        host_gib=own.host_gib or host_memory_gib(),
+        host_gib=own.host_gib or memory.host_bytes() / GIB,
         tflops=own.tflops,
         pcie_gbs=own.pcie_gbs,
         ssd_gbs=own.ssd_gbs,
@@ -292,18 +288,23 @@ def table(made):
         lines.append(f"{place:66}   GiB")
         lines += [f"  {item.name:62}{item.size / GIB:8.2f}" for item in made.items if item.place == place]
         lines.append(f"  {f'in all, of {available:.1f}':62}{made.total(place) / GIB:8.2f}")
+    work, bus_gibs = made.work, machine.pcie_gbs * 1e9 / GIB
+    plain_passes, graph_passes = map(len, work.divided)
+    apart = made.training.seconds(machine, overlap=False)
     lines += [
         f"{made.parameters:,} parameters, {made.trainable:,} trained",
-        f"tokens in a forward pass: {made.work.tokens_per_forward}",
-        f"planned: {made.seconds:.1f} s a pair of the longest length, the slower of",
+        f"tokens in a forward pass: {work.tokens_per_forward}",
+        f"passes of a step of {work.pairs} {work.noun}s: {plain_passes} without a graph, {graph_passes} with one",
+        f"planned: {made.seconds:.1f} s a {work.noun} (prompt and response {work.lengths.row} tokens), of",
         f"  {made.training.operations / 1e12:8.1f} TFLOP on the card, at {machine.tflops:g} TFLOP/s",
-        f"  {made.training.bus / GIB:8.1f} GiB over the bus at most, at {machine.pcie_gbs * 1e9 / GIB:.1f} GiB/s",
+        f"  {made.training.bus / GIB:8.1f} GiB over the bus, at {bus_gibs:.1f} GiB/s, hidden behind the arithmetic; "
+        f"if nothing of it is hidden, {apart:.1f} s a {work.noun}",
     ]
     return "\n".join(lines)
 
 
 def hours(made, pairs, train_args, noise_sets):
-    """One line: the hours that so many pairs take, or under sft rows, if all of them have the longest length."""
+    """One line: the hours that so many pairs take, or under sft rows."""
     ranks, batch = made.machine.ranks, train_args.per_device_train_batch_size
     held_out = math.ceil(train_args.eval_fraction * pairs)
     pairs_a_step = batch * train_args.gradient_accumulation_steps * ranks
@@ -314,10 +315,10 @@ def hours(made, pairs, train_args, noise_sets):
     scoring = made.scoring.seconds(made.machine)
     training = steps * pairs_a_step * made.seconds + evaluations * held_out * scoring
     trained = f"{training / ranks / 3600:.1f} h of training ({steps} steps of {pairs_a_step}, {held_out} held out)"
+    scored = f"{noise_sets * pairs * scoring / ranks / 3600:.1f} h of reference scores, "
     if train_args.loss_type == "sft":
-        return f"{pairs} rows of the longest length: {trained}"
-    scored = f"{noise_sets * pairs * scoring / ranks / 3600:.1f} h of reference scores"
-    return f"{pairs} pairs of the longest length: {scored}, {trained}"
+        scored = ""
+    return f"{pairs} {made.work.noun}s (prompt and response {made.work.lengths.row} tokens): {scored}{trained}"
 
 
 def ssd_lines(states, rate):
@@ -341,7 +342,10 @@ def main(argv=None):
     quantized.check(model_args, ds)
 
     # 2. The plan
-    made = plan(model_config, data_args, model_args, noise_args, train_args, ds, machine)
+    lengths = None
+    if own.prompt_tokens or own.response_tokens:
+        lengths = Lengths(own.prompt_tokens, own.response_tokens or data_args.max_length - own.prompt_tokens)
+    made = plan(model_config, data_args, model_args, noise_args, train_args, ds, machine, lengths)
 
     # 3. What to know of it
     if noise_args.diffusion_steps == "auto":

@@ -107,7 +107,7 @@ def run_flags(name, folder, args):
         model_name_or_path=folder / "model",
         diffusion_steps=2,
         trajectories=1,
-        states_per_forward=1,
+        tokens_per_forward=args.length,
         max_length=args.length,
         output_dir=folder / name,
         max_steps=2,

@@ -47,6 +47,7 @@ class TargetLogps(torch.autograd.Function):
             picked, top = logits.gather(1, targets[rows, None])[:, 0], logits.amax(1)
             norms[rows] = logits.sub_(top[:, None]).exp_().sum(1).log_() + top
             logps[rows] = picked - norms[rows]
+            del logits  # before the next chunk's are made
         ctx.save_for_backward(x, targets, norms)
         # Held by reference, not saved: under ZeRO-3 they are empty until the backward pass gathers them again.
         ctx.weight, ctx.bias = weight, bias
@@ -69,6 +70,7 @@ class TargetLogps(torch.autograd.Function):
                 torch.mm(slope, weight, out=grad_x[rows])
             if ctx.needs_input_grad[1]:
                 grad_weight = slope.t() @ x[rows] if grad_weight is None else grad_weight.addmm_(slope.t(), x[rows])
+            del logits, slope
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
         return grad_x, grad_weight, grad_bias, None

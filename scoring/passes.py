@@ -27,6 +27,14 @@ class Passes(NamedTuple):
         return Passes(filled_up(self.without_graph, without_graph), self.whole, self.with_graph + [[]] * more)
 
 
+def most_tokens(longest, heaviest, pieces):
+    """The most tokens a pass that are of use: all of the window's, but not above ENOUGH unless one piece has more.
+
+    longest: tokens of the longest row. heaviest: of all rows of a piece, which one graph may then hold.
+    """
+    return max(longest, min(heaviest * pieces, max(heaviest, ENOUGH)))
+
+
 def divide(lengths, graph_lengths, tokens, is_alike=False, is_linear=False):
     """The Passes of pieces at `tokens` a pass.
 

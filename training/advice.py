@@ -23,9 +23,12 @@ class Try(NamedTuple):
         return " and ".join(part for part in (self.copy, flags) if part)
 
 
-def tries(model_args, ds, machine):
-    """[Try]: first what changes memory alone, then LoRA, then 4 bits, then master weights in bf16 (see stuck())."""
-    frugal = {"tokens_per_forward": 1, "gradient_checkpointing": True}
+def tries(model_args, longest, ds, machine):
+    """[Try]: first what changes memory alone, then LoRA, then 4 bits, then master weights in bf16 (see stuck()).
+
+    longest: tokens of the longest row, the fewest of a forward pass.
+    """
+    frugal = {"tokens_per_forward": longest, "gradient_checkpointing": True}
     roomy = {"tokens_per_forward": "auto", "gradient_checkpointing": True}
     bf16 = {"use_mixed_precision": "bf16"}
     lora = {"lora_r": model_args.lora_r or 16}

@@ -1,127 +1,194 @@
-"""What a pair costs in time: operations on the card, and bytes over the bus between host and card.
+"""What a pair costs in time: operations on the card, and bytes over the bus between host and card, pass by pass.
 
     footprint.Shape + ds_config + arguments -> work_of(), training_cost(), scoring_cost()
 
-Upper limits: every sequence has `length` tokens, all of them scored, and ZeRO-3 fetches every parameter for every pass.
+The passes are those that scoring/passes.py divides an optimizer step into, if all rows have the same lengths. ZeRO-3
+fetches each weight once in a pass without a graph and twice in one with a graph (training/fetches.py). Not counted: the
+optimizer's arithmetic on the host, what the host needs to start the card's kernels, and memory-bound operations such as
+norms; --tflops is half of a peak for their sake.
 
-L length, D width.
+L length, D width, n response tokens, S states.
 """
 
-import math
 from typing import NamedTuple
 
-from scoring import noise, objective
-from training.footprint import bytes_per_element, disk_items, placement
+import numpy as np
+
+from models import quantized
+from scoring import noise, objective, passes
+from training.footprint import bytes_per_element, disk_items, placement, streamed
+
+SFT_SHARE = 0.5  # of a response's tokens that sft_noise masks, on average
+
+
+class Lengths(NamedTuple):
+    """Tokens of every row."""
+
+    prompt: int
+    response: int
+
+    @property
+    def row(self):
+        return self.prompt + self.response
 
 
 class Work(NamedTuple):
-    """The sequences that are scored together: those of a pair, or under --loss_type sft of a batch of rows."""
+    """The rows of an optimizer step on one rank."""
 
-    states: list  # of each response
-    with_gradient: list  # of each response, the states that carry the gradient
-    length: int  # tokens of a sequence, at most
-    pairs: int  # pairs or rows that these are
+    lengths: Lengths
+    pieces: int  # pairs or, under --loss_type sft, micro-batches
+    pairs: int  # pairs or rows
+    rows: int  # of a piece, without a gradient or with
+    graph_rows: int  # of a piece, that carry the gradient
+    scored_rows: int  # of a pair in the reference job or as a held-out pair
+    share: float  # of a response's tokens that a row scores, on average
+    is_linear: bool  # no pass without a graph is needed
     tokens_per_forward: int = 1
 
     @property
-    def sequences_per_pass(self):
-        """Sequences in a forward pass, at most."""
-        return max(1, self.tokens_per_forward // self.length)
+    def noun(self):
+        return "row" if self.is_linear else "pair"
 
     @property
-    def in_one_graph(self):
-        """Whether one forward pass scores everything, so that none is needed without a graph."""
-        return self.states == self.with_gradient and sum(self.states) <= self.sequences_per_pass
+    def most_tokens(self):
+        """Tokens of a forward pass that --tokens_per_forward auto takes at most."""
+        length = self.lengths.row
+        return passes.most_tokens(length, self.rows * length * self.pieces // self.pairs, self.pairs)
 
     @property
-    def backward_passes(self):
-        return self.forwards(self.with_gradient)
+    def divided(self):
+        """(rows of each pass without a graph, rows of each pass with one)."""
+        length = self.lengths.row
+        rows, graph_rows = ([[length] * count] * self.pieces for count in (self.rows, self.graph_rows))
+        found = passes.divide(rows, graph_rows, self.tokens_per_forward, is_linear=self.is_linear)
+        whole = [self.rows * len(pieces) for pieces in found.whole]
+        return [len(each) for each in found.without_graph], whole + [len(each) for each in found.with_graph]
 
     @property
-    def sequences_in_graph(self):
-        """Sequences whose activations are held at once."""
-        return min(self.sequences_per_pass, sum(self.with_gradient))
+    def tokens_in_graph(self):
+        """Tokens whose activations are held at once, at most."""
+        return self.lengths.row * max(self.divided[1])
 
-    def forwards(self, states):
-        """Forward passes for responses of so many `states`."""
-        return math.ceil(sum(states) / self.sequences_per_pass)
+
+class Pass(NamedTuple):
+    """What a forward pass, and its backward pass if it has one, costs."""
+
+    operations: float
+    bus: float  # bytes between host and card
+    memory: float = 0  # bytes between the card's memory and its cores, for weights in 4 bits
+    ssd: float = 0  # bytes that are read and written, which overlap with nothing
+
+    def seconds(self, machine, overlap=True):
+        """overlap: whether what crosses the bus is hidden behind arithmetic, as far as there is enough of that."""
+        computing = self.operations / (machine.tflops * 1e12) + self.memory / (machine.memory_gbs * 1e9)
+        copying = self.bus / (machine.pcie_gbs * 1e9)
+        swapping = self.ssd / (machine.ssd_gbs * 1e9)
+        return swapping + (max(computing, copying) if overlap else computing + copying)
 
 
 class Cost(NamedTuple):
-    """Of one pair, or row, on one rank."""
+    """Of `pairs` pairs, or rows, on one rank."""
 
-    operations: float
-    bus: float  # bytes
-    ssd: float = 0  # bytes that are read and written
+    passes: list
+    pairs: float
 
-    def seconds(self, machine):
-        """The slower of the first two, which overlap, and the SSD's, which overlaps with nothing."""
-        overlapping = max(self.operations / (machine.tflops * 1e12), self.bus / (machine.pcie_gbs * 1e9))
-        return overlapping + self.ssd / (machine.ssd_gbs * 1e9)
+    def seconds(self, machine, overlap=True):
+        """Of one pair."""
+        return sum(each.seconds(machine, overlap) for each in self.passes) / self.pairs
+
+    @property
+    def operations(self):
+        """Of one pair."""
+        return sum(each.operations for each in self.passes) / self.pairs
+
+    @property
+    def bus(self):
+        """Bytes of one pair."""
+        return sum(each.bus for each in self.passes) / self.pairs
 
 
-def work_of(data_args, noise_args, train_args, diffusion_steps):
-    """Work of a run, at one state per forward pass. diffusion_steps: T, where the arguments may still say auto."""
+def work_of(lengths, noise_args, train_args, diffusion_steps):
+    """Work of a run, at one row per forward pass. diffusion_steps: T, where the arguments may still say auto."""
+    batch, micro_steps = train_args.per_device_train_batch_size, train_args.gradient_accumulation_steps
     if train_args.loss_type == "sft":
-        rows = train_args.per_device_train_batch_size
-        return Work([rows], [rows], data_args.max_length + train_args.sft_pad_to, rows, rows)
-    count = noise.state_count(noise_args.estimator, diffusion_steps, noise_args.trajectories)
-    states, with_gradient = objective.counts(train_args, count)
-    return Work(states, with_gradient, data_args.max_length, 1)
+        padded = lengths._replace(response=max(lengths.response, train_args.sft_pad_to))
+        return Work(padded, micro_steps, batch * micro_steps, batch, batch, 1, SFT_SHARE, is_linear=True)
+    estimator, R = noise_args.estimator, noise_args.trajectories
+    if estimator == "auto":
+        estimator = noise.automatic_estimator(noise_args.order)
+    states, carrying = objective.counts(train_args, noise.state_count(estimator, diffusion_steps, R))
+    pairs, share = batch * micro_steps, scored_share(lengths.response, estimator, diffusion_steps, R)
+    return Work(lengths, pairs, pairs, sum(states), sum(carrying), sum(states[:2]), share, is_linear=False)
 
 
-def forward_operations(shape, length):
-    """(blocks, head) of one sequence. Matrices: 2 per element and token; attention: 4 L D per token and layer."""
-    blocks = length * (2 * shape.block_weights + shape.layers * 4 * length * shape.width)
-    return blocks, length * 2 * shape.head
+def scored_share(n, estimator, T, R):
+    """The share of a response's n tokens that a state scores, on average."""
+    masked = noise.state_masks(n, estimator, T, R, np.random.default_rng(0))  # (S, n)
+    return float((noise.state_weights(masked, estimator, T, R) > 0).mean())
 
 
-def training_cost(shape, work, ds, model_args, train_args):
-    """Cost of a pair's forward and backward passes, and of its share of the optimizer step."""
-    blocks, head = forward_operations(shape, work.length)
+def forward_operations(shape, work):
+    """(blocks, head) of one row. Matrices: 2 per element and token; attention: 4 L D per token and layer."""
+    length = work.lengths.row
+    blocks = length * (2 * shape.block_weights + shape.layers * 4 * length * shape.query_width)
+    return blocks, work.share * work.lengths.response * 2 * shape.head
+
+
+def training_cost(shape, work, ds, model_args, machine):
+    """Cost of an optimizer step."""
+    blocks, head = forward_operations(shape, work)
     forward = blocks + head
     recompute = head  # models/head.py always makes its logits again
     if model_args.gradient_checkpointing:
         recompute += blocks
     backward_by_input = blocks + head
-    backward_by_weight = blocks + head
-    if shape.frozen:
-        backward_by_weight = 0  # LoRA's adapters are small
+    backward_by_weight = 0 if shape.frozen else blocks + head  # LoRA's adapters are small
     with_graph = forward + recompute + backward_by_input + backward_by_weight
-    without_graph = 0 if work.in_one_graph else sum(work.states)
-    operations = without_graph * forward + sum(work.with_gradient) * with_graph
 
-    fetches = 2 * work.forwards(work.with_gradient)  # forwards, and backwards
-    if not work.in_one_graph:
-        fetches += work.forwards(work.states)
-    bus = fetches * fetched_bytes(shape, ds, model_args)
-    pairs_a_step = train_args.per_device_train_batch_size * train_args.gradient_accumulation_steps
-    backwards = pairs_a_step // work.pairs * work.backward_passes
-    step = step_bytes(shape, ds, model_args, backwards)
+    fetched, unpacked = fetched_bytes(shape, ds, model_args, machine), unpacked_bytes(shape, model_args)
+    gradient = gradient_bytes(shape, ds, model_args)
+    unpackings = 3 if model_args.gradient_checkpointing else 2
+    plain_passes, graph_passes = work.divided
+    made = [Pass(rows * forward, fetched, unpacked) for rows in plain_passes]
+    for index, rows in enumerate(graph_passes):
+        sums = gradient if index == 0 else 2 * gradient  # to the host; from the second pass on they are fetched first
+        made.append(Pass(rows * with_graph, 2 * fetched + sums, unpackings * unpacked))
     swapped = 2 * sum(item.size for item in disk_items(shape, ds, model_args))  # read, and written
-    return Cost(operations / work.pairs, bus / work.pairs + step / pairs_a_step, swapped / pairs_a_step)
+    return Cost([*made, Pass(0, step_bytes(shape, ds, model_args), ssd=swapped)], work.pairs)
 
 
-def scoring_cost(shape, work, ds, model_args):
-    """Cost of a pair's two scores without a gradient: in the reference job, or as a held-out pair."""
-    responses = work.states[:2]
-    operations = sum(responses) * sum(forward_operations(shape, work.length))
-    bus = work.forwards(responses) * fetched_bytes(shape, ds, model_args)
-    return Cost(operations / work.pairs, bus / work.pairs)
+def scoring_cost(shape, work, ds, model_args, machine):
+    """Cost of scores without a gradient: in the reference job, or of held-out pairs."""
+    tokens = max(work.tokens_per_forward, passes.ENOUGH)
+    rows = max(1, tokens // work.lengths.row)
+    forward = rows * sum(forward_operations(shape, work))
+    fetched, unpacked = fetched_bytes(shape, ds, model_args, machine), unpacked_bytes(shape, model_args)
+    return Cost([Pass(forward, fetched, unpacked)], rows / work.scored_rows)
 
 
-def fetched_bytes(shape, ds, model_args):
-    """Bytes that a pass over the model brings to the card: every weight if they are on the host."""
-    return bytes_per_element(ds, model_args).weight * shape.elements if placement(ds).parameters_on_host else 0
+def fetched_bytes(shape, ds, model_args, machine):
+    """Bytes that a pass over the model brings to the card, if the weights are on the host."""
+    if not placement(ds).parameters_on_host:
+        return 0
+    return bytes_per_element(ds, model_args).weight * streamed(shape, ds["zero_optimization"], machine.ranks)
 
 
-def step_bytes(shape, ds, model_args, backwards):
-    """Bytes over the bus for the gradients of an optimizer step of so many backward passes, and for the new weights."""
+def unpacked_bytes(shape, model_args):
+    """Bytes read and written to unpack all weights in 4 bits once, to 16."""
+    return shape.packed * (quantized.BYTES + 2) if model_args.load_in_4bit else 0
+
+
+def gradient_bytes(shape, ds, model_args):
+    """Bytes of the gradients that a backward pass sends to the host."""
+    if not placement(ds).optimizer_on_host:
+        return 0
+    return bytes_per_element(ds, model_args).weight * sum(shape.trained)
+
+
+def step_bytes(shape, ds, model_args):
+    """Bytes over the bus of an optimizer step: the gradients, and the new weights."""
     placed, e = placement(ds), bytes_per_element(ds, model_args)
     if not placed.optimizer_on_host:
         return 0
-    sums_to_host = backwards * e.weight
-    sums_fetched = (backwards - 1) * e.weight  # the sum so far, to be added to
-    gradient = e.gradient
     new_weights = 0 if placed.parameters_on_host else e.weight
-    return sum(shape.trained) * (sums_to_host + sums_fetched + gradient + new_weights)
+    return sum(shape.trained) * (e.gradient + new_weights)

@@ -1,12 +1,12 @@
 """Bytes of a run's tensors, item by item, on card and host. No weights are read: a model is counted on the meta device.
 
-    config.json + ds_config + arguments -> model_shape(), activation_bytes(), logit_bytes(), host_items(), card_items()
+    config.json + ds_config + arguments -> model_shape(), graph_items(), host_items(), card_items()
 
 The tensors are those that DeepSpeed 0.19.8 makes (runtime/zero/stage3.py, stage_1_and_2.py), that autograd keeps
 (models/llada.py's block) and that models/head.py makes. Bytes are of one rank's card, and of all ranks on one host.
-tests/training/test_plan.py compares the formulas with autograd, bench/planned.py compares their sum with a run.
+bench/activations.py compares a graph's bytes with fake tensors of the full shapes, bench/planned.py the sum with a run.
 
-D width, L length, V vocabulary.
+D width, N tokens of a forward pass, V vocabulary.
 """
 
 import math
@@ -26,7 +26,7 @@ NORM = 250_000_000  # elements that DeepSpeed casts to float64 at a time for the
 MOMENTS_AND_TEMPORARY = (
     8 + 4
 )  # bytes per trained element of torch's AdamW in float32: two moments, and a temporary in its step
-PASSING = ("activations", "logits", "largest gradient, its")  # items of the backward pass: gone when weights are saved
+PASSING = ("activations", "in the backward pass")  # items of the backward pass: gone when weights are saved
 
 
 class Machine(NamedTuple):
@@ -37,6 +37,7 @@ class Machine(NamedTuple):
     tflops: float = 49  # 1e12 operations a second
     pcie_gbs: float = 25  # 1e9 bytes a second
     ssd_gbs: float = 2  # 1e9 bytes a second, reads and writes together
+    memory_gbs: float = 717  # the card's memory, 1e9 bytes a second: an RTX 4080's
     ranks: int = 1
     one_memory: bool = False  # the card is the host (a run on a CPU): nothing is copied between them
     # Page-locked memory comes in powers of two and is never freed: torch before 2.13, or without launch.sh
@@ -61,12 +62,18 @@ class Shape(NamedTuple):
     block_weights: int  # elements of all blocks' matrices: 2 operations each for a token
     largest_block: int
     head: int  # V * D
+    embedding: int  # V * D; 0 if it is the head's
     vocabulary: int
     width: int
     layers: int
     mlp_width: int
     query_width: int  # heads * head width
     key_width: int  # key-value heads * head width
+
+    @property
+    def tensors(self):
+        """Elements of each tensor of the model and of its adapters."""
+        return self.frozen + self.trained
 
     @property
     def parameters(self):
@@ -76,7 +83,7 @@ class Shape(NamedTuple):
     @property
     def elements(self):
         """Elements of the model and of its adapters."""
-        return sum(self.trained) + sum(self.frozen)
+        return sum(self.tensors)
 
 
 def model_shape(model_config, model_args):
@@ -103,7 +110,7 @@ def model_shape(model_config, model_args):
     layers, heads = model_config.num_hidden_layers, model_config.num_attention_heads
     key_heads = getattr(model_config, "num_key_value_heads", None) or heads
     head_width = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
-    head = model.get_output_embeddings()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return Shape(
         trained=adapters or weights,
         frozen=weights if adapters else [],
@@ -111,6 +118,7 @@ def model_shape(model_config, model_args):
         block_weights=in_linears * layers // len(blocks),  # ALBERT runs one block many times
         largest_block=max(map(numel, blocks)),
         head=head.weight.numel(),
+        embedding=0 if embedding.weight is head.weight else embedding.weight.numel(),
         vocabulary=head.out_features,
         width=model_config.hidden_size,
         layers=layers,
@@ -123,38 +131,65 @@ def model_shape(model_config, model_args):
 # --- one graph --------------------------------------------------------------------------------------------
 
 
-def activation_bytes(shape, sequences, length, weight_bytes, checkpointing):
-    """Bytes that the graph of `sequences` sequences of `length` tokens holds when its backward pass starts.
+def graph_items(shape, tokens, ds, model_args, machine):
+    """[Item] of what a card holds of one graph of `tokens` tokens, all of them scored.
 
-    The terms are bytes per token and layer, of the tensors that autograd saves in a block of models/llada.py.
-    weight_bytes: 2 in bfloat16, 4 in float32. checkpointing: each layer keeps its input alone, and one layer at a time
-    is recomputed; else every layer keeps all of its tensors.
+    What is held from the forward pass on, and beside it what the backward pass needs at its largest moment: the
+    moments come one after the other.
     """
-    low = weight_bytes == 2
-    hidden = weight_bytes * shape.width  # one tensor (L, D)
-    float32_copy = 4 * shape.width if low else 0  # a norm computes in float32
-    norm = float32_copy + 2 * hidden  # and keeps the normalised tensor and its output
+    e, checkpointing = bytes_per_element(ds, model_args), model_args.gradient_checkpointing
+    kept = activation_bytes(shape, tokens, e.weight, checkpointing)
+    moments = {
+        "the logits": head_bytes(shape, tokens, e.weight),
+        "one layer": layer_backward_bytes(shape, tokens, e.weight, checkpointing),
+    }
+    placed = placement(ds)
+    if placed.optimizer_on_host:
+        moments["the largest gradient, sum, norm"] = offloaded_gradient(shape, e, placed, machine)
+    largest = max(moments, key=moments.get)
+    return [
+        Item("card", f"activations of {tokens} tokens", kept),
+        Item("card", f"in the backward pass at most: {largest}", moments[largest]),
+    ]
+
+
+def layer_bytes(shape, weight_bytes):
+    """Bytes for each token of the tensors that autograd saves in a block of models/llada.py."""
+    hidden = weight_bytes * shape.width  # one tensor (N, D)
+    normalised = 0 if shape.frozen else hidden  # a norm's weight needs it for its gradient
+    norm = 4 * shape.width + normalised + hidden  # its input in float32 (a copy in bfloat16), and its output
     attention = 2 * weight_bytes * (shape.query_width + shape.key_width)  # queries, keys, values, output
     mlp = 4 * weight_bytes * shape.mlp_width  # gate, its activation, up, their product
-    layer_input = hidden
-    after_attention = hidden  # the sum that the second norm reads
-    layer = 2 * norm + after_attention + attention + mlp
-
-    backward = 3 * weight_bytes * shape.mlp_width  # gradients that the MLP's backward pass holds beside them
-    outside = norm + 2 * hidden  # the final norm, the scored positions, the gradient that comes back
-    if checkpointing:
-        layers = shape.layers * layer_input + layer
-    else:
-        input_saved = 0 if low else layer_input  # in bfloat16 the norm's copy is kept in its place
-        layers = shape.layers * (layer + input_saved)
-    return sequences * length * (layers + backward + outside)
+    return 2 * norm + attention + mlp
 
 
-def logit_bytes(shape, sequences, length, weight_bytes):
-    """Bytes of models/head.py's chunk of logits in float32 and, in bfloat16, of its copy."""
+def activation_bytes(shape, tokens, weight_bytes, checkpointing):
+    """Bytes that a graph of `tokens` tokens holds when its backward pass starts.
+
+    weight_bytes: 2 in bfloat16, 4 in float32. checkpointing: each layer keeps its input alone; else all of its tensors.
+    """
+    layer = weight_bytes * shape.width if checkpointing else layer_bytes(shape, weight_bytes)
+    return tokens * shape.layers * layer
+
+
+def layer_backward_bytes(shape, tokens, weight_bytes, checkpointing):
+    """Bytes that a layer's backward pass holds beside activation_bytes(): gradients, and what is computed again."""
+    gradients = weight_bytes * (shape.width + 2 * shape.mlp_width)  # of the layer's output; in the MLP
+    recomputed = layer_bytes(shape, weight_bytes) if checkpointing else 0
+    if checkpointing and weight_bytes == 4:
+        recomputed -= 4 * shape.width  # the first norm's input is the layer's
+    return tokens * (gradients + recomputed)
+
+
+def head_bytes(shape, tokens, weight_bytes):
+    """Bytes of the backward pass of the head (models/head.py), at all positions, beside activation_bytes()."""
     one_token = 4 * shape.vocabulary
-    chunk = min(max(CHUNK_BYTES, one_token), sequences * length * one_token)
-    return chunk * (1.5 if weight_bytes == 2 else 1)
+    chunk = min(max(CHUNK_BYTES, one_token), tokens * one_token)
+    logits = chunk * (1.5 if weight_bytes == 2 else 1)  # in float32, and in bfloat16
+    hidden = weight_bytes * shape.width  # one tensor (N, D): the scored positions, and their gradient
+    last_norm = 4 * shape.width + (0 if shape.frozen else hidden)
+    gradient = 0 if shape.frozen else weight_bytes * shape.head
+    return logits + tokens * (2 * hidden + last_norm) + gradient
 
 
 # --- where a ds_config puts things ------------------------------------------------------------------------
@@ -330,12 +365,10 @@ def sub_groups(numels, most):
 
 
 def card_items(shape, ds, model_args, machine):
-    """[Item] of what is on a card whatever the states per forward."""
+    """[Item] of what is on a card whatever the tokens of a forward pass."""
     e, placed = bytes_per_element(ds, model_args), placement(ds)
     found = parameter_items(shape, ds["zero_optimization"], e, placed, machine)
-    if placed.optimizer_on_host:
-        found += [("largest gradient, its sum, and its float64 norm", offloaded_gradient(shape, e, placed, machine))]
-    else:
+    if not placed.optimizer_on_host:
         found += optimizer_items(sum(shape.trained), e, placed.stage, machine.ranks)
     if placed.stage:
         found += [("gradient buckets", bucket_bytes(sum(shape.trained), ds["zero_optimization"], e))]
@@ -356,10 +389,31 @@ def parameter_items(shape, zero, e, placed, machine):
     if not placed.parameters_on_host:
         found += [("parameters", e.weight * shape.elements / machine.ranks)]
     if machine.ranks > 1 or placed.parameters_on_host and not machine.one_memory:  # else a gathered tensor is a view
-        kept = zero.get("stage3_max_live_parameters", 1e9) + zero.get("stage3_prefetch_bucket_size", 5e7)
-        gathered = min(shape.elements, max(kept, shape.largest_block, shape.head))
-        found += [("parameters gathered for use", e.weight * gathered)]
+        found += [("parameters gathered for use", e.weight * gathered(shape, zero, machine.ranks))]
+        found += [("parameters freed, until the card has used them", 2 * e.weight * shape.largest_block)]
     return found
+
+
+def gathered(shape, zero, ranks):
+    """Elements that ZeRO-3 has gathered at most (runtime/zero/partitioned_param_coordinator.py).
+
+    It fetches ahead as long as less than max_live_parameters are gathered, whatever the next tensor's size: the head
+    comes on top, and so do the tensors that stay.
+    """
+    most = int(zero.get("stage3_max_live_parameters", 1e9)) + max(shape.tensors)
+    return small(shape, zero) + min(streamed(shape, zero, ranks), max(most, shape.largest_block))
+
+
+def small(shape, zero):
+    """Elements of the tensors that ZeRO-3 gathers once and keeps on the card, because they are small."""
+    threshold = zero.get("stage3_param_persistence_threshold", 1e5)
+    return sum(numel for numel in shape.tensors if numel <= threshold)
+
+
+def streamed(shape, zero, ranks):
+    """Elements that a pass over the model gathers. Under LoRA on one card the host looks embeddings up."""
+    looked_up = shape.embedding if shape.frozen and ranks == 1 else 0
+    return shape.elements - small(shape, zero) - looked_up
 
 
 def offloaded_gradient(shape, e, placed, machine):

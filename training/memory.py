@@ -1,6 +1,7 @@
 """Memory that this process holds and may take, and the largest forward pass that fits."""
 
 import contextlib
+import math
 import os
 import resource
 from pathlib import Path
@@ -110,20 +111,30 @@ def memory_now(device):
 
 
 def free_in_cgroups():
-    """[bytes that may still be taken] of each control group (version 2) above this process that has a limit.
+    """[bytes that may still be taken] of each of limited_cgroups().
 
     Pages of files count as free, as in MemAvailable: the kernel gives them up first.
     """
+    free = []
+    for folder, most in limited_cgroups().items():
+        used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        of_files = int(used["active_file"]) + int(used["inactive_file"])
+        free.append(most - int((folder / "memory.current").read_text()) + of_files)
+    return free
+
+
+def limited_cgroups():
+    """{folder: bytes} of each control group (version 2) above this process that has a limit."""
     lines = OWN_GROUP.read_text().splitlines()
     group = CGROUPS.joinpath(*[line.removeprefix("0::/") for line in lines if line.startswith("0::/")])
-    free = []
-    for folder in (group, *group.parents):
-        limit = folder / "memory.max"
-        if limit.is_file() and (most := limit.read_text().strip()) != "max":
-            used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            of_files = int(used["active_file"]) + int(used["inactive_file"])
-            free.append(int(most) - int((folder / "memory.current").read_text()) + of_files)
-    return free
+    limits = {folder: folder / "memory.max" for folder in (group, *group.parents)}
+    texts = {folder: limit.read_text().strip() for folder, limit in limits.items() if limit.is_file()}
+    return {folder: int(text) for folder, text in texts.items() if text != "max"}
+
+
+def host_bytes():
+    """Memory of this machine, or of WSL's share of it, or what the container or job may use if that is less."""
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *limited_cgroups().values(), math.inf)
 
 
 def memory_peaks(device):

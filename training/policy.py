@@ -12,7 +12,7 @@ import torch.distributed as dist
 import config
 from files import InputError
 from models import architecture, checkpoint, families, folders, lora, tokenization
-from scoring.passes import ENOUGH
+from scoring.passes import most_tokens
 from scoring.states import all_masked
 from scoring.window import Piece
 from training import card, engine, memory, runs
@@ -89,8 +89,7 @@ def fit(policy, objective, pairs_per_rank, score_and_backward, ranks):
         piece = Piece([states] * (tokens // length), no_gradient)
         score_and_backward(policy, [piece], tokens, ranks, backward)
 
-    heaviest = int(objective.tokens().max())  # of one pair, so that its graph may be whole
-    most = max(length, min(heaviest * pairs_per_rank, max(heaviest, ENOUGH)))
+    most = most_tokens(length, int(objective.tokens().max()), pairs_per_rank)
     found = memory.largest_that_fits(length, most, trial, ranks, memory.first_step_bytes(policy))
     if ranks.first:
         print(

@@ -11,8 +11,9 @@ import torch
 from small import ROOT, execute
 from torch import nn
 
+import config
 from models.llada import LLaDAConfig, LLaDAModelLM
-from training import fetches
+from training import fetches, footprint
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,19 @@ def test_training(rows, kind, what):
 def test_scores(rows):
     row = rows["scores of a reference"]
     assert row.backwards == 0 and row.on_demand == 0 and row.lost == 0 and row.models < row.forwards
+
+
+@pytest.mark.parametrize("lora_r, kind", [(16, "LoRA"), (0, "full")])
+def test_the_plan_agrees(rows, lora_r, kind):
+    """plan.py's gathered weights, and what it has cross the bus in a pass."""
+    [model_args] = config.parse(["--lora_r", str(lora_r)], "", config.ModelArguments)
+    eight_b = LLaDAConfig(n_layers=4, mlp_hidden_size=12288, n_kv_heads=32)
+    shape, row = footprint.model_shape(eight_b, model_args), rows[f"{kind}, several passes"]
+    zero = json.loads((ROOT / "ds_configs" / "zero3_offload_4080.json").read_text())["zero_optimization"]
+    gathered = footprint.gathered(shape, zero, 1) - footprint.small(shape, zero)
+    assert 2 * gathered / 2**30 == pytest.approx(row.gathered_gib, rel=0.15)
+    models = footprint.streamed(shape, zero, 1) / shape.elements
+    assert models * (row.forwards + 2 * row.backwards) == pytest.approx(row.models, rel=0.05)
 
 
 def partitioned(table, **share):

@@ -156,3 +156,4 @@ def test_limits_of_control_groups(monkeypatch, tmp_path, group, free):
     (tmp_path / "cgroup").write_text(group)
     monkeypatch.setattr(memory, "OWN_GROUP", tmp_path / "cgroup")
     assert min(memory.free_in_cgroups(), default=None) == free
+    assert (memory.host_bytes() <= 2000) == (free is not None)  # plan.py's host

@@ -5,80 +5,30 @@ bash tests/run.sh tests/training/test_plan.py
 
 import errno
 import json
+import sys
 
 import huggingface_hub
 import pytest
 import torch
 from small import ROOT, refusal
 
+sys.path.insert(0, str(ROOT / "bench"))
+
+import activations
+from activations import LLADA_8B, PRESETS
+
 import config
 import plan
 from models import architecture, lora
-from models.llada import LLaDAConfig, LLaDAModelLM, rotary
-from training import deepspeed_config, footprint
+from scoring import passes
+from training import costs, deepspeed_config, footprint
 
 PARAMETERS = 8_015_581_184  # LLaDA-8B: 2 * 126464 * 4096 + 32 * 218,112,000 + 4096
-LLADA_8B = {
-    "model_type": "llada",
-    "d_model": 4096,
-    "n_layers": 32,
-    "n_heads": 32,
-    "n_kv_heads": 32,
-    "mlp_hidden_size": 12288,
-    "vocab_size": 126464,
-    "embedding_size": 126464,
-    "max_sequence_length": 4096,
-    "rope_theta": 500000.0,
-    "weight_tying": False,
-    "mask_token_id": 126336,
-    "eos_token_id": 126081,
-    "pad_token_id": 126081,
-}
 STATES = ("parameters", "master weights", "moments", "gradients", "gradient accumulation buffer")
 LARGE = footprint.Machine(gpu_gib=16, host_gib=256)
 
 
-DREAM_7B = {
-    "model_type": "Dream",
-    "hidden_size": 3584,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "intermediate_size": 18944,
-    "vocab_size": 152064,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-}
-SMDM_1B = {
-    "model_type": "smdm",
-    "d_model": 1792,
-    "n_layers": 20,
-    "n_heads": 14,
-    "mlp_hidden_size": 7168,
-    "vocab_size": 32001,
-    "head_size": 32000,
-    "max_sequence_length": 2048,
-    "rope_theta": 10000.0,
-}
-QWEN_05B = {
-    "model_type": "a2d-qwen2",
-    "hidden_size": 896,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "intermediate_size": 4864,
-    "vocab_size": 151936,
-    "tie_word_embeddings": False,
-}
-PRESETS = {
-    "llada_8b_lora_4080": (LLADA_8B, 32),
-    "llada_8b_qlora_4080": (LLADA_8B, 16),
-    "llada_8b_full_192gb": (LLADA_8B, 192),
-    "llada_8b_full_nvme_64gb": (LLADA_8B, 64),
-    "dream_7b_lora_4080": (DREAM_7B, 32),
-    "smdm_1b_4080": (SMDM_1B, 32),
-    "qwen_0.5b_4080": (QWEN_05B, 32),
-}  # config.json, GB of the host that it is for
+HOSTS = {"llada_8b_qlora_4080": 16, "llada_8b_full_192gb": 192, "llada_8b_full_nvme_64gb": 64}  # GB of host memory; else 32
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 96}
@@ -102,7 +52,7 @@ def write(folder, fields):
     return str(folder)
 
 
-def planned(folder, name, *argv, machine=LARGE, **lora):
+def planned(folder, name, *argv, machine=LARGE, lengths=None, **lora):
     """The plan of a run under ds_configs/NAME.json."""
     groups = config.parse(
         ["--model_name_or_path", folder, "--deepspeed", str(ROOT / "ds_configs" / f"{name}.json"), *argv],
@@ -112,7 +62,11 @@ def planned(folder, name, *argv, machine=LARGE, **lora):
     for key, value in lora.items():
         setattr(groups[1], key, value)
     return plan.plan(
-        architecture.load_config(folder), *groups, deepspeed_config.read_ds_config(groups[1].deepspeed), machine
+        architecture.load_config(folder),
+        *groups,
+        deepspeed_config.read_ds_config(groups[1].deepspeed),
+        machine,
+        lengths,
     )
 
 
@@ -167,21 +121,49 @@ def test_verdict_names_what_to_change(folder):
     assert "--load_in_4bit true --deepspeed ds_configs/zero0.json" in made.verdict
     made = planned(folder, "zero2_offload_4080")
     assert not made.fits and "the card needs" in made.verdict and "zero3_offload_4080.json" in made.verdict
-    made = planned(folder, "zero3_offload_4080", "--states_per_forward", "7", "--max_length", "4096")
-    assert not made.fits and "--states_per_forward 1" in made.verdict
+    made = planned(folder, "zero3_offload_4080", "--tokens_per_forward", "65536", "--max_length", "4096")
+    assert not made.fits and "fits with --tokens_per_forward 4096" in made.verdict
     made = planned(folder, "zero3_offload_4080", machine=footprint.Machine(4, 8))
     assert not made.fits and "GiB of host memory" in made.verdict
 
 
-def test_states_per_forward(folder):
-    """auto takes more on a larger card, and a pair is then read over the bus less often."""
+def test_tokens_per_forward(folder):
+    """auto takes more on a larger card, up to a whole pair in one graph, and the bus then carries the weights less."""
+    argv = ("--max_length", "4096", "--lora_r", "16")
     small, large = (
-        planned(folder, "zero3_offload_4080", "--max_length", "4096", machine=footprint.Machine(gib, 256))
-        for gib in (16, 80)
+        planned(folder, "zero3_offload_4080", *argv, machine=footprint.Machine(gib, 256)) for gib in (16, 80)
     )
-    assert small.work.states_per_forward < large.work.states_per_forward == 7
-    assert small.training.bus > large.training.bus
+    assert 4096 < small.work.tokens_per_forward < large.work.tokens_per_forward == 14 * 4096
+    assert small.training.bus > large.training.bus and small.training.operations > large.training.operations
     assert small.total("card") < 16 * 2**30 < large.total("card")
+    assert "activations of 57344 tokens" in plan.table(large)
+    given = planned(folder, "zero3_offload_4080", "--tokens_per_forward", "5000")
+    assert given.work.tokens_per_forward == 5000 and given.work.tokens_in_graph == 4 * 1024
+
+
+def test_costs_are_those_of_the_passes(folder):
+    """Weights cross the bus once in a pass without a graph and twice in one with a graph, the embedding never."""
+    lengths, states, pairs = costs.Lengths(100, 200), 7, 8
+    argv = ("--lora_r", "16", "--tokens_per_forward")
+    small = 65 * 4096 + 32 * 16 * 4096 * (4 * 2 + 3)  # the norms, and adapters of width 4096: they stay on the card
+    once = 2 * (PARAMETERS - 126464 * 4096 + 41_943_040 - small)  # bytes
+    step = 4 * 41_943_040  # of the adapters' gradients in float32
+    for tokens in (300, 2100, 4200, 9000):
+        made = planned(folder, "zero3_offload_4080", *argv, str(tokens), lengths=lengths)
+        rows = [[300] * 2 * states] * pairs
+        without_graph, with_graph = passes.divide(rows, rows, tokens).counts
+        gradients = 2 * 41_943_040 * (2 * with_graph - 1)
+        assert made.training.bus * pairs == pytest.approx(once * (without_graph + 2 * with_graph) + gradients + step)
+    assert made.work.share == pytest.approx(4 / 7, abs=0.01)  # states of 3, 2 and 1 thirds: (3 + 3 x 2 + 3 x 1) / 3 / 7
+    blocks = 300 * (2 * 32 * (4 * 4096**2 + 3 * 4096 * 12288) + 32 * 4 * 300 * 4096)
+    head = made.work.share * 200 * 2 * 126464 * 4096
+    assert made.training.operations == pytest.approx(14 * 3 * (blocks + head))
+
+
+def test_a_pass_takes_the_slower_of_arithmetic_and_bus():
+    machine = footprint.Machine(16, 32, tflops=1, pcie_gbs=1)
+    cost = costs.Cost([costs.Pass(3e12, 1e9), costs.Pass(1e12, 4e9)], pairs=2)
+    assert cost.seconds(machine) == (3 + 4) / 2 and cost.seconds(machine, overlap=False) == (3 + 1 + 1 + 4) / 2
 
 
 def test_ranks_share(folder):
@@ -194,68 +176,39 @@ def test_ranks_share(folder):
     assert not one.fits and eight.total("card") < one.total("card") / 4
 
 
-@pytest.mark.parametrize("dtype, e", [(torch.bfloat16, 2), (torch.float32, 4)])
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+@pytest.mark.parametrize("lora_r", [0, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations(dtype, e, checkpointing):
-    """The plan's bytes of a graph are those of the tensors that autograd saves.
+def test_activations(precision, lora_r, checkpointing):
+    """The plan's bytes of a graph are the peak of torch's, on fake tensors. bench/activations.py has the full shapes.
 
-    With checkpointing: while one layer is recomputed.
+    Once the logits are the largest moment, in three chunks, and once a layer.
     """
-    width, inner, layers, B, L = 128, 384, 6, 2, 64
-    model_config = LLaDAConfig(
-        d_model=width, n_layers=layers, n_heads=4, n_kv_heads=2, mlp_hidden_size=inner, vocab_size=512
-    )
-    model = LLaDAModelLM(model_config).to(dtype).train()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    held = {}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in weights:
-            held[tensor.untyped_storage().data_ptr()] = (tensor, tensor.untyped_storage().nbytes())
-        return tensor
-
-    shape = footprint.model_shape(model_config, config.parse([], "", config.ModelArguments)[0])
-    tokens = B * L
-    ids = torch.randint(0, 512, (B, L))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        x = model.model.transformer.wte(ids)
-        cos, sin = rotary(L, width // 4, 1e4, "cpu")
-        weights |= {cos.untyped_storage().data_ptr(), sin.untyped_storage().data_ptr()}
-        for block in model.model.transformer.blocks:
-            x = block(x, cos, sin, None)
-    saved = sum(nbytes for _, nbytes in held.values())
-    one = saved / layers
-    flight = tokens * 3 * e * inner
-    ends = tokens * ((4 if e == 2 else 0) + 4 * e) * width
-    want = saved
-    if checkpointing:
-        layer_input = tokens * e * width
-        want = layers * layer_input + one
-        if e == 4:  # the one layer has saved its input too
-            want -= layer_input
-    got = footprint.activation_bytes(shape, B, L, e, checkpointing) - flight - ends
-    assert got == pytest.approx(want, rel=0.05)
+    fields = {"model_type": "llada", "d_model": 512, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2}
+    for words, L in ((65536, 300), (512, 512)):
+        sizes = {"mlp_hidden_size": 1536, "vocab_size": words}
+        case = activations.Case("", fields | sizes, lora_r, checkpointing, precision)
+        with activations.FakeTensorMode():
+            measured = activations.measured(activations.fake_model(case), 8, L)
+        assert activations.planned(case, 8, L) == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets(tmp_path, capsys, monkeypatch, name):
     """Each fits the machine that it is named for, under the ds_config that its own comment launches."""
     monkeypatch.chdir(ROOT)
-    fields, gigabytes = PRESETS[name]
-    path = f"configs/{name}.yaml"
-    argv = ["--config_file", path, "--model_name_or_path", write(tmp_path, fields), "--gpu_gib", "16"]
+    path, gigabytes = f"configs/{name}.yaml", HOSTS.get(name, 32)
+    argv = ["--config_file", path, "--model_name_or_path", write(tmp_path, PRESETS[name]), "--gpu_gib", "16"]
     assert plan.main([*argv, "--host_gib", str(gigabytes * 1e9 / 2**30)]) == 0, capsys.readouterr().out
     said = capsys.readouterr().out
     assert said.splitlines()[-1].startswith("FITS") and "warning" not in said
     assert plan.main([*argv, "--host_gib", "2"]) == 1
     groups = _, model_args, _, train_args = config.parse(["--config_file", path], "", *config.GROUPS)
-    made = plan.plan(
-        architecture.load_config(str(tmp_path)), *groups, deepspeed_config.read_ds_config(model_args.deepspeed), LARGE
-    )
     [row] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{name}.yaml` |")]
-    assert row.endswith(
-        f"| {made.total('card') / 2**30:.1f} | {made.total('host') / 2**30:.1f} | {3600 / made.seconds:.0f} |"
-    )
+    read = architecture.load_config(str(tmp_path)), *groups, deepspeed_config.read_ds_config(model_args.deepspeed)
+    long, short = (plan.plan(*read, LARGE, lengths) for lengths in (None, costs.Lengths(100, 200)))
+    memory_gib = " | ".join(f"{long.total(place) / 2**30:.1f}" for place in ("card", "host"))
+    assert row.endswith(f"| {memory_gib} | {3600 / short.seconds:.0f} | {3600 / long.seconds:.0f} |")
     text = (ROOT / path).read_text()
     assert f"launch.sh {model_args.deepspeed} --config_file {path}" in text and f"plan.py --config_file {path}" in text
     assert bool(model_args.lora_r) == ("lora" in name) and train_args.save_steps
@@ -308,10 +261,13 @@ def test_page_locked_memory(folder):
 
 
 def test_time_does_not_depend_on_the_batch(folder):
-    """Pairs are scored one after the other; only what is done once a step is shared."""
-    argv = ("--lora_r", "16", "--per_device_train_batch_size")
-    one, four = (planned(folder, "zero3_offload_4080", *argv, batch) for batch in ("1", "4"))
-    assert one.training.operations == four.training.operations and one.seconds == four.seconds
+    """A micro-step's pairs are packed with those of the others; only what is done once a step is shared."""
+    argv = ("--lora_r", "16", "--gradient_accumulation_steps")
+    one, four = (
+        planned(folder, "zero3_offload_4080", *argv, steps, "--per_device_train_batch_size", batch)
+        for steps, batch in (("8", "1"), ("2", "4"))
+    )
+    assert one.training.passes == four.training.passes and one.seconds == four.seconds
 
 
 def test_loading(folder):
@@ -325,9 +281,10 @@ def test_loading(folder):
 
 
 def test_sft_padding_counts(folder):
-    argv = ("--lora_r", "16", "--loss_type", "sft", "--per_device_train_batch_size", "4")
-    padded = planned(folder, "zero3_offload_4080", *argv, "--sft_pad_to", "4096")
-    assert padded.total("card") > planned(folder, "zero3_offload_4080", *argv).total("card") * 1.5
+    argv = ("--lora_r", "16", "--loss_type", "sft", "--tokens_per_forward", "2048")
+    plain, padded = (planned(folder, "zero3_offload_4080", *argv, "--sft_pad_to", pad) for pad in ("0", "4096"))
+    assert plain.work.tokens_in_graph == 2048 and padded.work.tokens_in_graph == 5120  # a row longer than a pass
+    assert plain.work.divided[0] == [] and padded.seconds > 5 * plain.seconds
 
 
 @pytest.mark.parametrize(
@@ -341,6 +298,8 @@ def test_sft_padding_counts(folder):
         (["--backprop_steps", "100"], "at most the 7 states"),
         (["--learning_rate", "nan"], "--learning_rate"),
         (["--max_length", "0"], "--max_length"),
+        (["--prompt_tokens", "-1"], "--prompt_tokens is -1"),
+        (["--prompt_tokens", "100", "--response_tokens", "1000"], "longer than --max_length 1024"),
         (["--load_in_4bit", "true"], "--load_in_4bit"),
         (["--load_in_4bit", "true", "--lora_r", "16"], "ZeRO-3 cannot"),
     ],
@@ -380,7 +339,7 @@ def test_hours_for_pairs(folder, capsys):
 
     trained = (760 * made.seconds + 40 * scoring) / 3600
     assert line() == (
-        f"800 pairs of the longest length: {800 * scoring / 3600:.1f} h of reference scores, "
+        f"800 pairs (prompt and response 1024 tokens): {800 * scoring / 3600:.1f} h of reference scores, "
         f"{trained:.1f} h of training (95 steps of 8, 40 held out)"
     )
     assert f"{2400 * scoring / 3600:.1f} h of reference scores" in line("--noise_sets", "3")
@@ -391,15 +350,8 @@ def test_hours_for_pairs(folder, capsys):
     assert f" {evaluated:.1f} h of training" in line("--eval_steps", "25")
     assert line("--ranks", "2").endswith("(48 steps of 16, 40 held out)")
     said = line("--loss_type", "sft")
-    assert said.startswith("800 rows of the longest length: ") and "reference" not in said
+    assert said.startswith("800 rows (prompt and response 1024 tokens): ") and "reference" not in said
     assert "--pairs is -1" in refusal(plan.main, capsys, *argv, "--pairs", "-1")
-
-
-def test_both_responses_in_one_graph(folder, capsys):
-    """The table says what is multiplied."""
-    for size, words in (("7", "14 x 1024 tokens, both responses in one graph"), ("1", "1 x 1024 tokens ")):
-        made = planned(folder, "zero3_offload_4080", "--states_per_forward", size)
-        assert f"activations of {words}" in plan.table(made)
 
 
 def test_a_full_disk_is_named(monkeypatch, capsys):
