@@ -3,9 +3,10 @@
     footprint.Shape + ds_config + arguments -> work_of(), training_cost(), scoring_cost()
 
 The passes are those that scoring/passes.py divides an optimizer step into, if all rows have the same lengths. ZeRO-3
-fetches each weight once in a pass without a graph and twice in one with a graph (training/fetches.py). Not counted: the
-optimizer's arithmetic on the host, what the host needs to start the card's kernels, and memory-bound operations such as
-norms; --tflops is half of a peak for their sake.
+fetches each weight once in a pass without a graph and twice in one with a graph, but the head once, which the backward
+pass begins with (training/fetches.py; tests/training/test_fetches.py compares). Not counted: the optimizer's arithmetic
+on the host, what the host needs to start the card's kernels, and memory-bound operations such as norms; --tflops is
+half of a peak for their sake.
 
 L length, D width, n response tokens, S states.
 """
@@ -146,13 +147,14 @@ def training_cost(shape, work, ds, model_args, machine):
     with_graph = forward + recompute + backward_by_input + backward_by_weight
 
     fetched, unpacked = fetched_bytes(shape, ds, model_args, machine), unpacked_bytes(shape, model_args)
+    again = max(0, fetched - bytes_per_element(ds, model_args).weight * shape.head)  # in a backward pass
     gradient = gradient_bytes(shape, ds, model_args)
     unpackings = 3 if model_args.gradient_checkpointing else 2
     plain_passes, graph_passes = work.divided
     made = [Pass(rows * forward, fetched, unpacked) for rows in plain_passes]
     for index, rows in enumerate(graph_passes):
         sums = gradient if index == 0 else 2 * gradient  # to the host; from the second pass on they are fetched first
-        made.append(Pass(rows * with_graph, 2 * fetched + sums, unpackings * unpacked))
+        made.append(Pass(rows * with_graph, fetched + again + sums, unpackings * unpacked))
     swapped = 2 * sum(item.size for item in disk_items(shape, ds, model_args))  # read, and written
     return Cost([*made, Pass(0, step_bytes(shape, ds, model_args), ssd=swapped)], work.pairs)
 
