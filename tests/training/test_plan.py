@@ -28,7 +28,7 @@ STATES = ("parameters", "master weights", "moments", "gradients", "gradient accu
 LARGE = footprint.Machine(gpu_gib=16, host_gib=256)
 
 
-HOSTS = {"llada_8b_qlora_4080": 16, "llada_8b_full_192gb": 192, "llada_8b_full_nvme_64gb": 64}  # GB of host memory; else 32
+HOSTS = {"llada_8b_qlora_4080": 16, "llada_8b_full_192gb": 192, "llada_8b_full_nvme_64gb": 64}  # GB of memory; else 32
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 96}
