@@ -127,7 +127,7 @@ def draw(packed, index, design, number):
         weight = noise.state_weights(masked, design.estimator, levels, design.R)
         states = response_states(packed[index][0], response, masked, weight, packed.meta["mask_token_id"])
         if design.k:
-            states = states.carrying(noise.gradient_states(masked, weight, design.k, rng), design.k)
+            states = states.carrying(noise.gradient_states(masked, weight, design.k, rng))
         made.append(Drawn(weight, states))
     return made
 

@@ -147,7 +147,7 @@ def pair(carrying):
     for response in responses:
         masked = rng.random((STATES, len(response))) < 0.5
         states = response_states(prompt, response, masked, masked.astype(np.float32), 3)
-        made.append(states.carrying(np.ones(STATES, np.float32), carrying) if carrying else states)
+        made.append(states.carrying((np.arange(STATES) < carrying).astype(np.float32)) if carrying else states)
     return Piece(made, lambda scores: -torch.nn.functional.logsigmoid(scores[0] - scores[1]))
 
 

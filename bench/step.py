@@ -118,7 +118,7 @@ class Pair:
             masked = noise.trajectory_masks(reveal, T) if R == 1 else noise.state_masks(len(side), estimator, T, R, rng)
             weight = noise.state_weights(masked, estimator, T, R)
             states = response_states(self.prompt, side, masked, weight, MASK)
-            made.append(states.carrying(noise.gradient_states(masked, weight, k, rng), k) if k else states)
+            made.append(states.carrying(noise.gradient_states(masked, weight, k, rng)) if k else states)
         return made
 
     def ours(self, states, refs):

@@ -126,7 +126,7 @@ class Preference:
         """
         (index, epoch), k = item, self.args.backprop_steps
         rng = noise.generator(self.noise.noise_seed, self.packed.content(index), "pair gradient", epoch)
-        return states.carrying(noise.gradient_states(masked, states.weight, k, rng), k)
+        return states.carrying(noise.gradient_states(masked, states.weight, k, rng))
 
     def ref_scores(self, item):
         """S_ref of chosen and rejected, (2,) float32."""

@@ -31,12 +31,9 @@ class States(NamedTuple):
         """Indices of the rows that score something: a state that reveals nothing needs no forward pass."""
         return np.flatnonzero(self.weight.any(axis=1)).tolist()
 
-    def carrying(self, factor, k):
-        """These States, of which k rows carry the gradient, weighted by `factor` (S,) of noise.gradient_states.
-
-        Always k rows, even if fewer factors are not 0: ranks must make the same backward passes.
-        """
-        rows = np.argsort(factor == 0, kind="stable")[:k]
+    def carrying(self, factor):
+        """These States, of which only rows whose `factor` (S,) is not 0 carry the gradient, weighted by it."""
+        rows = np.flatnonzero(factor)
         graph = States(self.inputs[rows], self.targets[rows], self.weight[rows] * factor[rows, None])
         return self._replace(graph=graph)
 

@@ -98,7 +98,10 @@ class Window:
         return loss
 
     def find_slopes(self):
-        """The slopes of all losses: d (scale * loss) / d score of each response, (responses,)."""
+        """The slopes of the losses, d (scale * loss) / d score of each response, (responses,), as scores are now.
+
+        Those of pieces that are not scored yet are not used.
+        """
         found, scores = [], self.scores.by_response()
         for piece, span in zip(self.pieces, self.spans):
             if self.is_linear:
