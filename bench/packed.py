@@ -6,9 +6,9 @@ unpacked  a forward pass for the states of each response; the two of a pair shar
 packed    rows of both responses and of several pairs end to end, at most so many tokens a pass (--tokens_per_forward)
 
 Pairs of an optimizer step: the first of examples/prefs.jsonl on the embedded model, and random ones of GSM8K's length
-(60 to 140 tokens of prompt, 120 to 280 of a response) on a random LLaDA. Seconds are medians of turns in which every
-way is measured once; x: pairs a second over unpacked. apart: the largest difference of a state's score, and the length
-of the gradient's difference as a share of its own. S states of a response; float32 on a CPU.
+(60 to 140 tokens of prompt, 120 to 280 of a response) on a random LLaDA. Seconds are the processor's, medians of turns
+in which every way is measured once; x: pairs a second over unpacked. apart: the largest difference of a state's score,
+and the length of the gradient's difference as a share of its own. float32 on a CPU.
 """
 
 import argparse
@@ -127,9 +127,10 @@ def gradient_of(work, add):
 
 
 def seconds(function):
-    began = time.perf_counter()
+    """Of the processor, which other work on the machine does not lengthen."""
+    began = time.process_time()
     function()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def measure(work, args):
