@@ -30,7 +30,7 @@ PINNED = 2 * GIB  # page-locked memory that is tried; LLaDA-8B's streamed weight
 QLORA = "take ds_configs/zero0.json with configs/llada_8b_qlora_4080.yaml"
 COLOURS = {"green": "32", "yellow": "33", "red": "31"}
 
-# name: of the row. colour: a key of COLOURS. says: what was found. mend: what to do about it, a sentence.
+# name: of the row. colour: a key of COLOURS. says: what was found. mend: what to do about it.
 Row = namedtuple("Row", "name colour says mend", defaults=("",))
 Card = namedtuple("Card", "name total free")  # bytes; None where the driver does not say
 # version: "" if unknown. cuda: the newest that it runs, or "". cards: [Card]. complaint: nvidia-smi's, or "".
@@ -119,7 +119,7 @@ def environment_python():
 
 
 def needs_of(path):
-    """The Needs of a ds_config; of none, and of one that cannot be read (training says why), nothing is known."""
+    """The Needs of a ds_config; None for what is not known, without one or if it cannot be read (training says why)."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         zero, adam = config.get("zero_optimization", {}), config.get("optimizer", {}).get("params", {})

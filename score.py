@@ -9,7 +9,7 @@ S(x, y) = 1/R sum_r sum_s sum_{i: reveal_step_r[i] = s} log p(y_i | state before
 By default a state's share is spread evenly over all tokens that it hides, which has the same mean; scoring/noise.py has
 the weights of each estimator.
 
-B rows of a forward pass, N tokens and M scored tokens of all of them, L length, n response tokens, T denoising steps,
+B rows of a forward pass, N tokens of all of them, M of these scored, L length, n response tokens, T denoising steps,
 R trajectories, S states.
 """
 
@@ -36,7 +36,7 @@ def read_arguments(argv=None):
     return groups
 
 
-NO_SCORES = "loss_type sft needs no reference scores"  # what is said then
+NO_SCORES = "loss_type sft needs no reference scores"  # printed instead of scoring
 
 
 def up_to_date(prepared, noise_sets):
@@ -104,13 +104,13 @@ def row_scores(model, rows, device):
 
 
 def nothing():
-    """In place of what is to be called between forward passes."""
+    """The default of after_pass: nothing is done after a forward pass."""
 
 
 def state_scores(model, responses, tokens_per_forward, ranks, after_pass=nothing):
     """The score of each state of each response: a list of (S,) float32. With gradients enabled they have a graph.
 
-    responses: a list of States, whose rows share forward passes. Every rank must call this, if only with [].
+    responses: a list of States, whose rows share forward passes. Every rank must call this, with [] if it has none.
     after_pass() is called after each forward pass.
     """
     rows = [(response, index) for response, states in enumerate(responses) for index in states.live]
@@ -140,7 +140,7 @@ def score_and_backward(model, pieces, tokens_per_forward, ranks, backward, after
 
     pieces: [Piece], all with slopes or none. backward(loss, is_last): adds d loss / d weights to the gradient.
     after_pass() is called between passes. Returns [(loss (), [(S,) of each response])] of the pieces, detached and on
-    the device: nothing here waits for a GPU.
+    the device: the host does not wait for a GPU here.
 
     By the chain rule d loss / d weights is the sum over responses of d loss / d S times d S / d weights, and S is a sum
     over states: the gradient is exact however the rows are divided, and memory does not grow with their number. Where

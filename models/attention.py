@@ -1,7 +1,7 @@
-"""Attention of rows of any length that stand end to end in one sequence: each row sees itself alone, all of itself.
+"""Bidirectional attention over rows of any length, end to end in one sequence: a token sees its own row alone.
 
-No padding enters a forward pass, and the matrices see all rows at once. On a CUDA card torch's variable-length flash
-attention takes the rows. Elsewhere neighbours of equal length are a batch of their own, with the same result.
+So a forward pass needs no padding, and each linear layer takes all rows in one product. On a CUDA card it is torch's
+variable-length flash attention; elsewhere each run of rows of equal length is a batch of SDPA, with the same result.
 
 N tokens of all rows, B rows, H heads, G key/value heads, hd head width.
 """
@@ -20,7 +20,8 @@ NAME = "end_to_end"  # of this attention among transformers'
 class Rows:
     """Where rows of these lengths stand in a sequence of N tokens.
 
-    places (N,) int64: each token's place in its row. ends (B + 1,) int32: where rows begin, and the last one ends.
+    places (N,) int64: each token's place in its row. ends (B + 1,) int32: where rows begin and
+    the last one ends, flash attention's cu_seq.
     """
 
     def __init__(self, lengths, device):
@@ -75,7 +76,7 @@ def flash(q, k, v, rows, scale):
 
 
 def in_transformers(module, query, key, value, attention_mask, rows=None, scaling=None, **options):
-    """transformers' interface of attend(); without `rows`, its own SDPA attention."""
+    """attend() with the signature that transformers calls; without `rows`, transformers' own SDPA attention."""
     if rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     return attend(query, key, value, rows, scaling).transpose(1, 2), None  # (1, N, H, hd)

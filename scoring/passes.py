@@ -1,12 +1,12 @@
-"""How rows of any length are divided into forward passes of at most so many tokens.
+"""Divide rows of any length into forward passes of at most `tokens` tokens.
 
-A pass holds whole rows end to end, whatever response or pair they belong to. What has one loss (a pair, or the rows of
+A pass holds whole rows end to end, of any responses and pairs. What has one loss (a pair, or the rows of
 an SFT micro-batch) is called a piece. score.py makes these passes, plan.py counts them. Lengths are in tokens.
 """
 
 from typing import NamedTuple
 
-ENOUGH = 8192  # tokens in a forward pass: more keep no card busier, and hide no more of the bus
+ENOUGH = 8192  # tokens in a forward pass: with more a card is no faster, and the bus is no better hidden
 
 
 class Passes(NamedTuple):
@@ -28,7 +28,7 @@ class Passes(NamedTuple):
 
 
 def most_tokens(longest, heaviest, pieces):
-    """The most tokens a pass that are of use: all of the window's, but not above ENOUGH unless one piece has more.
+    """The largest useful number of tokens of a pass: all of a step, at most ENOUGH, or a whole piece if it has more.
 
     longest: tokens of the longest row. heaviest: of all rows of a piece, which one graph may then hold.
     """
@@ -74,7 +74,9 @@ def fill(lengths, tokens, is_alike=False):
 
 
 def together(sizes, tokens, kinds=None):
-    """Lists of indices of `sizes`, with sums of at most `tokens`: the largest first, each where it fits first.
+    """Bin packing, first fit decreasing: lists of indices of `sizes`, each with a sum of at most `tokens`.
+
+    A size above `tokens` has a list of its own.
 
     kinds: indices share a list only if their kinds are equal; None: all may.
 
@@ -95,10 +97,10 @@ def together(sizes, tokens, kinds=None):
 
 
 def pick(values, lists):
-    """`values` in place of their indices."""
+    """`lists` of indices, with `values` in the place of the indices."""
     return [[values[index] for index in each] for each in lists]
 
 
 def filled_up(passes, count):
-    """`passes` and empty ones, `count` together."""
+    """`passes`, with empty ones added up to `count`."""
     return passes + [[]] * (count - len(passes))

@@ -1,7 +1,7 @@
-"""What is known of the pieces whose gradient is added up together: all pairs of an optimizer step on one rank.
+"""The pieces of an optimizer step on one rank (pairs, for example), their scores, and the slopes of their losses.
 
 A row is (response, index): the number of a response among those of all pieces, and of one of its states. score.py makes
-the passes; here is what they are made of and what becomes of their scores. S states, B rows of a pass.
+the forward passes; this file says which rows they hold, and turns scores into losses. S states, B rows of a pass.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from scoring import passes
 class Piece(NamedTuple):
     """What has one loss: the responses of a pair, or the rows of an SFT micro-batch.
 
-    loss_of: list of scores (), one of each response -> loss (). scale: what the loss counts in the step. slopes: d loss
+    loss_of: list of scores (), one of each response -> loss (). scale: the loss's weight in the step. slopes: d loss
     / d score of each response, floats, where they do not depend on the scores.
     """
 

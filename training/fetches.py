@@ -1,8 +1,8 @@
-"""What ZeRO-3 brings to the device, and when: each weight once in a forward and once in a backward pass, ahead of use.
+"""Make ZeRO-3 fetch each weight ahead of use, once in a forward and once in a backward pass.
 
 DeepSpeed's coordinator records in which order a pass, forward and backward, uses the modules, and fetches their weights
-in that order from the next pass on. streamed() mends what keeps it from that, keeps a frozen embedding on the host, and
-bounds how far the host runs ahead of the device. By the sources of DeepSpeed 0.19.8, runtime/zero/:
+in that order from the next pass on. streamed() corrects the cases where that fails, keeps a frozen embedding on the
+host, and bounds how far the host runs ahead of the device. By the sources of DeepSpeed 0.19.8, runtime/zero/:
 partitioned_param_coordinator.py (PC), parameter_offload.py, partition_parameters.py. tests/training/test_fetches.py
 counts.
 """
@@ -68,12 +68,13 @@ if IS_KNOWN:
 
 
 class Passes:
-    """Keeps DeepSpeed's record of a pass fit for passes with and without a graph.
+    """Keeps DeepSpeed's record of a pass (its trace) usable for passes with and without a graph.
 
     The record of a whole pass serves both: a pass without a graph is its first half. The record of a pass without a
-    graph ends before the backward pass, where DeepSpeed throws it away; as it then records the next pass, whichever
-    that is, alternating passes would never have a record. So a model that trains has none before its first graph.
-    Nor may it have had one: what is freed by a record is cached for ever (PC, __params_to_release).
+    graph has no backward pass: DeepSpeed discards it there and records the next pass, whichever that is, so alternating
+    passes would never have a record. So a model that trains gets its first record in its first pass with a graph.
+    It must have none before: from its first record on, DeepSpeed caches what to free after each module (PC,
+    __params_to_release).
     """
 
     def __init__(self, engine):
@@ -99,9 +100,9 @@ class Passes:
 
 
 def keep_embedding_on_host(model, device):
-    """Let a frozen embedding look rows up in the host's table, instead of bringing all of it over the bus for a few.
+    """Let a frozen embedding look rows up in the table on the host, instead of fetching the whole table for a few rows.
 
-    With several ranks each has a share of the table, and it is gathered as before.
+    With several ranks each holds only a share of the table, so there ZeRO-3 gathers it as usual.
     """
     embedding = model.get_input_embeddings()
     if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
@@ -116,7 +117,7 @@ def keep_embedding_on_host(model, device):
 class HostEmbedding(nn.Embedding):
     """A frozen embedding whose table stays on the host: ids (...) -> rows (..., D) on the model's device.
 
-    It waits for the device if the ids are there.
+    If the ids are on the device, the host waits for them.
     """
 
     def __call__(self, ids):

@@ -13,8 +13,8 @@ from cli import out_of_memory
 
 ROOM = 0.8  # the share of free memory that a trial may plan to fill
 TRIALS = 4  # at most
-STEP = 4  # a trial has at most so many times the tokens of the one before: further ahead a line says little
-WORTH = 1.1  # another trial must promise so many times the tokens
+STEP = 4  # a trial has at most so many times the tokens of the one before: further ahead the prediction is poor
+WORTH = 1.1  # another trial must be predicted to fit so many times the tokens
 CGROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -50,8 +50,8 @@ def largest_that_fits(first, most, trial, ranks, reserved=0):
 def fitting(tried, limit, most):
     """The largest number of tokens, up to `most`, whose peak is predicted to be at most `limit` bytes.
 
-    tried: [(tokens, bytes at the peak)], first (0, bytes held before). After one trial the prediction is that all it
-    added grows with the tokens: too much rather than too little.
+    tried: [(tokens, bytes at the peak)], first (0, bytes held before). After one trial, all that it added is taken to
+    grow with the tokens, which predicts too much rather than too little.
     """
     (fewer, low), (tokens, high) = tried[-2:]
     slope = (high - low) / (tokens - fewer)
