@@ -65,7 +65,7 @@ def build(config, dtype, shift, trust_remote_code=False):
         config.is_causal = config.use_cache = False
         kind = getattr(transformers, CAUSAL[config.model_type])
         model = kind._from_config(config, dtype=dtype, attn_implementation=attention.NAME)
-        model.joins_rows = "sliding_attention" not in (getattr(config, "layer_types", None) or ())
+        model.joins_rows = rows_are_apart(config)
         for module in model.modules():
             if hasattr(module, "is_causal"):
                 module.is_causal = False
@@ -79,6 +79,17 @@ def build(config, dtype, shift, trust_remote_code=False):
             ) from None
     model.tie_weights()  # no_init_weights leaves that out
     return model if isinstance(model, LLaDAModelLM) else adapt(model, shift)
+
+
+def rows_are_apart(config):
+    """Whether a row's scores are its own where rows of several lengths share a pass.
+
+    They are not with sliding windows, which attention end to end does not know, nor with rotations that depend on the
+    longest row of the pass (transformers' modeling_rope_utils.py, dynamic_rope_update).
+    """
+    rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return not slides and rotation not in ("dynamic", "longrope")
 
 
 def adapt(model, shift):

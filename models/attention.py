@@ -58,8 +58,11 @@ def attend(q, k, v, rows, scale=None):
 
 
 def has_flash(q):
-    """Whether torch's flash attention takes a tensor: half precision, on a card from compute capability 8.0 on."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
+    """Whether torch's flash attention takes a tensor: half precision, on a card from compute capability 8.0 on.
+
+    Heads must be multiples of 8 wide and at most 256: unlike SDPA, variable-length attention does not pad them.
+    """
+    half = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
     return q.is_cuda and half and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 

@@ -23,7 +23,7 @@ def close(got, want, dtype):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads, shared, width", [(4, 4, 16), (4, 2, 64)])
+@pytest.mark.parametrize("heads, shared, width", [(4, 4, 16), (4, 2, 64), (4, 2, 20)])
 def test_each_row_sees_itself_alone(device, dtype, heads, shared, width):
     """The result and all gradients are those of a pass for each row. On a card in bfloat16, flash attention is used."""
     rng = torch.Generator().manual_seed(0)
@@ -53,7 +53,10 @@ def test_places_and_ends(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, width, expected", [(torch.bfloat16, 64, True), (torch.float32, 64, False)])
+@pytest.mark.parametrize(
+    "dtype, width, expected",
+    [(torch.bfloat16, 64, True), (torch.float32, 64, False), (torch.bfloat16, 20, False), (torch.bfloat16, 264, False)],
+)
 def test_flash_takes_half_precision(dtype, width, expected):
     q = torch.zeros(1, 2, 8, width, dtype=dtype, device="cuda")
     assert attention.has_flash(q) == (expected and torch.cuda.get_device_capability() >= (8, 0))

@@ -157,6 +157,24 @@ def test_sliding_windows_do_not_join_rows(home, tmp_path):
     assert (model(input_ids=home.ids).logits - home.logits["Dream"]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotations_by_the_longest_row_do_not_join_rows(home, tmp_path, kind):
+    """transformers takes the rotation's frequencies from the longest row of a pass: a row would not be alone."""
+    folder = shutil.copytree(home.folder / "Dream", tmp_path / kind)
+    factors = {f"{length}_factor": [1.0] * 4 for length in ("short", "long")} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8} | factors
+    edit_json(folder / "config.json", rope_parameters=rope, max_position_embeddings=8)
+    model = checkpoint.load_model(str(folder), torch.float32)
+    rng, ranks = np.random.default_rng(0), engine.Ranks(0, 1, torch.device("cpu"))
+    states = []
+    for n in (3, 12):
+        prompt, response, ones = rng.integers(5, VOCAB, 2), rng.integers(5, VOCAB, n), np.ones((1, n))
+        states.append(response_states(prompt, response, ones.astype(bool), ones, MASK))
+    with torch.no_grad():
+        alone = [score.state_scores(model, [each], 100, ranks)[0] for each in states]
+        assert torch.allclose(torch.cat(alone), torch.cat(score.state_scores(model, states, 100, ranks)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_causality(home, family):
     """The last token moves the first's logits, and dropout is off although the model is in training mode."""
