@@ -165,6 +165,7 @@ def bound_run_ahead(blocks, new_event=torch.cuda.Event):
             begun.pop(0).synchronize()
 
     def wait_in_backward(_, __, output):
+        output = output[0] if isinstance(output, tuple) else output  # DeBERTa's blocks return their attention, too
         if output.requires_grad:
             output.register_hook(wait)
 

@@ -134,12 +134,21 @@ class Block(nn.Linear):
         return super().forward(x)
 
 
-def test_run_ahead():
+class TupleBlock(Block):
+    """A block that returns two things, as DeBERTa's and RoFormer's."""
+
+    def forward(self, x):
+        return super().forward(x[0] if isinstance(x, tuple) else x), None
+
+
+@pytest.mark.parametrize("kind", [Block, TupleBlock])
+def test_run_ahead(kind):
     """Before a block the host waits until the device has begun the one before, in a backward pass, too."""
     Event.notes.clear()
-    blocks = nn.Sequential(*(Block(3, 3) for _ in range(3)))
+    blocks = nn.Sequential(*(kind(3, 3) for _ in range(3)))
     fetches.bound_run_ahead(blocks, Event)
-    loss = blocks(torch.ones(2, 3)).sum()
+    result = blocks(torch.ones(2, 3))
+    loss = (result[0] if kind is TupleBlock else result).sum()
     forward = [f"record before {number}" for number in range(3)]
     waits = [f"wait for {number}" for number in range(2)]
     assert Event.notes == [forward[0], "block", forward[1], waits[0], "block", forward[2], waits[1], "block"]
