@@ -46,7 +46,13 @@ def output(command, text=None, seconds=120):
     """(exit code, what it printed) of a command; (None, why) if it cannot be run."""
     try:
         done = subprocess.run(
-            command, input=text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
+            command,
+            input=text,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=seconds,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, str(error)
@@ -157,7 +163,7 @@ def python_row(python):
 
 def shown(path):
     """A path as a reader names it: from this folder, or from the home folder."""
-    for start, name in ((HERE, "."), (Path.home(), "~")):
+    for start, name in ((HERE, "."), (Path(os.path.expanduser("~")), "~")):
         if start == path or start in Path(path).parents:
             return str(Path(name) / Path(path).relative_to(start))
     return str(path)
@@ -316,8 +322,8 @@ def compiler_row(python, needs):
 
 def disk_row(name, folder, least, mend):
     """Free disk space where `folder` is or will be; less than `least` bytes is yellow."""
-    place = folder
-    while not place.exists():
+    place = folder.absolute()
+    while not os.path.exists(place):  # or it may not be seen
         place = place.parent
     free = shutil.disk_usage(place).free
     says = f"{free / GB:.0f} GB free for {shown(folder)}"
@@ -327,7 +333,7 @@ def disk_row(name, folder, least, mend):
 def hub_cache():
     """Where huggingface_hub puts what it downloads."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
+    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
 
 
 # --- the table --------------------------------------------------------------------------------------------

@@ -277,6 +277,12 @@ def test_a_start_compiles_nothing_for_distributed_calls():
     assert sys.modules["deepspeed.comm.torch"].build_shm_op() is None
 
 
+def test_an_answer_in_another_encoding(machine):
+    """What a command says need not be UTF-8."""
+    command(machine, "nvidia-smi", r"printf '580.95.05, RTX \351 4080, 16376, 15012\n'")
+    assert check.ask_driver().cards[0].total == 16376 * 2**20
+
+
 # --- the table --------------------------------------------------------------------------------------------
 
 
@@ -300,6 +306,23 @@ def test_disk(tmp_path):
     assert check.disk_row("disk", tmp_path / "not" / "yet", 0, "free some").colour == "green"
     row = check.disk_row("disk", tmp_path, 10**18, "free some")
     assert row.colour == "yellow" and row.mend == "free some"
+
+
+def test_a_user_without_a_home(tmp_path):
+    """A container's user number has no home folder, and another user's cannot be looked into."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    for home in ({}, {"HOME": str(closed)}):
+        script = (  # as a user without an entry in /etc/passwd
+            f"import os, pwd, sys; sys.path.insert(0, {str(ROOT)!r}); sys.dont_write_bytecode = True; import check; "
+            f"os.chmod({str(closed)!r}, 0); os.geteuid() or os.seteuid(12345); pwd.getpwuid = {{}}.__getitem__; "
+            "place = check.hub_cache(); print(check.shown(place), check.disk_row('disk', place, 0, '').colour)"
+        )
+        hidden = ("HOME", "HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
+        env = {name: value for name, value in os.environ.items() if name not in hidden} | home
+        done = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout == "~/.cache/huggingface/hub green\n", done.stderr
+        closed.chmod(0o755)
 
 
 def test_hub_cache(monkeypatch):
