@@ -161,7 +161,7 @@ def test_sliding_windows_do_not_join_rows(home, tmp_path):
 def test_rotations_by_the_longest_row_do_not_join_rows(home, tmp_path, kind):
     """transformers takes the rotation's frequencies from the longest row of a pass: a row would not be alone."""
     folder = shutil.copytree(home.folder / "Dream", tmp_path / kind)
-    factors = {f"{length}_factor": [1.0] * 4 for length in ("short", "long")} if kind == "longrope" else {}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4} if kind == "longrope" else {}
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8} | factors
     edit_json(folder / "config.json", rope_parameters=rope, max_position_embeddings=8)
     model = checkpoint.load_model(str(folder), torch.float32)
