@@ -30,6 +30,7 @@ set_up "$ds_config"
 [ -z "${HOSTFILE:-}" ] || . "$here/hosts.sh" # does not return
 shift
 
+options=; [ $# = 0 ] || printf -v options '%q ' "$@"
 ranks= on_oom=stop flags=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -44,7 +45,12 @@ done
 if [ ${#flags[@]} = 0 ] && [ -f packed/meta.json ]; then
     echo "launch: no flags: packed/ of this folder, with the default settings of a run"
 elif [ ${#flags[@]} = 0 ]; then
-    cd "$here" # the embedded model and preferences are named from there
+    if [ "$PWD" != "$here" ]; then # the embedded model and preferences are named from there
+        ds_config=$(realpath "$ds_config")
+        printf -v LAUNCH_COMMAND 'cd %q && bash launch.sh %q %s' "$here" "$ds_config" "$options"
+        cd "$here"
+    fi
+    LAUNCH_COMMAND+="--config_file configs/tiny.yaml " # so that a flag may be added to it
     echo "launch: no flags and no packed/ here: configs/tiny.yaml, the embedded model and preferences"
     flags=(--config_file configs/tiny.yaml)
 fi
@@ -126,6 +132,7 @@ ranks_of() { # SCRIPT NUMBER [FLAG...]: run a script on this host's ranks; NUMBE
                 --deepspeed "$ds_config" "${@:3}" "${flags[@]}" "${smaller[@]}" &
             pids+=($!)
         done
+        [ $stopped = 0 ] || stop # a signal came before they were there
         finish
         [ "$code" != 0 ] || return 0
         [ $on_oom = smaller ] && [[ $code = $oom || $code = $killed ]] && read -r half <"$LAUNCH_PASS" || exit "$code"

@@ -261,7 +261,7 @@ def make_job(given, objective, run, train_pairs, ds_config, ranks, checkpoint):
     # 2. the engine, and as many tokens in a forward pass as fit
     tokens = model_args.tokens_per_forward
     if tokens == "auto" and checkpoint:  # as the run began: the same sums to the last digit
-        tokens = run.arguments()["tokens_per_forward"]
+        tokens = run.arguments().get("tokens_per_forward", "auto")
     ds_config = deepspeed_config.training_config(ds_config, args, model_args, model_args.deepspeed)
     policy = start_policy(model_args, args, ds_config, ranks)
     stop = stopping.Stop(ranks)
