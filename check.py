@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,8 @@ Card = namedtuple("Card", "name total free")  # bytes; None where the driver doe
 # version: "" if unknown. cuda: the newest that it runs, or "". cards: [Card]. complaint: nvidia-smi's, or "".
 Driver = namedtuple("Driver", "version cuda cards complaint")
 # offloads: the optimizer is on the host, so DeepSpeed's CPU Adam is compiled. pins: copies go through locked pages.
-Needs = namedtuple("Needs", "path offloads pins")
+# swaps: optimizer states are on an SSD.
+Needs = namedtuple("Needs", "path offloads pins swaps", defaults=(False,))
 
 
 # --- what is asked ----------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ def needs_of(path):
         offloads = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
         places = [each.get("device", "none") for each in offloads]
         pins = any(each.get("pin_memory") and place == "cpu" for each, place in zip(offloads, places))
-        return Needs(path, places[0] != "none" and not adam.get("torch_adam"), pins)
+        return Needs(path, places[0] != "none" and not adam.get("torch_adam"), pins, "nvme" in places)
     except (OSError, TypeError, ValueError, AttributeError):
         return Needs(path, None, None)
 
@@ -320,6 +322,23 @@ def compiler_row(python, needs):
     return Row(name, colour, says, mend)
 
 
+def ssd_rows(needs):
+    """What swapping to an SSD needs: libaio's header, and the right to lock memory. No rows if nothing is swapped."""
+    if not needs.swaps:
+        return []
+    compiler = [*(os.environ.get("CXX") or "c++").split(), "-fsyntax-only", "-x", "c++", "-"]
+    rows = [Row("libaio", "green", "libaio.h is there")]
+    if output(compiler, "#include <libaio.h>\n")[0] != 0:
+        mend = "install libaio-dev, on Ubuntu by: sudo apt install libaio-dev; this ds_config swaps to an SSD with it"
+        rows = [Row("libaio", "red", "no libaio.h", mend)]
+    limit, name = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], "locked memory"
+    if os.geteuid() == 0 or limit == resource.RLIM_INFINITY:
+        return [*rows, Row(name, "green", "no limit")]
+    says = f"at most {limit / GB:.1f} GB (ulimit -l)"
+    mend = "an 8B model's swap buffers take 8.3 GB: raise memlock in /etc/security/limits.conf, and log in again"
+    return [*rows, Row(name, "green", says) if limit > 8.3 * GB else Row(name, "yellow", says, mend)]
+
+
 def disk_row(name, folder, least, mend):
     """Free disk space where `folder` is or will be; less than `least` bytes is yellow."""
     place = folder.absolute()
@@ -396,6 +415,7 @@ def read_arguments(argv):
 def start(python, needs):
     """What launch.sh asks before the work: errors for red rows, or three numbers. Returns the exit code."""
     rows, torch = card_and_torch(python, needs, starting=True)
+    rows += ssd_rows(needs)
     compile_adam = needs.offloads is not False
     if compile_adam and not is_compiled(python):
         row = compiler_row(python or sys.executable, needs)
@@ -417,7 +437,7 @@ def main(argv=None):
     if args.starting:
         return start(python, needs)
     rows = [python_row(python), *card_and_torch(python, needs, starting=False)[0], memory_row()]
-    rows.append(compiler_row(python or sys.executable, needs))
+    rows += [compiler_row(python or sys.executable, needs), *ssd_rows(needs)]
     room = "free some: the environment takes 1.5 GB on a CPU and more with CUDA"
     rows.append(disk_row("disk, here", HERE, 20 * GB, room))
     room = "free some, or name another folder in HF_HOME: LLaDA-8B takes 16 GB"

@@ -290,16 +290,19 @@ def table(made):
         lines.append(f"  {f'in all, of {available:.1f}':62}{made.total(place) / GIB:8.2f}")
     work, bus_gibs = made.work, machine.pcie_gbs * 1e9 / GIB
     plain_passes, graph_passes = map(len, work.divided)
-    apart = made.training.seconds(machine, overlap=False)
     lines += [
         f"{made.parameters:,} parameters, {made.trainable:,} trained",
         f"tokens in a forward pass: {work.tokens_per_forward}",
         f"passes of a step of {work.pairs} {work.noun}s: {plain_passes} without a graph, {graph_passes} with one",
         f"planned: {made.seconds:.1f} s a {work.noun} (prompt and response {work.lengths.row} tokens), of",
         f"  {made.training.operations / 1e12:8.1f} TFLOP on the card, at {machine.tflops:g} TFLOP/s",
-        f"  {made.training.bus / GIB:8.1f} GiB over the bus, at {bus_gibs:.1f} GiB/s, hidden behind the arithmetic; "
-        f"if nothing of it is hidden, {apart:.1f} s a {work.noun}",
     ]
+    if made.training.bus:
+        apart = made.training.seconds(machine, overlap=False)
+        lines.append(
+            f"  {made.training.bus / GIB:8.1f} GiB over the bus, at {bus_gibs:.1f} GiB/s, hidden behind the "
+            f"arithmetic; if nothing of it is hidden, {apart:.1f} s a {work.noun}"
+        )
     return "\n".join(lines)
 
 

@@ -63,7 +63,7 @@ def up_to_date(args, model_args):
             return None
         raise InputError(
             f"{args.data}: holds no packed {rows_of(args.task)}, and --in was not given; "
-            f"run: {command(args.data, args.task, model=model)}"
+            f"run: {command(args.data, args.task, model=model)} (the embedded example: --config_file configs/tiny.yaml)"
         )
     try:
         packed = Packed(args.data)

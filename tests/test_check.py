@@ -235,6 +235,18 @@ def test_this_compiler():
     assert row.colour == "green" and "Python.h" in row.says
 
 
+@pytest.mark.parametrize("header, colour", [(0, "green"), (1, "red")])
+def test_ssd(monkeypatch, header, colour):
+    """libaio's header and locked memory, of a ds_config that swaps alone."""
+    monkeypatch.setattr(check, "output", lambda *_: (header, "fatal error: libaio.h: No such file or directory"))
+    monkeypatch.setattr(check.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(check.resource, "getrlimit", lambda _: (8 * 2**20, 8 * 2**20))
+    needs = check.needs_of(ROOT / "ds_configs" / "zero3_nvme_4080.json")
+    libaio, locked = check.ssd_rows(needs)
+    assert libaio.colour == colour and locked.colour == "yellow" and "memlock" in locked.mend
+    assert check.ssd_rows(check.needs_of(ROOT / "ds_configs" / "zero3_offload_4080.json")) == []
+
+
 def test_what_a_ds_config_needs(tmp_path):
     """CPU Adam is compiled where the optimizer is offloaded, and not by QLoRA's."""
     found = {path.stem: check.needs_of(path)[1:] for path in (ROOT / "ds_configs").glob("*.json")}

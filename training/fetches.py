@@ -40,7 +40,7 @@ def streamed(engine):
     for block in blocks:
         for parameter in block.parameters():
             parameter.recomputed_by = block
-    engine.module.register_forward_pre_hook(Passes(engine).begin, prepend=True)  # before DeepSpeed's own
+    engine.module.register_forward_pre_hook(Trace(engine).begin, prepend=True)  # before DeepSpeed's own
     keep_embedding_on_host(engine.module, engine.device)
     if engine.device.type == "cuda":
         bound_run_ahead(blocks)
@@ -67,7 +67,7 @@ if IS_KNOWN:
 # --- the order that DeepSpeed records ----------------------------------------------------------------------
 
 
-class Passes:
+class Trace:
     """Keeps DeepSpeed's record of a pass (its trace) usable for passes with and without a graph.
 
     The record of a whole pass serves both: a pass without a graph is its first half. The record of a pass without a

@@ -12,7 +12,7 @@ import torch
 from cli import out_of_memory
 
 ROOM = 0.8  # the share of free memory that a trial may plan to fill
-TRIALS = 4  # at most
+TRIALS = 5  # at most
 STEP = 4  # a trial has at most so many times the tokens of the one before: further ahead the prediction is poor
 WORTH = 1.1  # another trial must be predicted to fit so many times the tokens
 CGROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
