@@ -51,7 +51,7 @@ def line(fixed, each):
         (0, 10, 10**9, 105, 105, [100]),
         (0, 10, 10**9, 50, 100, [100]),  # the longest row is more than that
         (0, 10, 1200, 10**6, 100, [100]),  # the first leaves no room
-        (0, 10, 10**9, 10**6, 3299, [100, 200, 800, 3200]),  # four trials, each at most four times the last
+        (0, 10, 10**9, 10**6, 12899, [100, 200, 800, 3200, 12800]),  # five trials, each at most four times the last
     ],
 )
 def test_largest_that_fits(monkeypatch, fixed, each, free, most, want, tried):
