@@ -96,7 +96,7 @@ def test_noise_and_hidden_growth(monkeypatch, seed):
     machine = Machine(monkeypatch, peak, free)
     found = machine.fit(100, 10**6)
     assert fixed + each * found.size < 0.95 * free
-    further = min(0.8 * free - fixed, each * 3200) / each  # what could be had in four trials
+    further = min(0.8 * free - fixed, each * 12800) / each  # what could be had in five trials
     assert found.size >= 100 and (2.5 * peak(100) > free or hidden > fixed + each * 200 or found.size > 0.6 * further)
 
 
