@@ -79,8 +79,8 @@ def check_disk(folder, trained):
     needed, free = FILES * FLOAT32 * trained, shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"{folder}: the optimizer states need {needed / 1e9:.0f} GB there and {free / 1e9:.0f} are free; free some "
-            "space, or give an --output_dir on another SSD"
+            f"{folder}: the optimizer states need {needed / 1e9:.2f} GB there and {free / 1e9:.2f} are free; free "
+            "some space, or give an --output_dir on another SSD"
         )
     trial, memory = folder / "trial", mmap.mmap(-1, 4096)
     try:

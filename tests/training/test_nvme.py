@@ -161,9 +161,12 @@ def test_a_model_whose_gradients_cannot_be_read_back(home, tiny_dir, tmp_path, w
 class TestRefused:
     """What does not fit the machine, before the first step."""
 
-    def test_a_disk_without_room(self, tmp_path):
-        with pytest.raises(InputError, match="need [0-9]+ GB there and [0-9]+ are free"):
-            nvme.check_disk(tmp_path, 10**15)
+    def test_a_disk_without_room(self, tmp_path, monkeypatch):
+        """Also where less than a gigabyte is missing, the two figures differ."""
+        with monkeypatch.context() as small:
+            small.setattr(nvme.shutil, "disk_usage", lambda _: SimpleNamespace(free=12_000_000))
+            with pytest.raises(InputError, match=r"need 0\.02 GB there and 0\.01 are free"):
+                nvme.check_disk(tmp_path, 10**6)
         nvme.check_disk(tmp_path, 10)
         assert not list(tmp_path.iterdir())
 
