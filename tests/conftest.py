@@ -25,7 +25,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST = ["test_train.py", "test_launch.py", "test_kills.py", "test_world.py", "test_harness.py", "test_families.py"]
+LONGEST = [
+    "test_nvme.py",
+    "test_full_card.py",
+    "test_train.py",
+    "test_launch.py",
+    "test_kills.py",
+    "test_world.py",
+    "test_harness.py",
+    "test_families.py",
+]
 LONGEST += ["test_full_disk.py", "test_docs.py", "test_bench.py"]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 

@@ -125,6 +125,7 @@ def test_a_kill(home, tmp_path):
 
 
 @swaps
+@pytest.mark.long
 def test_other_ranks(home, tmp_path):
     """Two steps on one rank, one on two, one on one again, two pairs a step: the losses of one rank alone."""
 
