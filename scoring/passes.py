@@ -4,6 +4,7 @@ A pass holds whole rows end to end, of any responses and pairs. What has one los
 an SFT micro-batch) is called a piece. score.py makes these passes, plan.py counts them. Lengths are in tokens.
 """
 
+import bisect
 from typing import NamedTuple
 
 ENOUGH = 8192  # tokens in a forward pass: with more a card is no faster, and the bus is no better hidden
@@ -74,7 +75,7 @@ def fill(lengths, tokens, is_alike=False):
 
 
 def together(sizes, tokens, kinds=None):
-    """Bin packing, first fit decreasing: lists of indices of `sizes`, each with a sum of at most `tokens`.
+    """Bin packing, best fit decreasing: lists of indices of `sizes`, each with a sum of at most `tokens`.
 
     A size above `tokens` has a list of its own.
 
@@ -83,16 +84,17 @@ def together(sizes, tokens, kinds=None):
     >>> together([3, 9, 4, 2], 6)
     [[1], [2, 3], [0]]
     """
-    found, room = [], []
+    found, room = [], {}  # {kind: [(tokens left, place in found)], sorted}
     for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
-        size, kind = sizes[index], kinds[index] if kinds else None
-        fitting = (place for place, (left, of) in enumerate(room) if size <= left and kind == of)
-        place = next(fitting, len(found))
-        if place == len(found):
+        size, open_lists = sizes[index], room.setdefault(kinds and kinds[index], [])
+        fitting = bisect.bisect_left(open_lists, (size,))  # the fullest that has room
+        if fitting < len(open_lists):
+            left, place = open_lists.pop(fitting)
+        else:
+            left, place = tokens, len(found)
             found.append([])
-            room.append((tokens, kind))
         found[place].append(index)
-        room[place] = (room[place][0] - size, kind)
+        bisect.insort(open_lists, (left - size, place))
     return found
 
 
