@@ -152,6 +152,13 @@ def score_and_backward(model, pieces, tokens_per_forward, ranks, backward, after
     planned = planned.filled_up(*ranks.most(*planned.counts))
     left = planned.counts[1]
 
+    def go_back(loss):
+        nonlocal left
+        left -= 1
+        backward(loss, left == 0)
+        if left:
+            after_pass()
+
     # 2. Pieces that are too large for one graph: their scores, and so the slopes of their losses
     with torch.no_grad():
         for rows in planned.without_graph:
@@ -163,19 +170,13 @@ def score_and_backward(model, pieces, tokens_per_forward, ranks, backward, after
     # 3. Their rows again, with a graph, times those slopes
     for rows in planned.with_graph:
         scores = row_scores(model, window.graph_states(rows), ranks.device)
-        left -= 1
-        backward(window.loss_of_rows(rows, scores), left == 0)
-        if left:
-            after_pass()
+        go_back(window.loss_of_rows(rows, scores))
 
     # 4. Whole pieces: one graph, one backward pass
     for parts in planned.whole:
         rows = [row for piece in parts for row in window.rows[piece]]
         scores = row_scores(model, window.states(rows), ranks.device)
-        left -= 1
-        backward(window.loss_of_pieces(parts, rows, scores), left == 0)
-        if left:
-            after_pass()
+        go_back(window.loss_of_pieces(parts, rows, scores))
     return window.results()
 
 
