@@ -13,6 +13,11 @@ how much each token's log-probability counts there; the score is sum(weight * lo
 n response tokens, T denoising steps, R trajectories, K noise sets, S states. Trajectories have S = 1 + R(T-1): state 0
 is all masks and belongs to every trajectory, state 1 + r(T-1) + (s-1) is trajectory r before step s = 1..T-1. elbo has
 S = RT: T levels with R masks each.
+
+Block-causal models have elbo and elbo_stratified, block by block: block (n,) int is the number of each token's block,
+fixed (n,) bool the tokens that are never hidden, because the model predicts them from the clean tokens before them. All
+S = RT states of a block have a level of their own, stratified one in each S-th of 1..m, where m tokens of the block can
+be hidden. docs/method.md has the derivation.
 """
 
 import hashlib
@@ -34,18 +39,20 @@ def generator(noise_seed, tokens, side, noise_set=0):
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest()[:16], "little")))
 
 
-def automatic_estimator(order):
+def automatic_estimator(order, has_blocks=False):
     """The estimator that `--estimator auto` stands for, unless a calibration chooses one."""
+    if has_blocks:
+        return "elbo_stratified"
     return "stepwise" if order == "blocks" else "spread"
 
 
-def side_of(estimator, side):
+def side_of(estimator, side, has_blocks=False):
     """The name of the noise of side 0 (chosen) or 1 (rejected), for generator().
 
-    Both responses of a pair share their trajectories: the same places are hidden in both, so that the difference of
-    their scores has less noise.
+    Both responses of a pair share their trajectories, and the masks of their blocks: the same places are hidden in
+    both, so that the difference of their scores has less noise. has_blocks: the model is block-causal.
     """
-    if estimator.startswith("elbo"):
+    if estimator.startswith("elbo") and not has_blocks:
         return ("chosen", "rejected")[side]
     return "pair"
 
@@ -66,15 +73,19 @@ def step_of_state(estimator, T, R):
     return np.append(0, np.tile(np.arange(1, T), R))
 
 
-def state_masks(n, estimator, T, R, rng, block_length=None):
-    """Draw the states of one response: masked (S, n) bool."""
+def state_masks(n, estimator, T, R, rng, block_length=None, block=None, fixed=None):
+    """Draw the states of one response: masked (S, n) bool. block, fixed (n,): of a block-causal model."""
+    if block is not None:
+        return block_masks(np.asarray(block), fixed_of(fixed, n), T * R, rng, estimator == "elbo_stratified")
     if estimator.startswith("elbo"):
         return elbo_masks(n, T, R, rng, estimator == "elbo_stratified")
     return trajectory_masks(trajectories(n, T, R, rng, block_length), T)
 
 
-def state_weights(masked, estimator, T, R):
+def state_weights(masked, estimator, T, R, block=None, fixed=None):
     """weight (S, n) float32 of each token's log-probability, from the masks alone, as they are stored."""
+    if block is not None:
+        return block_weights(masked, np.asarray(block), fixed_of(fixed, masked.shape[1]))
     hidden = masked.sum(1, keepdims=True)  # (S, 1)
     if estimator.startswith("elbo"):
         return (masked * (masked.shape[1] / hidden / len(masked))).astype(np.float32)
@@ -92,6 +103,45 @@ def elbo_masks(n, T, R, rng, stratified):
         level = rng.integers(1, n + 1, T)
     rank = rng.random((T * R, n)).argsort(1).argsort(1)
     return rank < level.repeat(R)[:, None]
+
+
+def fixed_of(fixed, n):
+    """(n,) bool of the tokens that are never hidden; None: there are none."""
+    return np.zeros(n, bool) if fixed is None else np.asarray(fixed, bool)
+
+
+def block_masks(block, fixed, S, rng, stratified):
+    """Each block its own level l in 1..m in each state, l of its m tokens hidden: masked (S, n) bool.
+
+    stratified: level number j of a block is in the j-th of S equal parts of 1..m, and hides those tokens that weigh
+    least in the levels below it, so that the weights of every token add up to nearly the same. State s takes the level
+    number (block + s) mod S of each block: every state has low and high levels.
+
+    All numbers are drawn by token: two responses have the same masks in the blocks that both have.
+    """
+    numbers, first, index = np.unique(block, return_index=True, return_inverse=True)  # index (n,) of its block
+    size = np.bincount(index, ~fixed)  # (blocks,) m
+    jitter, rank = rng.random((len(block), 2, S)).swapaxes(0, 1)  # (n, S) each
+    u = (np.arange(S) + jitter[first]) / S if stratified else jitter[first]  # (blocks, S)
+    level = ((u * size[:, None]).astype(np.int64) + 1)[index].T  # (S, n)
+    masked = np.zeros(level.shape, bool)
+    covered = np.where(fixed, np.inf, 0.0)  # (n,) the sum of a token's weights so far, but for a factor m/S
+    for j in range(S):
+        order = np.lexsort((rank[:, j], covered, index))  # block by block, in the order of hiding
+        place = np.argsort(order) - first[index]
+        masked[j] = (place < level[j]) & ~fixed
+        if stratified:
+            covered += masked[j] / level[j]
+    return np.take_along_axis(masked, (np.arange(S)[:, None] + block) % S, axis=0)
+
+
+def block_weights(masked, block, fixed):
+    """weight (S, n) float32: m/(l S) where hidden with l of the m tokens of the block; 1/S everywhere if fixed."""
+    index = np.unique(block, return_inverse=True)[1]
+    size = np.bincount(index, ~fixed)[index]  # (n,) m
+    level = np.stack([np.bincount(index, hidden)[index] for hidden in masked])  # (S, n)
+    weight = np.where(masked, size / np.maximum(level, 1), fixed)
+    return (weight / len(masked)).astype(np.float32)
 
 
 def gradient_states(masked, weight, k, rng):
