@@ -58,6 +58,9 @@ class DataArguments:
 REMOTE = "run the code that comes with the model; not needed for the families in the README"
 MASK = "id of the mask token; default: from config.json or the tokenizer"
 FITTING = "Precision, memory and speed"
+BLOCK_SIZE = (
+    "tokens in a block of a block-causal model, 0 for a bidirectional model; auto: from config.json or the model family"
+)
 SHIFT = "whether logits at position i - 1 predict token i; auto: from config.json or the model family"
 
 
@@ -76,6 +79,7 @@ class ModelArguments:
         None, "id of the token that ends a response; default: end of turn of the chat template, else eos"
     )
     shift_logits: Literal["auto", "yes", "no"] = arg("auto", SHIFT)
+    block_size: number_or_auto = arg("auto", BLOCK_SIZE)
     use_mixed_precision: Literal["bf16", "no"] = arg(
         "bf16", "bf16: bfloat16 weights and float32 scores; no: float32", heading=FITTING
     )
@@ -188,6 +192,7 @@ class SampleArguments:
         None, "id of a token that ends a response, besides eos; default: end of turn of the chat template"
     )
     shift_logits: Literal["auto", "yes", "no"] = arg("auto", SHIFT)
+    block_size: number_or_auto = arg("auto", BLOCK_SIZE)
     use_mixed_precision: Literal["bf16", "no"] = arg("bf16", "bf16: bfloat16 weights; no: float32", heading=FITTING)
     load_in_4bit: bool = arg(False, "keep the blocks' weights on the GPU in 4 bits (NF4, bitsandbytes)")
     deepspeed: Optional[str] = arg(

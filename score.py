@@ -64,6 +64,7 @@ import torch.distributed as dist
 import files
 from cli.progress import progress
 from files import InputError
+from models.attention import Rows
 from preferences.packed import Packed
 from scoring import passes
 from scoring.recipe import draw, replay, state_count
@@ -90,12 +91,12 @@ def row_scores(model, rows, device):
     """
     joined = join(rows)
     B, widest = len(joined.lengths), int(joined.place.max()) + 1
-    inputs, lengths = joined.inputs[None], {"lengths": joined.lengths}  # (1, N)
+    inputs, apart = joined.inputs[None], {"rows": Rows(joined.lengths, device)}  # (1, N)
     if len(set(joined.lengths)) == 1:
-        inputs, lengths = joined.inputs.reshape(B, -1), {}  # (B, L)
+        inputs, apart = joined.inputs.reshape(B, -1), {}  # (B, L)
     positions, targets = engine.send(joined.positions, device), engine.send(joined.targets, device)
     ids = engine.send(inputs, fetches.ids_device(model, device))
-    logps = model(input_ids=ids, positions=positions, targets=targets, **lengths)  # (M,)
+    logps = model(input_ids=ids, positions=positions, targets=targets, **apart)  # (M,)
     logps = logps * engine.send(joined.weight, device)  # float32
     grid = torch.zeros(B * widest, dtype=torch.float32, device=device)
     places = engine.send(joined.row * widest + joined.place, device)

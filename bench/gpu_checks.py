@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import files
-from models import checkpoint
+from models import attention, checkpoint
 
 TINY = ROOT / "examples" / "tiny"
 GOLDEN = [root / "shared" / "data" for root in (ROOT, ROOT.parent)]  # checkpoints that the project does not ship
@@ -57,8 +57,8 @@ def outputs(model, device):
     }
     if getattr(model, "joins_rows", False):
         rows = torch.from_numpy(rng.integers(0, vocabulary, (1, sum(LENGTHS)))).to(device)  # (1, N)
-        places = torch.arange(rows.numel(), device=device)
-        found["rows end to end"] = model(input_ids=rows, positions=places, targets=rows.flatten(), lengths=LENGTHS)
+        places, ends = torch.arange(rows.numel(), device=device), attention.Rows(LENGTHS, device)
+        found["rows end to end"] = model(input_ids=rows, positions=places, targets=rows.flatten(), rows=ends)
     return {what: value.float().cpu() for what, value in found.items()}
 
 

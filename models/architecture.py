@@ -1,9 +1,9 @@
-"""Build a model of any family behind one interface: forward(input_ids, attention_mask, positions, targets, lengths).
+"""Build a model of any family behind one interface: forward(input_ids, attention_mask, positions, targets, rows).
 
     load_config(name) -> build(config, dtype, shift) -> a model without its weights, which checkpoint.py fills
 
 families.py lists the families. LLaDA's own model is in llada.py; adapt() gives the others its interface. A model whose
-joins_rows is false takes no `lengths`: all rows of its forward pass must have one length.
+joins_rows is false takes no `rows`: all rows of its forward pass must have one length.
 
 B batch, L length, D width, V vocabulary, N scored positions.
 """
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, LlamaConfi
 from transformers.modeling_outputs import MaskedLMOutput
 
 from files import InputError
-from models import attention, folders
+from models import attention, families, folders
 from models.families import CAUSAL
 from models.head import Head
 from models.llada import LLaDAModelLM  # it registers model_type llada itself
@@ -78,6 +78,7 @@ def build(config, dtype, shift, trust_remote_code=False):
                 f"({' '.join(str(error).split())[:120]}); its own code runs with --trust_remote_code"
             ) from None
     model.tie_weights()  # no_init_weights leaves that out
+    model.blocks = families.blocks(config)
     return model if isinstance(model, LLaDAModelLM) else adapt(model, shift)
 
 
@@ -111,21 +112,27 @@ def adapt(model, shift):
             x = x.flatten(0, 1)[wanted["positions"]]  # (N, D)
         return x, wanted["targets"]
 
-    def forward(input_ids, attention_mask=None, positions=None, targets=None, lengths=None):
-        """As LLaDAModelLM.forward."""
+    def forward(input_ids, attention_mask=None, positions=None, targets=None, rows=None, cache=None):
+        """As LLaDAModelLM.forward.
+
+        cache: keys and values of the tokens before input_ids (cache.py). With a cache or BlockRows the logits are
+        those of the causal model that this one was made of: the caller knows which of them predicts a token.
+        """
         joined, places = {}, torch.arange(input_ids.numel(), device=input_ids.device) % input_ids.shape[1]
-        if lengths:
-            rows = attention.Rows(lengths, input_ids.device)
+        if rows:
             places = rows.places
             joined = {"position_ids": places[None], "rows": rows}
-        if shift and positions is not None:
+        if cache is not None:
+            joined |= {"past_key_values": cache, "position_ids": cache.length + places.view(input_ids.shape)}
+        is_shifted = shift and cache is None and not isinstance(rows, attention.BlockRows)
+        if is_shifted and positions is not None:
             is_first = places[positions] == 0  # (N,) nothing precedes it: its own logits predict it
             positions = torch.where(is_first, positions, positions - 1)
         wanted.update(positions=positions, targets=targets)
         logits = original_forward(input_ids=input_ids, attention_mask=attention_mask, **joined).logits
         if targets is not None:
             return logits  # (N,) log-probabilities, which the head made
-        if shift and positions is None:
+        if is_shifted and positions is None:
             logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)  # (B, L, V)
         return MaskedLMOutput(logits=logits)
 

@@ -13,6 +13,7 @@ To add a family: name it in the tables below. If transformers has no class for i
 """
 
 import re
+from typing import NamedTuple
 
 from files import InputError
 
@@ -41,6 +42,32 @@ LEARNED_POSITIONS = {  # families with a table of positions, and how many of its
 # Tensors of pre-training that a mask predictor does not use: they are not loaded, and not saved.
 UNUSED = r"(bert|albert|roberta)\.pooler\..*|cls\.seq_relationship\..*|sop_classifier\..*|.*\.position_ids"
 RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # BERT's first names
+
+
+class Blocks(NamedTuple):
+    """How a block-causal model reads a row (docs/method.md). Blocks are counted from the row's first token."""
+
+    size: int  # tokens of a block
+    is_causal: bool = False  # a clean token sees the clean tokens up to itself, not up to the end of its block
+    shift: bool = False  # the logits at i - 1 predict token i
+    first_from_clean: bool = (
+        False  # the clean token before a block predicts the block's first token, which is never masked
+    )
+    sampled_from: str = (
+        "row"  # where the sampler's blocks begin: at the first token of the "row", or after the "prompt"
+    )
+
+
+class Masking(NamedTuple):
+    """What a model's masked rows look like: the mask's token id, and its blocks if it is block-causal."""
+
+    mask_id: int
+    blocks: Blocks | None = None
+
+
+def blocks(config, wanted="auto"):
+    """The Blocks of a block-causal model; None for a bidirectional one."""
+    return None
 
 
 def longest(config):

@@ -17,7 +17,6 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
-from models.attention import Rows, attend
 from models.head import Head
 
 
@@ -156,7 +155,7 @@ class LLaDABlock(GradientCheckpointingLayer):
         if rows is None:
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=self.heads != self.kv_heads)
         else:
-            h = attend(q, k, v, rows)
+            h = rows.attend(q, k, v)
         x = x + self.attn_out(h.transpose(1, 2).reshape(B, L, D))
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
@@ -184,6 +183,7 @@ class LLaDAModelLM(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     joins_rows = True  # forward() takes rows of several lengths, end to end
+    blocks = None  # it is bidirectional
     _no_split_modules = ["LLaDABlock"]
     _supports_sdpa = True
     _tied_weights_keys = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
@@ -217,20 +217,20 @@ class LLaDAModelLM(PreTrainedModel):
     def rotary(self, length, device):
         return rotary(length, self.config.d_model // self.config.n_heads, self.config.rope_theta, device)
 
-    def forward(self, input_ids, attention_mask=None, positions=None, targets=None, lengths=None):
+    def forward(self, input_ids, attention_mask=None, positions=None, targets=None, rows=None):
         """input_ids (B, L); attention_mask (B, L), 1 = real; positions (N,) flat indices b * L + i.
 
-        lengths: of rows that stand end to end in input_ids (1, L), each of which sees itself alone.
+        rows: where the rows stand that are end to end in input_ids (1, L), each of which sees itself alone
+        (attention.Rows).
 
         Returns MaskedLMOutput with logits (B, L, V), or (N, V) of `positions` alone. With `targets` (N,) too, returns
         their log-probabilities alone, (N,) float32: a score needs no more head than it reads (head.py).
         Positions are counted by index: padding on the left shifts them.
         """
         x = self.model.transformer.wte(input_ids)  # (B, L, D)
-        cos, sin = self.rotary(max(lengths or input_ids.shape[1:]), x.device)  # (longest, hd)
-        bias = rows = None
-        if lengths:
-            rows = Rows(lengths, x.device)
+        cos, sin = self.rotary(rows.longest if rows else input_ids.shape[1], x.device)  # (longest, hd)
+        bias = None
+        if rows:
             cos, sin = cos[rows.places], sin[rows.places]  # (L, hd)
         if attention_mask is not None and not attention_mask.bool().all():
             off = attention_mask[:, None, None, :] == 0  # by key column; finfo.min, so that an empty row is no NaN

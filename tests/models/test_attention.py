@@ -31,7 +31,7 @@ def test_each_row_sees_itself_alone(device, dtype, heads, shared, width):
     made = [torch.randn(1, *size, width, generator=rng).to(device, dtype) for size in sizes]
     slope = torch.randn(1, heads, sum(LENGTHS), width, generator=rng).to(device, dtype)
     q, k, v = (each.clone().requires_grad_() for each in made)
-    got = attention.attend(q, k, v, attention.Rows(LENGTHS, device))
+    got = attention.Rows(LENGTHS, device).attend(q, k, v)
     (got * slope).sum().backward()
 
     alone = [each.clone().requires_grad_() for each in made]

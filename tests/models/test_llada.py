@@ -14,6 +14,7 @@ from small import AVX512
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from models import llada
+from models.attention import Rows
 from models.llada import LLaDAConfig, LLaDAModelLM
 
 FORMS = {
@@ -178,7 +179,7 @@ def test_rows_end_to_end(make_llada, tmp_path, form):
     def loss_and_gradient(logits):
         return logits, torch.autograd.grad((weight * logits.log_softmax(-1)).sum(), parameters)
 
-    joined, gradient = loss_and_gradient(model(ids, lengths=lengths).logits[0])
+    joined, gradient = loss_and_gradient(model(ids, rows=Rows(lengths, "cpu")).logits[0])
     alone, true = loss_and_gradient(torch.cat([model(row).logits[0] for row in ids.split(lengths, dim=1)]))
     torch.testing.assert_close(joined, alone, atol=1e-5, rtol=1e-5)
     for got, want in zip(gradient, true):
@@ -186,7 +187,7 @@ def test_rows_end_to_end(make_llada, tmp_path, form):
     assert (model(ids).logits[0] - alone).abs().max() > 0.1  # as one row they would see each other
     half = load(tmp_path, dtype=torch.bfloat16)
     with torch.no_grad():
-        joined = half(ids, lengths=lengths).logits[0]
+        joined = half(ids, rows=Rows(lengths, "cpu")).logits[0]
         alone = torch.cat([half(row).logits[0] for row in ids.split(lengths, dim=1)])
     torch.testing.assert_close(joined, alone, atol=0 if AVX512 else 2.0**-5, rtol=0)
 
