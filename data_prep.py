@@ -123,6 +123,8 @@ def main(argv=None):
     # 4. What was made
     mask, end = (summary.token(tokenizer, number) for number in (encoder.mask, encoder.end))
     print(f"form: {form}\ntemplate: {encoder.template}; mask: {mask}; end of a response: {end}")
+    if encoder.turn and encoder.turn.opening:
+        print(f"the template begins every response with {encoder.turn.opening!r}")
     if encoder.max_length < args.max_length:
         print(f"{name} reads at most {encoder.max_length} tokens, less than --max_length {args.max_length}")
     print("\n".join(summary.summary(args, kept, left_out, tokenizer)))

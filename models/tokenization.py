@@ -1,12 +1,14 @@
 """Tokenizers: load, fingerprint, chat templates, the ids of a prompt and of a response."""
 
+from typing import NamedTuple
+
 import jinja2
 import transformers
 from transformers import AutoTokenizer
 
 from files import InputError, fingerprint, read_json
 from models.architecture import load_config
-from models.families import TOKENIZERS
+from models.families import MASKS, TOKENIZERS
 from models.folders import model_folder
 
 PROBE = "A probe: 1234 + 5 = 1,239\n\n  caf\u00e9 \u6f22\u5b57 <x>\t'quoted'"  # shows merges and normalisation
@@ -68,15 +70,61 @@ def prompt_text(tokenizer, prompt, template):
         if isinstance(prompt, str):
             return prompt
         raise InputError("conversational rows need a chat template, and this tokenizer has none (or --template none)")
-    return render(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+    return render(tokenizer, as_messages(prompt))
 
 
-def render(tokenizer, messages):
-    """The chat template's text of `messages`, then the assistant's header."""
+def as_messages(prompt):
+    """A list of messages; a string is one user message."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def render(tokenizer, messages, header=True):
+    """The chat template's text of `messages`; header: then the header of an assistant's message."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
     except jinja2.TemplateError as error:
         raise InputError(f"the chat template refuses these messages ({error})") from None
+
+
+ANSWER = " @answer@ "  # stands for any answer, to see what a template does with one
+
+
+class Turn(NamedTuple):
+    """How a chat template renders the last message of a conversation, which is the assistant's."""
+
+    opening: str  # between the header and the answer: Qwen3's templates put an empty <think> block there
+    closing: str  # after the answer
+    strips: bool  # the answer loses white space at its ends
+
+
+def assistant_turn(tokenizer):
+    """The Turn of a tokenizer that has a chat template."""
+    prompt = [{"role": "user", "content": "x"}]
+    whole = render(tokenizer, [*prompt, {"role": "assistant", "content": ANSWER}], header=False)
+    before, _, closing = whole.rpartition(ANSWER.strip())
+    strips = ANSWER not in whole
+    if not strips:
+        before, closing = before[:-1], closing[1:]
+    header = render(tokenizer, prompt)
+    opening = before.removeprefix(header) if before.startswith(header) else ""
+    return Turn(opening, closing, strips)
+
+
+def response_text(tokenizer, turn, prompt, response):
+    """The text that follows prompt_text() for `response`, as the template renders the assistant's last message.
+
+    turn: assistant_turn()'s, without which the text is `response` itself. A <think> block that the response holds is
+    rendered by the template's own rule. Where the rendered conversation does not begin with the rendered prompt (the
+    header of DeepSeek-R1's templates opens a <think> block, and their last message has none), it is the response.
+    """
+    if turn is None:
+        return response
+    messages = as_messages(prompt)
+    whole = render(tokenizer, [*messages, {"role": "assistant", "content": response}], header=False)
+    before = render(tokenizer, messages)
+    if whole.startswith(before) and whole.endswith(turn.closing):
+        return whole[len(before) : len(whole) - len(turn.closing)]
+    return response.strip() if turn.strips else response
 
 
 def end_token_id(tokenizer, template):
@@ -91,11 +139,19 @@ def end_token_id(tokenizer, template):
 
 
 def mask_token_id(config, tokenizer, given=None):
-    """The mask's id: `given` (--mask_token_id), else config.json's mask_token_id, else the tokenizer's mask_token."""
-    for found in (given, getattr(config, "mask_token_id", None), tokenizer.mask_token_id):
+    """The mask's id: `given` (--mask_token_id), else config.json's mask_token_id, else the tokenizer's mask_token.
+
+    Where none of them is set, the family's mask token is looked up by its name among the tokenizer's tokens.
+    """
+    name = MASKS.get(config.model_type, "")
+    named = tokenizer.get_vocab().get(name)
+    for found in (given, getattr(config, "mask_token_id", None), tokenizer.mask_token_id, named):
         if found is not None:
             return int(found)
-    raise InputError("the model names no mask token: give --mask_token_id, or set mask_token_id in its config.json")
+    raise InputError(
+        f"the model names no mask token{name and f' {name}'}: give --mask_token_id, or set mask_token_id in its "
+        "config.json"
+    )
 
 
 def prefix_ids(tokenizer, template):

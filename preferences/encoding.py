@@ -34,7 +34,7 @@ class Encoder:
     end: int
     mask: int
     special: re.Pattern  # the special tokens' strings
-    strips: bool  # the template strips a message's content
+    turn: tokenization.Turn | None  # what the template puts around an answer
     max_length: int
 
     def __call__(self, prompt, responses):
@@ -42,11 +42,10 @@ class Encoder:
         self.refuse_texts(contents(prompt), responses)
         try:
             prompt_ids = tokenization.prompt_ids(self.tokenizer, prompt, self.template)
+            texts = [tokenization.response_text(self.tokenizer, self.turn, prompt, each) for each in responses]
         except InputError as error:  # the template refuses this row's messages
             raise Malformed(str(error)) from None
-        if self.strips:
-            responses = [response.strip() for response in responses]
-        sides = [tokenization.encode(self.response_tokenizer, response) + [self.end] for response in responses]
+        sides = [tokenization.encode(self.response_tokenizer, text) + [self.end] for text in texts]
         # a tokenizer that normalises text may read a special token where none was written: NFKC and full-width letters
         if self.mask in prompt_ids or any(self.mask in side or self.end in side[:-1] for side in sides):
             raise LeftOut("special token in the text", "as the tokenizer reads it")
@@ -79,10 +78,9 @@ def make_encoder(args, model_args, tokenizer):
         end = tokenization.end_token_id(tokenizer, args.template)
     model_config = architecture.load_config(name, remote)
     mask = tokenization.mask_token_id(model_config, tokenizer, model_args.mask_token_id)
-    template, strips = "none", False
+    template, turn = "none", None
     if tokenization.uses_chat(tokenizer, args.template):
-        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": " @answer@ "}]
-        template, strips = "chat", " @answer@ " not in tokenization.render(tokenizer, messages)
+        template, turn = "chat", tokenization.assistant_turn(tokenizer)
     return Encoder(
         tokenizer,
         response_tokenizer,
@@ -90,7 +88,7 @@ def make_encoder(args, model_args, tokenizer):
         end,
         mask,
         special=special_pattern(tokenizer, {mask, end}),
-        strips=strips,
+        turn=turn,
         max_length=min(args.max_length, families.longest(model_config) or args.max_length),
     )
 

@@ -19,6 +19,7 @@ from typing import Callable, NamedTuple
 
 from files import InputError
 from models.folders import downloading
+from reasoning.tasks import without_thoughts
 
 
 class Item(NamedTuple):
@@ -318,7 +319,7 @@ def hub_rows(name):
 
 def grade(name, answer, response):
     """{"extracted", "correct"} of a response to an Item of `name` with the gold `answer`; HotpotQA's has "f1", too."""
-    extract = BENCHMARKS[name].extract
+    extract, response = BENCHMARKS[name].extract, without_thoughts(response)
     extracted = extract(NEXT.split(response)[0])
     extracted = extract(response) if extracted is None else extracted  # the question itself, said again
     graded = {

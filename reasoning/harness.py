@@ -23,7 +23,7 @@ import config
 from files import InputError
 from models import tokenization
 from models.folders import downloading
-from reasoning import arguments, prompts, sampler
+from reasoning import arguments, prompts, sampler, tasks
 from scoring import noise
 
 try:
@@ -111,7 +111,7 @@ class MaskedDiffusion(LM):
                 def keep(replies, group=group):
                     for place, response in replies.items():
                         index = group[place]
-                        texts[index] = cut(response.text, asked[index][1].get("until") or [])
+                        texts[index] = cut(tasks.without_thoughts(response.text), asked[index][1].get("until") or [])
                         self.cache("generate_until", asked[index], texts[index])
                     bar.update(len(replies))
 

@@ -60,14 +60,27 @@ TIME = re.compile(r"([0-9]{1,2}):([0-9]{2}) ?[.!]? ?(?:\n|$)")
 WORDS = re.compile(r"(?:the )?([^\W\d_][^\W\d_'-]*(?:[ '-]+[^\W\d_]+){0,3}) ?[.!]? ?(?:\n|$)", re.IGNORECASE)
 
 
+def without_thoughts(text):
+    """What follows the last <think> block of a response: all of it without one, nothing where it is not closed.
+
+    Models whose chat template knows thoughts (Qwen3's, and so SDAR's) begin every response with such a block.
+    """
+    _, closed, answer = text.rpartition("</think>")
+    if closed:
+        return answer.lstrip("\n")
+    return "" if text.lstrip().startswith("<think>") else text
+
+
 def extract_answer(text):
     """The number, the time of day or the one to four words after the last ####, in one spelling, or None.
+
+    A <think> block is no answer. After it:
 
     "...\\n#### $1,200.0." -> "1200"    "#### -3" -> "-3"    "#### 8 pens" -> "8"
     "#### 09:35" -> "9:35"              "#### Mia." -> "mia"    "#### the red box" -> "red box"
     "the answer is 8" -> None           "#### 7 + 1" -> None: two numbers are no answer
     """
-    _, mark, tail = text.rpartition("####")
+    _, mark, tail = without_thoughts(text).rpartition("####")
     if not mark:
         return None
     tail = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)", "", tail)  # emphasis, not a power

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import sentencepiece
 from originals import edit_json, refused
-from prepared import HEADERS, TEMPLATE
+from prepared import HEADERS, ROLE_TEMPLATE, TEMPLATE, THINK_TEMPLATE, with_template
 from sentencepiece import sentencepiece_model_pb2
 
 from models import architecture, tokenization
@@ -42,6 +42,11 @@ def test_mask_token_id(tiny_dir):
     assert tokenization.mask_token_id(config, tokenizer) == 3
     tokenizer.mask_token = None
     refused(lambda: tokenization.mask_token_id(config, tokenizer), "mask_token_id")
+    config.model_type = "illada"  # neither its config.json nor its tokenizer declares a mask: looked up by its name
+    refused(lambda: tokenization.mask_token_id(config, tokenizer), "no mask token <[MASK]>: give --mask_token_id")
+    tokenizer.add_tokens(["<[MASK]>"])
+    assert tokenization.mask_token_id(config, tokenizer) == tokenizer.convert_tokens_to_ids("<[MASK]>") > 3
+    assert tokenization.mask_token_id(config, tokenizer, given=7) == 7
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,58 @@ def test_end_token_id(tiny_dir, chat):
     assert tokenization.end_token_id(plain, "auto") == 2 != eot
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
     assert tokenization.end_token_id(tokenizer, "auto") == 2
+
+
+def turn_of(tokenizer, template):
+    tokenizer.chat_template = template
+    return tokenization.assistant_turn(tokenizer)
+
+
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+
+
+@pytest.mark.parametrize(
+    "template, opening, response, text",
+    [
+        (TEMPLATE, "", " 12 \n", "12"),
+        (TEMPLATE, "", "<think>7 + 5</think>12", "<think>7 + 5</think>12"),  # not a template that knows thoughts
+        (ROLE_TEMPLATE, "", " 12 ", " 12 "),
+        (THINK_TEMPLATE, "<think>\n\n</think>\n\n", " 12 ", "<think>\n\n</think>\n\n 12 "),
+        (THINK_TEMPLATE, "<think>\n\n</think>\n\n", "<think>7 + 5</think>\n12", "<think>\n7 + 5\n</think>\n\n12"),
+    ],
+)
+@pytest.mark.parametrize("prompt", ["7 + 5?", TALK])
+def test_response_text(chat, template, opening, response, text, prompt):
+    """A response is what the template renders after the prompt, up to what ends a turn."""
+    tokenizer = tokenization.load_tokenizer(str(chat))
+    turn = turn_of(tokenizer, template)
+    assert turn.opening == opening and turn.strips == (template == TEMPLATE)
+    assert tokenization.response_text(tokenizer, turn, prompt, response) == text
+    assert tokenization.response_text(tokenizer, None, prompt, response) == response  # no template
+    messages = tokenization.as_messages(prompt)
+    whole = tokenization.render(tokenizer, [*messages, {"role": "assistant", "content": response}], header=False)
+    assert tokenization.prompt_text(tokenizer, prompt, "chat") + text + turn.closing == whole
+
+
+def test_response_text_where_the_prompt_is_not_a_prefix(chat):
+    """DeepSeek-R1's header opens a thought that the rendered conversation does not have: the response as it is."""
+    tokenizer = tokenization.load_tokenizer(str(chat))
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    turn = turn_of(tokenizer, template + "{% if add_generation_prompt %}<assistant><think>{% endif %}")
+    assert turn == ("", "", False)
+    assert tokenization.response_text(tokenizer, turn, "x", " so</think> 12 ") == " so</think> 12 "
+
+
+def test_roles_of_llada2(tiny_dir):
+    """Its template's system turn, and <|role_end|>, not eos, at the end of a response."""
+    special = ["<role>", "</role>", "<|role_end|>"]
+    folder = with_template(tiny_dir, "roles", ROLE_TEMPLATE, special)
+    tokenizer = tokenization.load_tokenizer(str(folder))
+    header = "<role>SYSTEM</role>detailed thinking off<|role_end|><role>HUMAN</role>c<|role_end|><role>ASSISTANT</role>"
+    assert tokenization.prompt_text(tokenizer, "c", "auto") == header
+    system = [{"role": "system", "content": "s"}, {"role": "user", "content": "c"}]
+    assert tokenization.prompt_text(tokenizer, system, "auto") == header.replace("detailed", "s\ndetailed", 1)
+    assert tokenization.end_token_id(tokenizer, "auto") == tokenizer.convert_tokens_to_ids("<|role_end|>") != 2
 
 
 def test_tokenizer_without_eos(tiny_dir, tmp_path):

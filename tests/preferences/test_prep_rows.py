@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from prepared import GOOD, HH, TEMPLATE, refuses, texts, with_template
+from prepared import GOOD, HH, TEMPLATE, THINK_TEMPLATE, refuses, texts, with_template
 from small import EOS
 
 import data_prep
@@ -96,6 +96,23 @@ def test_chat_strings_and_a_template_that_does_not_strip(prep, tiny_dir, llada_c
     assert texts(verbatim, got)[1] == " 12 <|eot_id|>"
     got, _ = prep([GOOD | {"chosen": " 12 "}], "--template", "none", model=llada_chat_dir)
     assert texts(llada_chat_dir, got)[:2] == [GOOD["prompt"], " 12 </s>"] and got.meta["template"] == "none"
+
+
+def test_what_a_template_puts_before_the_last_answer_is_part_of_it(prep, tiny_dir, capsys):
+    """Qwen3's empty <think> block: in both responses, in no earlier turn, and not twice where the row has it."""
+    model = with_template(tiny_dir, "thinking", THINK_TEMPLATE, ["<|im_start|>", "<|im_end|>"])
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    opening, end = "<think>\n\n</think>\n\n", "<|im_end|>"
+    got, _ = prep([{"prompt": talk, "chosen": "12", "rejected": opening + "11"}], model=model)
+    prompt, chosen, rejected = texts(model, got)
+    assert prompt.count("<|im_start|>assistant\n") == 2 and "think" not in prompt
+    assert (chosen, rejected) == (f"{opening}12{end}", f"{opening}11{end}")
+    assert r"begins every response with '<think>\n\n</think>\n\n'" in capsys.readouterr().out
+    got, rejects = prep([GOOD | {"chosen": " 12", "rejected": f"{opening} 12"}, GOOD], model=model)
+    assert [reject["reason"] for reject in rejects] == ["chosen equals rejected"]  # as the template renders them
+    capsys.readouterr()
+    prep([GOOD], "--template", "none", model=model)
+    assert "begins every response" not in capsys.readouterr().out
 
 
 def test_conversational_rows_need_a_template(prep, llada_chat_dir):

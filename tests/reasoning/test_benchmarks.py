@@ -303,6 +303,18 @@ def test_gold_answers_of_hotpotqa_are_right(shared):
     assert f1("Animorphs series", "Animorphs") == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("name, gold", [("gsm8k", "18"), ("hotpotqa", "Paris"), ("math500", "5"), ("logiqa", "A")])
+def test_thoughts_are_no_answer(name, gold):
+    """The text after a <think> block is graded; a thought that is cut off has no answer after it."""
+    answers = {"gsm8k": "#### {}", "hotpotqa": "{}", "math500": "\\boxed{{{}}}", "logiqa": "The answer is {}."}
+    other = {"gsm8k": "3", "hotpotqa": "Rome", "math500": "2", "logiqa": "B"}[name]
+    right, wrong = (answers[name].format(said) for said in (gold, other))
+    assert grade(name, gold, f"<think>\n\n</think>\n\n{right}")["correct"]
+    assert grade(name, gold, f"<think>\nFirst.\n\nQuestion: so?\n{wrong}\n</think>\n\n{right}")["correct"]
+    assert not grade(name, gold, f"<think>\n{right}\n</think>\n\n{wrong}")["correct"]
+    assert grade(name, gold, f"<think>\n{right}")["extracted"] is None
+
+
 @pytest.mark.parametrize(
     "name, gold, text",
     [

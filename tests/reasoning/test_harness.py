@@ -82,6 +82,12 @@ def test_text_ends_before_the_stop_string(tiny):
         ]
 
 
+def test_a_thought_is_neither_an_answer_nor_cut_at_a_stop_string(tiny, monkeypatch):
+    reply = sampler.Response("<think>\n\n</think>\n\n12\n\nQuestion:", 9, True)
+    monkeypatch.setattr(sampler, "respond", lambda *_, finished, **__: finished({0: reply}))
+    assert tiny.generate_until([request("x", {"until": ["\n\n"]})], disable_tqdm=True) == ["12"]
+
+
 @pytest.mark.parametrize(
     "text, until, cut",
     [

@@ -210,6 +210,9 @@ def test_same_seed_same_problems():
         ("#### 21:05", "21:05"),
         ("#### 9:3", None),
         ("#### 9:35 or 10:35", None),
+        ("<think>\n\n</think>\n\n1 + 7 = 8\n#### 8", "8"),
+        ("<think>\n#### 8\n</think>\n\nIt is 8.", None),
+        ("<think>\n#### 8", None),
     ],
 )
 def test_extract_answer(text, answer):
