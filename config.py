@@ -111,14 +111,19 @@ class ModelArguments:
 class NoiseArguments:
     estimator: Literal["auto", "stepwise", "spread", "elbo", "elbo_stratified"] = arg(
         "auto",
-        "how masks are drawn and weighted (docs/method.md); auto: spread, or stepwise with --order blocks",
+        "how masks are drawn and weighted (docs/method.md); auto: spread, stepwise with --order blocks, elbo_stratified "
+        "for block-causal models",
         heading="Noise: the masked states in which a response is scored",
     )
     diffusion_steps: number_or_auto = arg(
-        3, "T, denoising steps of a trajectory; auto: T and R that calibrate.py recommends"
+        None,
+        "T, denoising steps of a trajectory; auto: T and R that calibrate.py recommends; default: 3, or 4 for "
+        "block-causal models",
     )
-    trajectories: int = arg(
-        3, "R, rotated trajectories per response: 1 + R(T-1) states, a forward pass each (elbo: R masks at T levels)"
+    trajectories: Optional[int] = arg(
+        None,
+        "R, rotated trajectories per response: 1 + R(T-1) states, a row each (elbo: R masks at T levels, RT states); "
+        "default: 3, or 1 for block-causal models",
     )
     order: Literal["random", "blocks"] = arg(
         "random", "order in which tokens are revealed: random, or block by block from left to right"
@@ -290,7 +295,7 @@ def check_scoring(model_args, noise_args):
     ):
         for name in numbers:
             value = getattr(group, name)
-            if value != "auto" and value < 1:
+            if value not in ("auto", None) and value < 1:
                 raise InputError(f"--{name} is {value}, expected at least 1")
     if model_args.lora_r < 0:
         raise InputError(f"--lora_r is {model_args.lora_r}, expected 0 (every weight is trained) or more")

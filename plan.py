@@ -103,6 +103,7 @@ if __name__ == "__main__":
 import torch
 
 from models import architecture, families, folders, quantized
+from scoring import noise
 from training import deepspeed_config, memory
 from training.advice import stuck, tries
 from training.costs import Cost, Lengths, Work, scoring_cost, training_cost, work_of
@@ -110,7 +111,6 @@ from training.footprint import Machine, card_items, disk_items, graph_items, hos
 
 GIB = 2**30
 RATED_TB = 600  # of writes: Samsung's 990 PRO of 1 TB
-AUTO_STEPS = config.NoiseArguments.diffusion_steps  # T for --diffusion_steps auto, not yet calibrated; main says so
 
 
 class Plan(NamedTuple):
@@ -151,7 +151,11 @@ def plan(model_config, data_args, model_args, noise_args, train_args, ds, machin
     room = memory.ROOM * (machine.gpu_gib * GIB - total(fixed, "card"))
 
     # 2. The tokens per forward pass, and what one graph then holds
-    diffusion_steps = AUTO_STEPS if noise_args.diffusion_steps == "auto" else noise_args.diffusion_steps
+    has_blocks = families.blocks(model_config, model_args.block_size) is not None
+    noise.settle(noise_args, has_blocks)
+    diffusion_steps = noise_args.diffusion_steps
+    if diffusion_steps == "auto":  # not yet calibrated; main says so
+        diffusion_steps, _ = noise.STATES[has_blocks]
     longest = Lengths(0, data_args.max_length + train_args.sft_pad_to)
     work = work_of(lengths or longest, noise_args, train_args, diffusion_steps)
 
@@ -352,7 +356,7 @@ def main(argv=None):
 
     # 3. What to know of it
     if noise_args.diffusion_steps == "auto":
-        print(f"--diffusion_steps auto: planned with {AUTO_STEPS}, before its calibration")
+        print("--diffusion_steps auto: planned with the default, before its calibration")
     print(table(made))
     states = disk_items(model_shape(model_config, model_args), ds, model_args)
     if states:

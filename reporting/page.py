@@ -268,7 +268,8 @@ def configuration(runs):
 
 
 def default_arguments():
-    return {item.name: item.default for group in config.GROUPS for item in fields(group)}
+    found = {item.name: item.default for group in config.GROUPS for item in fields(group)}
+    return found | dict(zip(("diffusion_steps", "trajectories"), noise.STATES[False]))
 
 
 def differ(name, values, orders):

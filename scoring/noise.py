@@ -24,7 +24,10 @@ import hashlib
 
 import numpy as np
 
+from files import InputError
+
 ESTIMATORS = ("stepwise", "spread", "elbo", "elbo_stratified")
+STATES = {False: (3, 3), True: (4, 1)}  # default T and R of bidirectional and of block-causal models
 EPSILON = 1e-3  # SFT masks with probability (1 - EPSILON) t + EPSILON (LLaDA's GUIDELINES.md)
 
 
@@ -44,6 +47,25 @@ def automatic_estimator(order, has_blocks=False):
     if has_blocks:
         return "elbo_stratified"
     return "stepwise" if order == "blocks" else "spread"
+
+
+def settle(noise_args, has_blocks):
+    """Fill in what the arguments leave to the kind of model: T, R and, unless a calibration gives it, the estimator.
+
+    Raises InputError for what a block-causal model cannot have.
+    """
+    if has_blocks and noise_args.order == "blocks":
+        raise InputError("--order blocks is for bidirectional models; leave it out for a block-causal one")
+    if has_blocks and noise_args.estimator in ("stepwise", "spread"):
+        raise InputError(
+            f"--estimator {noise_args.estimator} is for bidirectional models; a block-causal one takes elbo_stratified "
+            "or elbo"
+        )
+    for name, default in zip(("diffusion_steps", "trajectories"), STATES[has_blocks]):
+        if getattr(noise_args, name) is None:
+            setattr(noise_args, name, default)
+    if noise_args.estimator == "auto" and noise_args.diffusion_steps != "auto":
+        noise_args.estimator = automatic_estimator(noise_args.order, has_blocks)
 
 
 def side_of(estimator, side, has_blocks=False):

@@ -61,8 +61,8 @@ def check(packed, model_args, noise_args):
     Raises InputError for arguments that make no score, and for arrays that another tokenizer made.
     """
     model_args.model_name_or_path = model_args.model_name_or_path or packed.meta["model_name_or_path"]
-    if noise_args.estimator == "auto" and noise_args.diffusion_steps != "auto":  # else it comes from the calibration
-        noise_args.estimator = noise.automatic_estimator(noise_args.order)
+    model_config = folders.plain_config(model_args.model_name_or_path)
+    noise.settle(noise_args, families.blocks(model_config, model_args.block_size) is not None)
     if noise_args.order == "blocks" and noise_args.diffusion_steps == "auto":
         raise InputError("--diffusion_steps auto is measured in random order; give --order blocks a number")
     if noise_args.order == "blocks" and noise_args.estimator not in ("stepwise", "auto"):

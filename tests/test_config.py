@@ -38,7 +38,7 @@ def parse(tmp_path):
 def test_defaults(parse):
     got = parse(None)
     assert len(got) == sum(len(fields(group)) for group in config.GROUPS)  # no name is used twice
-    wanted = {"diffusion_steps": 3, "trajectories": 3, "noise_sets": 1, "beta": 0.1, "learning_rate": 5e-7, "seed": 42}
+    wanted = {"diffusion_steps": None, "trajectories": None, "noise_sets": 1, "beta": 0.1, "learning_rate": 5e-7, "seed": 42}
     assert wanted.items() <= got.items()
     assert parse("") == parse("# nothing\n") == got
 
@@ -112,7 +112,7 @@ def test_groups():
     data, noise = config.parse(
         ["--in", "x.jsonl", "--out", "y", "--beta", "9"], "x", config.DataArguments, config.NoiseArguments
     )
-    assert (data.preference_data_path, data.data) == ("x.jsonl", "y") and noise.trajectories == 3
+    assert (data.preference_data_path, data.data) == ("x.jsonl", "y") and noise.noise_sets == 1
 
 
 def test_help_shows_the_groups_used(capsys):
