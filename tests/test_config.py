@@ -38,7 +38,14 @@ def parse(tmp_path):
 def test_defaults(parse):
     got = parse(None)
     assert len(got) == sum(len(fields(group)) for group in config.GROUPS)  # no name is used twice
-    wanted = {"diffusion_steps": None, "trajectories": None, "noise_sets": 1, "beta": 0.1, "learning_rate": 5e-7, "seed": 42}
+    wanted = {
+        "diffusion_steps": None,
+        "trajectories": None,
+        "noise_sets": 1,
+        "beta": 0.1,
+        "learning_rate": 5e-7,
+        "seed": 42,
+    }
     assert wanted.items() <= got.items()
     assert parse("") == parse("# nothing\n") == got
 
