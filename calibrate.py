@@ -79,7 +79,7 @@ import files
 import score
 from cli.progress import progress
 from files import InputError
-from models import checkpoint
+from models import checkpoint, families
 from scoring import noise
 from scoring.states import response_states
 from training import deepspeed_config, engine, streaming
@@ -138,7 +138,7 @@ class Scorer(NamedTuple):
     packed: disk.Packed
     pairs: np.ndarray
     draws: int
-    mask_id: int
+    masking: families.Masking
     tokens_per_forward: int
     noise_seed: int
     ranks: engine.Ranks
@@ -174,7 +174,7 @@ def score_design(model, scorer, design, draws, bar):
         for side, response in enumerate(responses):
             mine = design or truth_design(len(response))
             for masked, weight in draws_of(scorer.packed, index, side, mine, draws, scorer.noise_seed):
-                drawn.append(response_states(prompt, response, masked, weight, scorer.mask_id))
+                drawn.append(response_states(prompt, response, masked, weight, *scorer.masking))
         passes += sum(len(states.live) for states in drawn)
         found = score.state_scores(model, drawn, scorer.tokens_per_forward, scorer.ranks)
         sums = torch.stack([by_state.sum() for by_state in found])  # (2 D,)
@@ -198,7 +198,7 @@ def measured_rows(policy, reference):
     return rows
 
 
-def run(packed, model_args, noise_args, args, mask_id, ranks):
+def run(packed, model_args, noise_args, args, masking, ranks):
     """Score the designs with both models, measure, and write the table and its plot."""
     # 1. Some pairs, and as many tokens in a forward pass as fit
     if len(packed) < 2 or args.pairs < 2 or args.draws < 2:
@@ -206,10 +206,10 @@ def run(packed, model_args, noise_args, args, mask_id, ranks):
     rng = np.random.default_rng(noise_args.noise_seed)
     pairs = np.sort(rng.choice(len(packed), min(args.pairs, len(packed)), replace=False))
     model = streaming.load(model_args, ranks)
-    tokens = score.tokens_of_a_pass(model, packed, model_args.tokens_per_forward, mask_id, ranks)
+    tokens = score.tokens_of_a_pass(model, packed, model_args.tokens_per_forward, masking, ranks)
 
     # 2. The scores of the reference, then of the policy
-    scorer = Scorer(packed, pairs, args.draws, mask_id, tokens, noise_args.noise_seed, ranks)
+    scorer = Scorer(packed, pairs, args.draws, masking, tokens, noise_args.noise_seed, ranks)
     reference = score_designs(model, scorer, "calibration, reference")
     if args.policy:
         del model  # there may be no room for two
@@ -307,8 +307,8 @@ def main(argv=None):
     deepspeed_config.read_ds_config(model_args.deepspeed)
     packed = disk.Packed(data_args.data)
     packed.need_pairs()
-    mask_id = recipe.check(packed, model_args, noise_args)
-    run(packed, model_args, noise_args, args, mask_id, engine.start())
+    masking = recipe.check(packed, model_args, noise_args)
+    run(packed, model_args, noise_args, args, masking, engine.start())
     return engine.leave()
 
 

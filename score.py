@@ -64,11 +64,12 @@ import torch.distributed as dist
 import files
 from cli.progress import progress
 from files import InputError
-from models.attention import Rows
+from models import families
+from models.attention import BlockRows, Rows
 from preferences.packed import Packed
 from scoring import passes
 from scoring.recipe import draw, replay, state_count
-from scoring.states import all_masked, join, response_states
+from scoring.states import all_masked, join, response_states, tokens_of
 from scoring.window import Scores, Window
 from training import deepspeed_config, engine, fetches, memory, stopping
 from training.streaming import load
@@ -85,23 +86,27 @@ def joins_rows(model):
 
 
 def row_scores(model, rows, device):
-    """sum over a row's tokens of weight * log p(target | input), for each of `rows` [(States, index)]: (B,) float32.
+    """sum over a state's tokens of weight * log p(target | input), for each state of `rows` [(States, indices)].
 
-    One forward pass; the head computes log-probabilities at scored tokens alone.
+    Returns (states,) float32. One forward pass; the head computes log-probabilities at scored tokens alone.
     """
     joined = join(rows)
-    B, widest = len(joined.lengths), int(joined.place.max()) + 1
-    inputs, apart = joined.inputs[None], {"rows": Rows(joined.lengths, device)}  # (1, N)
-    if len(set(joined.lengths)) == 1:
-        inputs, apart = joined.inputs.reshape(B, -1), {}  # (B, L)
+    states, widest = int(joined.state[-1]) + 1, int(joined.place.max()) + 1
+    ids, apart = joined.inputs[None], {}  # (1, N)
+    if blocks := rows and rows[0][0].blocks:
+        apart = {"rows": BlockRows(joined.rows, blocks, device)}
+    elif len(set(joined.rows)) > 1:
+        apart = {"rows": Rows(joined.rows, device)}
+    else:
+        ids = joined.inputs.reshape(len(joined.rows), -1)  # (B, L)
     positions, targets = engine.send(joined.positions, device), engine.send(joined.targets, device)
-    ids = engine.send(inputs, fetches.ids_device(model, device))
+    ids = engine.send(ids, fetches.ids_device(model, device))
     logps = model(input_ids=ids, positions=positions, targets=targets, **apart)  # (M,)
     logps = logps * engine.send(joined.weight, device)  # float32
-    grid = torch.zeros(B * widest, dtype=torch.float32, device=device)
-    places = engine.send(joined.row * widest + joined.place, device)
+    grid = torch.zeros(states * widest, dtype=torch.float32, device=device)
+    places = engine.send(joined.state * widest + joined.place, device)
     grid = grid.index_put((places,), logps)  # without atomic additions: the same sum in every run
-    return grid.view(B, widest).sum(-1)
+    return grid.view(states, widest).sum(-1)
 
 
 def nothing():
@@ -114,24 +119,24 @@ def state_scores(model, responses, tokens_per_forward, ranks, after_pass=nothing
     responses: a list of States, whose rows share forward passes. Every rank must call this, with [] if it has none.
     after_pass() is called after each forward pass.
     """
-    rows = [(response, index) for response, states in enumerate(responses) for index in states.live]
-    lengths = [responses[response].inputs.shape[1] for response, _ in rows]
+    rows = [(response, row) for response, states in enumerate(responses) for row in states.rows(tokens_per_forward)]
+    lengths = [responses[response].length(row) for response, row in rows]
     planned = passes.pick(rows, passes.fill(lengths, tokens_per_forward, not joins_rows(model)))
     scores = Scores(responses, ranks.device)
     for each in passes.filled_up(planned, *ranks.most(len(planned))):
-        states = [(responses[response], index) for response, index in each]
+        states = [(responses[response], row) for response, row in each]
         scores.keep(each, row_scores(model, states, ranks.device))
         after_pass()
     return scores.by_response()
 
 
-def diffusion_score(model, prompt, response, masked, weight, mask_id, tokens_per_forward=4096, device="cpu"):
+def diffusion_score(model, prompt, response, masked, weight, masking, tokens_per_forward=4096, device="cpu"):
     """The stepwise denoising score of one response, per state: (S,) float32, whose sum is S(x, y). Differentiable.
 
     prompt (P,), response (n,): token ids. masked (S, n) bool, weight (S, n): see state_masks and state_weights of
-    scoring/noise.py.
+    scoring/noise.py. masking: families.Masking.
     """
-    states = response_states(prompt, response, masked, weight, mask_id)
+    states = response_states(prompt, response, masked, weight, *masking)
     [scores] = state_scores(model, [states], tokens_per_forward, engine.Ranks(0, 1, torch.device(device)))
     return scores
 
@@ -189,7 +194,7 @@ class Job(NamedTuple):
 
     model: Any
     packed: Packed
-    mask_id: int
+    masking: families.Masking
     folder: Path  # packed/ref-<key>
     noise_args: config.NoiseArguments
     tokens_per_forward: int
@@ -198,13 +203,13 @@ class Job(NamedTuple):
 
 
 @torch.no_grad()
-def tokens_of_a_pass(model, packed, wanted, mask_id, ranks):
+def tokens_of_a_pass(model, packed, wanted, masking, ranks):
     """`wanted`, the --tokens_per_forward; for auto, the most that fit, tried on the longest response, all masked."""
-    states = all_masked(packed, mask_id)
-    length = states.inputs.shape[1]
+    states = all_masked(packed, masking)
+    length = states.tokens
 
     def trial(tokens):
-        row_scores(model, [(states, 0)] * (tokens // length), ranks.device)
+        row_scores(model, [(states, (0,))] * (tokens // length), ranks.device)
 
     if wanted == "auto":
         wanted = memory.largest_that_fits(length, max(length, passes.ENOUGH), trial, ranks).size
@@ -222,9 +227,9 @@ def score_pairs(job, pairs, noise_set):
     for index in pairs:
         prompt, *sides = job.packed[index]
         for side, response in enumerate(sides):
-            masked = draw(job.packed, index, side, job.noise_args, noise_set)
+            masked = draw(job.packed, index, side, job.noise_args, noise_set, job.masking.blocks)
             masks.append(reference.pack_masks(masked))
-            responses.append(replay(prompt, response, masked, job.noise_args, job.mask_id))
+            responses.append(replay(prompt, response, masked, job.noise_args, job.masking))
     try:
         scores = state_scores(job.model, responses, job.tokens_per_forward, job.ranks, job.stop.check)
     except stopping.Stopped:
@@ -252,8 +257,9 @@ def reference_set(job, noise_set):
     todo = job.ranks.broadcast([chunk for chunk, path in paths.items() if not reference.is_readable(path)])
 
     # 2. Score them, one chunk per rank at a time
-    prompts, chosen, rejected = np.diff(job.packed.bounds, axis=1).T
-    tokens = state_count(job.noise_args) * (2 * prompts + chosen + rejected)  # (pairs,) through the model
+    prompts, *responses = np.diff(job.packed.bounds, axis=1).T
+    states = state_count(job.noise_args)
+    tokens = sum(tokens_of(prompts, each, states, job.masking.blocks) for each in responses)  # (pairs,)
     total = sum(int(tokens[chunk].sum()) for chunk in todo)
     description = f"reference scores, noise set {noise_set}"
     with progress(total, "tok", description, unit_scale=True, disable=not job.ranks.first) as bar:
@@ -311,7 +317,7 @@ def main(argv=None):
     if train_args.loss_type == "sft":
         print(NO_SCORES, flush=True)
         return 0
-    prepared = packed, mask_id, wanted, folder = reference.prepare(data_args, model_args, noise_args)
+    prepared = packed, masking, wanted, folder = reference.prepare(data_args, model_args, noise_args)
     if reason := up_to_date(prepared, noise_args.noise_sets):
         print(reason, flush=True)
         return 0
@@ -334,10 +340,10 @@ def main(argv=None):
         print(f"{packed.folder}, {source} -> {folder}", flush=True)
     stop = stopping.Stop(ranks)
     model, began = load(model_args, ranks), time.time()
-    tokens = tokens_of_a_pass(model, packed, model_args.tokens_per_forward, mask_id, ranks)
+    tokens = tokens_of_a_pass(model, packed, model_args.tokens_per_forward, masking, ranks)
 
     # 4. The scores
-    job = Job(model, packed, mask_id, folder, noise_args, tokens, ranks, stop)
+    job = Job(model, packed, masking, folder, noise_args, tokens, ranks, stop)
     is_done = score_all(job, have, wanted, source)
 
     # 5. What to do next

@@ -179,7 +179,7 @@ def optimizer_step(job, step, record, rate, saving):
         scored = score.score_and_backward(job.policy, pieces, job.tokens_per_forward, job.ranks, backward, after_pass)
     results = [(item, *each) for item, each in zip(items, scored)]
     sums = sum(job.objective.measure(*each) for each in results)
-    tokens = sum(states.inputs.size for piece in pieces for states in piece.responses)
+    tokens = sum(states.tokens for piece in pieces for states in piece.responses)
     return StepResult(sums, tokens, engine.step(job.policy), results)
 
 
@@ -236,16 +236,16 @@ def prepare(given):
     """Read what the run replays; refuse what cannot be right. Returns the objective, and what the scores depend on."""
     args, is_sft = given.train, given.train.loss_type == "sft"
     tracking.names(args.report_to)
-    packed, mask_id, wanted, _ = reference.prepare(given.data, given.model, given.noise, sft=is_sft)
+    packed, masking, wanted, _ = reference.prepare(given.data, given.model, given.noise, sft=is_sft)
     check_start(given.model)
     quantized.check(given.model, deepspeed_config.read_ds_config(given.model.deepspeed))
     if is_sft:
         check_row_lengths(packed, args, given.model)
-        return SFT(args, given.noise, packed, mask_id), wanted
+        return SFT(args, given.noise, packed, masking), wanted
     flags = config.flags((*recipe.SAME, "deepspeed"), given.model, given.noise)
     mend = f"python score.py --data {given.data.data} {flags}"
     scored = reference.Reference(packed, wanted, given.noise.noise_sets, mend)
-    return Preference(args, given.noise, packed, scored, mask_id), wanted
+    return Preference(args, given.noise, packed, scored, masking), wanted
 
 
 def make_job(given, objective, run, train_pairs, ds_config, ranks, checkpoint):
@@ -267,7 +267,7 @@ def make_job(given, objective, run, train_pairs, ds_config, ranks, checkpoint):
     stop = stopping.Stop(ranks)
     if tokens == "auto":
         tokens = fit(policy, objective, pairs_per_step // ranks.world, score.score_and_backward, ranks)
-    out_of_memory.note_pass(tokens, longest_row(objective).inputs.shape[1], ranks.device.type)
+    out_of_memory.note_pass(tokens, longest_row(objective).tokens, ranks.device.type)
 
     # 3. the order of the data
     stream = Stream(train_pairs, args.seed, micro_batch_size, objective.lengths)

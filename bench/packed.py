@@ -85,7 +85,7 @@ def gsm8k(count, rng, width, layers, vocabulary):
 
 def response_score(model, states):
     """(S,) in a pass of its own."""
-    return score.row_scores(model, [(states, index) for index in range(len(states.inputs))], CPU)
+    return score.row_scores(model, [(states, (index,)) for index in range(len(states.inputs))], CPU)
 
 
 @torch.no_grad()

@@ -60,32 +60,6 @@ class Rows:
         return torch.cat(parts, 2)
 
 
-class SharedRow(NamedTuple):
-    """A row of a block-causal model: the clean text, then noisy copies of some of its blocks."""
-
-    clean: int  # tokens of the clean text, from the first on, in whole blocks
-    copies: list  # of each copy: the places (m,) of its tokens in the text, int64, in whole blocks
-
-    @property
-    def length(self):
-        return self.clean + sum(map(len, self.copies))
-
-    @property
-    def places(self):
-        """(length,) int64."""
-        return np.concatenate((np.arange(self.clean), *self.copies))
-
-    def alike(self):
-        """(start in the row, K, m) of each run of neighbouring copies that hold the same tokens."""
-        start, place = self.clean, 0
-        while place < len(self.copies):
-            first, count = self.copies[place], 1
-            while place + count < len(self.copies) and np.array_equal(first, self.copies[place + count]):
-                count += 1
-            yield start, count, len(first)
-            start, place = start + count * len(first), place + count
-
-
 class Copies(NamedTuple):
     """Copies of one row that hold the same tokens, in a sequence of N tokens."""
 
@@ -99,8 +73,8 @@ class Copies(NamedTuple):
 class BlockRows:
     """Where rows of a block-causal model stand in a sequence of N tokens, and what each token sees.
 
-    rows: [SharedRow]. blocks: families.Blocks. A noisy token sees its own block of its own copy, and clean tokens of
-    earlier blocks. A clean token sees clean tokens up to the end of its block, or up to itself (blocks.is_causal).
+    rows: [rows.SharedRow]. blocks: families.Blocks. A noisy token sees its own block of its own copy, and clean tokens
+    of earlier blocks. A clean token sees clean tokens up to the end of its block, or up to itself (blocks.is_causal).
     places (N,) int64: each token's place in its text.
     """
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import config
 from files import InputError
-from models import tokenization
+from models import families, tokenization
 from models.folders import downloading
 from reasoning import arguments, prompts, sampler, tasks
 from scoring import noise
@@ -160,7 +160,7 @@ class MaskedDiffusion(LM):
         weights = noise.state_weights(masked, "spread", T, R)  # (S, n)
         at_once = self.likelihood.tokens_per_forward
         scores = self.diffusion_score(
-            self.model, prompt, response, masked, weights, self.mask_id, at_once, self._device
+            self.model, prompt, response, masked, weights, families.Masking(self.mask_id), at_once, self._device
         )  # (S,)
         return float(scores.sum()), self.likelihood.check_greedy and self.says(prompt, response)
 

@@ -88,8 +88,8 @@ class Preference:
 
     least_tokens = 0  # of a response
 
-    def __init__(self, args, noise_args, packed, reference, mask_id):
-        self.args, self.noise, self.mask_id = args, noise_args, mask_id
+    def __init__(self, args, noise_args, packed, reference, masking):
+        self.args, self.noise, self.masking = args, noise_args, masking
         self.packed, self.reference = packed, reference
         self.metrics = METRICS
         self.lengths = None
@@ -111,11 +111,11 @@ class Preference:
         index, epoch = item
         prompt, *sides = self.packed[index]
         masks = self.reference.masks(index, epoch % self.noise.noise_sets)
-        states = [recipe.replay(prompt, side, masked, self.noise, self.mask_id) for side, masked in zip(sides, masks)]
+        states = [recipe.replay(prompt, side, masked, self.noise, self.masking) for side, masked in zip(sides, masks)]
         if self.carrying != self.counts:
             states = [self.with_gradient_states(side, masked, item) for side, masked in zip(states, masks)]
         if self.args.sft_weight:
-            states.append(sft_rows([item], self.packed, 0, self.noise.noise_seed, self.mask_id))
+            states.append(sft_rows([item], self.packed, 0, self.noise.noise_seed, self.masking))
         return states
 
     def with_gradient_states(self, states, masked, item):
@@ -192,8 +192,8 @@ class Preference:
 class SFT:
     """Masked-diffusion NLL of the chosen response: a piece of work is a micro-batch, whose rows are padded alike."""
 
-    def __init__(self, args, noise_args, packed, mask_id):
-        self.args, self.noise, self.packed, self.mask_id = args, noise_args, packed, mask_id
+    def __init__(self, args, noise_args, packed, masking):
+        self.args, self.noise, self.packed, self.masking = args, noise_args, packed, masking
         self.metrics = METRICS[:1]
         # Rows of a micro-batch have prompts of similar length. Their responses must not matter: if rows were alike in
         # prompt and response together, the padding would tell the model how long its response is.
@@ -207,7 +207,7 @@ class SFT:
         return [(batch, 1.0)]
 
     def responses(self, item):
-        return [sft_rows(item, self.packed, self.args.sft_pad_to, self.noise.noise_seed, self.mask_id)]
+        return [sft_rows(item, self.packed, self.args.sft_pad_to, self.noise.noise_seed, self.masking)]
 
     def piece(self, item, scale=1.0):
         return Piece(self.responses(item), self.loss(item), scale, slopes=[-1 / len(item)])
@@ -238,7 +238,7 @@ def numbers(*values):
     return torch.stack([value.detach().double() for value in values])
 
 
-def sft_rows(rows, packed, pad_to, noise_seed, mask_id):
+def sft_rows(rows, packed, pad_to, noise_seed, masking):
     """The States of SFT: a row per (pair, epoch) with its own draw of noise; a row's score is -NLL per response token.
 
     Responses are padded to `pad_to` tokens, and to the longest row, with end tokens that are masked and counted like
@@ -252,7 +252,7 @@ def sft_rows(rows, packed, pad_to, noise_seed, mask_id):
         response = np.pad(chosen, (0, padding), constant_values=packed.meta["pad_token_id"])
         rng = noise.generator(noise_seed, packed.content(index), "sft", epoch)
         masked, weight = noise.sft_noise(len(response), rng)
-        parts.append(response_states(prompt, response, masked[None], weight[None], mask_id))
+        parts.append(response_states(prompt, response, masked[None], weight[None], *masking))
     return States(
         inputs=np.concatenate([part.inputs for part in parts]),
         targets=np.concatenate([part.targets for part in parts]),

@@ -3,6 +3,8 @@
 n response tokens, S states, T denoising steps.
 """
 
+import numpy as np
+
 from files import InputError
 from models import families, folders
 from preferences.reuse import known_tokenizer
@@ -13,6 +15,7 @@ from scoring.states import response_states
 SAME = (
     "model_name_or_path",
     "shift_logits",
+    "block_size",
     "load_in_4bit",
     "use_mixed_precision",
     "estimator",
@@ -28,6 +31,7 @@ SAME = (
 def depends_on(packed, model_args, noise_args):
     """What reference scores depend on: only a run where all of this is the same may use them."""
     model_config = folders.plain_config(model_args.model_name_or_path)
+    blocks = families.blocks(model_config, model_args.block_size)
     return {
         "data": packed.meta["fingerprint"],
         "model": folders.model_fingerprint(model_args.model_name_or_path),
@@ -40,6 +44,7 @@ def depends_on(packed, model_args, noise_args):
         "noise_seed": noise_args.noise_seed,
         "mask_token_id": packed.meta["mask_token_id"],
         "shift_logits": families.shifted(model_config, model_args.shift_logits),
+        "block_size": blocks.size if blocks else 0,
         "dtype": model_args.use_mixed_precision,
         "load_in_4bit": model_args.load_in_4bit,
     }
@@ -56,13 +61,13 @@ def block_length(noise_args):
 
 
 def check(packed, model_args, noise_args):
-    """Fill in what is auto, and return the mask's token id.
+    """Fill in what is auto, and return the model's Masking.
 
     Raises InputError for arguments that make no score, and for arrays that another tokenizer made.
     """
     model_args.model_name_or_path = model_args.model_name_or_path or packed.meta["model_name_or_path"]
-    model_config = folders.plain_config(model_args.model_name_or_path)
-    noise.settle(noise_args, families.blocks(model_config, model_args.block_size) is not None)
+    blocks = families.blocks(folders.plain_config(model_args.model_name_or_path), model_args.block_size)
+    noise.settle(noise_args, blocks is not None)
     if noise_args.order == "blocks" and noise_args.diffusion_steps == "auto":
         raise InputError("--diffusion_steps auto is measured in random order; give --order blocks a number")
     if noise_args.order == "blocks" and noise_args.estimator not in ("stepwise", "auto"):
@@ -81,18 +86,34 @@ def check(packed, model_args, noise_args):
             f"{packed.folder}: packed with the mask {mask_id}, not --mask_token_id {model_args.mask_token_id}; "
             "give data_prep.py that flag too"
         )
-    return mask_id
+    return families.Masking(mask_id, blocks)
 
 
-def draw(packed, index, side, noise_args, noise_set):
+def partition(prompt_tokens, n, blocks):
+    """How a block-causal model divides a response of n tokens: the arguments block and fixed of scoring/noise.py.
+
+    {} for a bidirectional model (blocks None).
+    """
+    if blocks is None:
+        return {}
+    places = prompt_tokens + np.arange(n)
+    is_first = (places % blocks.size == 0) & (places > 0)
+    return {"block": places // blocks.size, "fixed": is_first & blocks.first_from_clean}
+
+
+def draw(packed, index, side, noise_args, noise_set, blocks=None):
     """masked (S, n) bool of one response of a pair; side 0 is chosen, 1 rejected."""
-    name = noise.side_of(noise_args.estimator, side)
+    name = noise.side_of(noise_args.estimator, side, blocks is not None)
     rng = noise.generator(noise_args.noise_seed, packed.content(index), name, noise_set)
-    n, T, R = len(packed[index][1 + side]), noise_args.diffusion_steps, noise_args.trajectories
-    return noise.state_masks(n, noise_args.estimator, T, R, rng, block_length(noise_args))
+    prompt, n = packed[index][0], len(packed[index][1 + side])
+    T, R = noise_args.diffusion_steps, noise_args.trajectories
+    divided = partition(len(prompt), n, blocks)
+    return noise.state_masks(n, noise_args.estimator, T, R, rng, block_length(noise_args), **divided)
 
 
-def replay(prompt, response, masked, noise_args, mask_id):
+def replay(prompt, response, masked, noise_args, masking):
     """The States of stored masks (S, n)."""
-    weight = noise.state_weights(masked, noise_args.estimator, noise_args.diffusion_steps, noise_args.trajectories)
-    return response_states(prompt, response, masked, weight, mask_id)
+    T, R = noise_args.diffusion_steps, noise_args.trajectories
+    divided = partition(len(prompt), len(response), masking.blocks)
+    weight = noise.state_weights(masked, noise_args.estimator, T, R, **divided)
+    return response_states(prompt, response, masked, weight, *masking)

@@ -13,15 +13,16 @@ import numpy as np
 
 import files
 from files import InputError
+from models import families
 from preferences.packed import Packed
 from scoring import calibration, recipe
 
 
 class Prepared(NamedTuple):
-    """The pairs, the mask's id, what stored scores of this run must depend on, and the folder of those scores."""
+    """The pairs, the model's masking, what stored scores of this run must depend on, and the folder of those scores."""
 
     packed: Packed
-    mask_id: int
+    masking: families.Masking
     wanted: dict[str, Any]
     folder: Path
 
@@ -34,11 +35,11 @@ def prepare(data_args, model_args, noise_args, sft=False):
     packed = Packed(data_args.data)
     if not sft:
         packed.need_pairs()
-    mask_id = recipe.check(packed, model_args, noise_args)
+    masking = recipe.check(packed, model_args, noise_args)
     if noise_args.diffusion_steps == "auto" and not sft:
         calibration.settle(packed, model_args, noise_args)
     wanted = recipe.depends_on(packed, model_args, noise_args)
-    return Prepared(packed, mask_id, wanted, packed.folder / f"ref-{files.fingerprint(wanted)}")
+    return Prepared(packed, masking, wanted, packed.folder / f"ref-{files.fingerprint(wanted)}")
 
 
 def sets_of(folder):

@@ -1,7 +1,7 @@
 """The pieces of an optimizer step on one rank (pairs, for example), their scores, and the slopes of their losses.
 
-A row is (response, index): the number of a response among those of all pieces, and of one of its states. score.py makes
-the forward passes; this file says which rows they hold, and turns scores into losses. S states, B rows of a pass.
+A row is (response, indices): the number of a response among those of all pieces, and the states that the row holds.
+score.py makes the forward passes; this file says which rows they hold, and turns scores into losses. S states.
 """
 
 from collections.abc import Callable
@@ -27,16 +27,19 @@ class Piece(NamedTuple):
 
 
 class Scores:
-    """The scores of all rows of some responses, 0 until they are known."""
+    """The scores of all states of some responses, 0 until they are known."""
 
     def __init__(self, responses, device):
         self.starts = np.cumsum([0, *(len(states.inputs) for states in responses)])
         self.flat = torch.zeros(int(self.starts[-1]), dtype=torch.float32, device=device)
 
     def keep(self, rows, values):
-        """Put the scores (B,) of `rows` in their places. Without rows: the pass of a rank that had nothing to do."""
+        """Put the scores of the states of `rows` in their places: values (states,).
+
+        Without rows: the pass of a rank that had nothing to do.
+        """
         if rows:
-            places = torch.tensor([int(self.starts[response]) + index for response, index in rows])
+            places = torch.tensor([int(self.starts[response]) + index for response, row in rows for index in row])
             self.flat = self.flat.index_put((places.to(values.device, non_blocking=True),), values)
 
     def by_response(self):
@@ -54,40 +57,41 @@ class Window:
         self.scores, self.slopes = Scores(self.responses, device), None
         starts = np.cumsum([0, *(len(piece.responses) for piece in pieces)]).tolist()
         self.spans = [slice(start, end) for start, end in zip(starts, starts[1:])]  # the responses of each piece
-        self.rows = [self.live(span, with_gradient=False) for span in self.spans]
-        self.graph_rows = [self.live(span, with_gradient=True) for span in self.spans]
+        self.rows = self.graph_rows = None  # [[row]] of each piece, once they are divided
 
-    def live(self, span, with_gradient):
-        """[row] of a piece's responses that score something, or of those states that carry the gradient."""
+    def rows_of(self, tokens, with_gradient):
+        """[[row]] of each piece's states, or of those that carry the gradient, at `tokens` a pass."""
         found = []
-        for response in range(span.start, span.stop):
-            states = self.responses[response]
-            states = states.with_gradient if with_gradient else states
-            found += [(response, index) for index in states.live]
+        for span in self.spans:
+            rows = []
+            for response in range(span.start, span.stop):
+                states = self.responses[response]
+                states = states.with_gradient if with_gradient else states
+                rows += [(response, row) for row in states.rows(tokens)]
+            found.append(rows)
         return found
 
     def divide(self, tokens, is_alike):
         """The Passes at `tokens` a pass, with rows as they are named here."""
-        found = passes.divide(self.lengths(self.rows), self.lengths(self.graph_rows), tokens, is_alike, self.is_linear)
+        self.rows, self.graph_rows = (self.rows_of(tokens, with_gradient) for with_gradient in (False, True))
+        lengths = [[each.length(row) for each, row in self.states(rows)] for rows in self.rows]
+        graph_lengths = [[each.length(row) for each, row in self.graph_states(rows)] for rows in self.graph_rows]
+        found = passes.divide(lengths, graph_lengths, tokens, is_alike, self.is_linear)
         return found._replace(
             without_graph=[[self.rows[piece][index] for piece, index in each] for each in found.without_graph],
             with_graph=[[self.graph_rows[piece][index] for piece, index in each] for each in found.with_graph],
         )
 
-    def lengths(self, rows):
-        """[[length]] of each piece's rows."""
-        return [[self.responses[response].inputs.shape[1] for response, _ in each] for each in rows]
-
     def states(self, rows):
-        """[(States, index)] of rows."""
-        return [(self.responses[response], index) for response, index in rows]
+        """[(States, indices)] of rows."""
+        return [(self.responses[response], row) for response, row in rows]
 
     def graph_states(self, rows):
-        """[(States, index)] of rows among the states that carry the gradient."""
-        return [(self.responses[response].with_gradient, index) for response, index in rows]
+        """[(States, indices)] of rows among the states that carry the gradient."""
+        return [(self.responses[response].with_gradient, row) for response, row in rows]
 
     def loss_of_pieces(self, pieces, rows, values):
-        """The loss () of whole pieces whose `rows` have the scores `values` (B,), which are kept."""
+        """The loss () of whole pieces whose `rows` have the scores `values` (states,), which are kept."""
         fresh = Scores(self.responses, self.device)
         fresh.keep(rows, values)
         self.scores.keep(rows, values.detach())
@@ -113,12 +117,13 @@ class Window:
         self.slopes = torch.cat(found)
 
     def loss_of_rows(self, rows, values):
-        """Scores `values` (B,) of rows with a graph, times the slopes of their losses, added up: ()."""
+        """Scores `values` (states,) of rows with a graph, times the slopes of their losses, added up: ()."""
         if not rows:
             return 0.0 * values.sum()
         if self.is_linear:
             self.scores.keep(rows, values.detach())
-        responses = torch.tensor([response for response, _ in rows]).to(self.device, non_blocking=True)
+        responses = torch.tensor([response for response, row in rows for _ in row])  # (states,)
+        responses = responses.to(self.device, non_blocking=True)
         return (self.slopes[responses] * values).sum()
 
     def results(self):

@@ -67,7 +67,7 @@ def start_policy(model_args, args, ds_config, ranks):
 
 def longest_row(objective):
     """The States of one row that takes as much memory as any of the objective's."""
-    return all_masked(objective.packed, objective.mask_id, objective.least_tokens)
+    return all_masked(objective.packed, objective.masking, objective.least_tokens)
 
 
 def fit(policy, objective, pairs_per_rank, score_and_backward, ranks):
@@ -76,7 +76,7 @@ def fit(policy, objective, pairs_per_rank, score_and_backward, ranks):
     policy: the engine. pairs_per_rank: pairs or rows of an optimizer step. score_and_backward: that of score.py.
     """
     states = longest_row(objective)
-    length = states.inputs.shape[1]
+    length = states.tokens
 
     def backward(loss, _):
         policy.set_gradient_accumulation_boundary(False)
@@ -107,7 +107,7 @@ def save_final(job, run, model_args, arguments, evaluation, counts):
     """
     weights = engine.gather_weights(job.policy, job.ranks)
     if job.ranks.first:
-        source, model, mask_id = model_args.model_name_or_path, job.policy.module, job.objective.mask_id
+        source, model, mask_id = model_args.model_name_or_path, job.policy.module, job.objective.masking.mask_id
         tokenizer = tokenization.load_tokenizer(source, model_args.trust_remote_code)
         text = card.text(run.folder.name, arguments, job.objective.packed, counts, evaluation, model.config.model_type)
         if model_args.lora_r:

@@ -19,6 +19,7 @@ import score
 import train_dpo
 from files import InputError
 from models import checkpoint
+from models.families import Masking
 from preferences import forms, packed, rows
 from preferences.sources import Row
 from reasoning import tasks
@@ -271,7 +272,7 @@ def test_the_same_ids_and_losses_as_the_chosen_of_preferences(model, tmp_path, m
     monkeypatch.setattr(packed.Packed, "content", lambda self, index: np.concatenate(self[index][:2]))
     policy, losses = plain(model), []
     for data in (prefs, sft):  # two epochs of what training scores, from its own order of the rows
-        made = objective.SFT(config.TrainArguments(sft_pad_to=40), config.NoiseArguments(), data, MASK)
+        made = objective.SFT(config.TrainArguments(sft_pad_to=40), config.NoiseArguments(), data, Masking(MASK))
         train, held = objective.split(data, 0.2, 42)
         stream = objective.Stream(train, 42, 4, made.lengths)
         items = [stream[place] for place in range(2 * len(train))]
@@ -284,7 +285,7 @@ def test_the_same_ids_and_losses_as_the_chosen_of_preferences(model, tmp_path, m
 def test_the_loss_is_that_of_lladas_guidelines(pad_to, model, tmp_path):
     """-log p of every hidden token over p n, eos after the response hidden and counted in n, the mean over the rows."""
     sft, _ = prep(write_rows(tmp_path / "sft.jsonl", pairs_of(6)[1]), tmp_path / "sft", model)
-    made = objective.SFT(config.TrainArguments(sft_pad_to=pad_to), config.NoiseArguments(), sft, MASK)
+    made = objective.SFT(config.TrainArguments(sft_pad_to=pad_to), config.NoiseArguments(), sft, Masking(MASK))
     batch = [(index, 0) for index in range(6)]
     [states], policy = made.responses(batch), plain(model)
     longest = max(len(prompt) + max(len(response), pad_to) for prompt, response, _ in sft)

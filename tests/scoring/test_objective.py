@@ -18,6 +18,7 @@ import config
 import score
 import train_dpo
 from files import InputError
+from models.families import Masking
 from preferences import packed as disk
 from scoring import losses, objective
 from training import engine
@@ -83,7 +84,7 @@ def test_every_loss_type_has_a_function():
     packed = SimpleNamespace(lines=lambda: None)
     args = config.TrainArguments(loss_type="another")
     with pytest.raises(KeyError, match="another"):
-        objective.Preference(args, config.NoiseArguments(estimator="spread"), packed, None, MASK)
+        objective.Preference(args, config.NoiseArguments(estimator="spread"), packed, None, Masking(MASK))
 
 
 @pytest.mark.parametrize("loss_type", ["hinge", "ipo"])
@@ -158,7 +159,9 @@ def test_replayed_states(home):
 
 def test_work():
     packed = SimpleNamespace(lines=lambda: None)
-    made = objective.Preference(config.TrainArguments(), config.NoiseArguments(estimator="spread"), packed, None, MASK)
+    made = objective.Preference(
+        config.TrainArguments(), config.NoiseArguments(estimator="spread"), packed, None, Masking(MASK)
+    )
     assert made.work([(3, 0), (1, 0), (2, 1)]) == [((3, 0), 1 / 3), ((1, 0), 1 / 3), ((2, 1), 1 / 3)]
     assert made.counts == [7, 7]
 
@@ -248,7 +251,7 @@ def test_sft_rows(home):
     data = disk.Packed(home.data)
     rows = [(3, 0), (2, 0), (5, 1)]  # chosen of 2, 12 and 5 tokens after prompts of 6, 4 and 9
     for pad_to, longest in ((0, 16), (20, 29)):
-        states = objective.sft_rows(rows, data, pad_to, 0, MASK)
+        states = objective.sft_rows(rows, data, pad_to, 0, Masking(MASK))
         assert states.inputs.shape == (3, longest)
         for row, (index, _) in enumerate(rows):
             prompt, chosen, _ = home.pairs[index]
@@ -261,10 +264,10 @@ def test_sft_rows(home):
             weights = set(states.weight[row, start:][masked].tolist())  # 1 / (p n), one p a row
             assert len(weights) <= 1 and all(1 / (longest - start) <= value for value in weights)
             assert not states.weight[row, start:][~masked].any()
-    padded = [objective.sft_rows([(3, epoch)], data, 60, 0, MASK) for epoch in range(20)]
+    padded = [objective.sft_rows([(3, epoch)], data, 60, 0, Masking(MASK)) for epoch in range(20)]
     assert any((states.inputs[0, 8:] == MASK).any() for states in padded)  # an end token is masked
     assert len({states.inputs.tobytes() for states in padded}) == 20  # each epoch draws its own noise
-    one, other = (objective.sft_rows([(3, 7)], data, 0, 0, MASK).inputs for _ in range(2))
+    one, other = (objective.sft_rows([(3, 7)], data, 0, 0, Masking(MASK)).inputs for _ in range(2))
     assert (one == other).all()
 
 
@@ -275,7 +278,7 @@ def test_sft_does_not_give_the_length_away(home, tmp_path):
     rooms = []
     for name, each in (("pairs", pairs), ("swapped", swapped)):
         data = disk.Packed(pack(tmp_path / name, each, home.model))
-        made = objective.SFT(config.TrainArguments(sft_pad_to=40), config.NoiseArguments(), data, MASK)
+        made = objective.SFT(config.TrainArguments(sft_pad_to=40), config.NoiseArguments(), data, Masking(MASK))
         assert made.work([(3, 0), (1, 0)]) == [([(3, 0), (1, 0)], 1.0)]
         stream = objective.Stream(np.arange(40), 0, 4, made.lengths)
         places = [stream[place] for place in range(40)]
@@ -301,7 +304,7 @@ def test_expected_nll(home):
     want = np.mean([-logp[len(prompt) + i, token] for i, token in enumerate(response)])
     draws = []
     for epoch in range(4000):
-        rows = objective.sft_rows([(4, epoch)], data, 32, 0, MASK)
+        rows = objective.sft_rows([(4, epoch)], data, 32, 0, Masking(MASK))
         [drawn] = score.state_scores(model, [rows], 64, ranks)
         draws.append(-float(drawn.sum()))
     assert np.mean(draws) == pytest.approx(want, abs=4 * np.std(draws) / 4000**0.5)

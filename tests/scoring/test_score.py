@@ -38,6 +38,7 @@ import score
 import train_dpo
 from files import InputError
 from models import checkpoint, folders
+from models.families import Masking
 from scoring import noise, passes, reference
 from scoring.states import response_states
 from training import engine
@@ -78,7 +79,7 @@ def scored(model, prompt, response, reveal, T, tokens_per_forward=4096, estimato
     weight = noise.state_weights(masked, estimator, T, len(reveal))
     with torch.no_grad():
         return score.diffusion_score(
-            model, np.array(prompt), np.array(response), masked, weight, MASK, tokens_per_forward
+            model, np.array(prompt), np.array(response), masked, weight, Masking(MASK), tokens_per_forward
         )
 
 
@@ -146,7 +147,7 @@ def test_differentiable(model, weights):
     prompt, response, reveal = [5, 6], [7, 8, 9], [[0, 1, 1], [1, 0, 1]]
     masked = noise.trajectory_masks(np.array(reveal), 2)
     got = score.diffusion_score(
-        model, np.array(prompt), np.array(response), masked, noise.trajectory_weights(masked, 2, 2), MASK, 2
+        model, np.array(prompt), np.array(response), masked, noise.trajectory_weights(masked, 2, 2), Masking(MASK), 2
     ).sum()
     names, parameters = zip(*model.named_parameters())
     want = torch.autograd.grad(
@@ -265,6 +266,7 @@ def test_meta(jobs, model_dir):
         "data": data["fingerprint"],
         "tokenizer": data["tokenizer"],
         "model": folders.model_fingerprint(str(model_dir)),
+        "block_size": 0,
         "estimator": "spread",
         "order": "random",
         "block_length": None,

@@ -18,6 +18,7 @@ import config
 import score
 import train_dpo
 from models import checkpoint
+from models.families import Masking
 from preferences import packed as disk
 from scoring import noise, objective, passes
 from training import engine, stopping
@@ -179,7 +180,7 @@ def test_states_with_a_gradient_are_drawn_anew_each_epoch(home):
 
 def sft(home, pad_to=0):
     args = config.TrainArguments(sft_pad_to=pad_to)
-    return objective.SFT(args, config.NoiseArguments(), disk.Packed(home.data), MASK)
+    return objective.SFT(args, config.NoiseArguments(), disk.Packed(home.data), Masking(MASK))
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 120, 10**5])
