@@ -111,8 +111,8 @@ class ModelArguments:
 class NoiseArguments:
     estimator: Literal["auto", "stepwise", "spread", "elbo", "elbo_stratified"] = arg(
         "auto",
-        "how masks are drawn and weighted (docs/method.md); auto: spread, stepwise with --order blocks, elbo_stratified "
-        "for block-causal models",
+        "how masks are drawn and weighted (docs/method.md); auto: spread, stepwise with --order blocks, "
+        "elbo_stratified for block-causal models",
         heading="Noise: the masked states in which a response is scored",
     )
     diffusion_steps: number_or_auto = arg(

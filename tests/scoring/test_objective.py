@@ -84,7 +84,13 @@ def test_every_loss_type_has_a_function():
     packed = SimpleNamespace(lines=lambda: None)
     args = config.TrainArguments(loss_type="another")
     with pytest.raises(KeyError, match="another"):
-        objective.Preference(args, config.NoiseArguments(estimator="spread"), packed, None, Masking(MASK))
+        objective.Preference(
+            args,
+            config.NoiseArguments(estimator="spread", diffusion_steps=3, trajectories=3),
+            packed,
+            None,
+            Masking(MASK),
+        )
 
 
 @pytest.mark.parametrize("loss_type", ["hinge", "ipo"])
@@ -160,7 +166,11 @@ def test_replayed_states(home):
 def test_work():
     packed = SimpleNamespace(lines=lambda: None)
     made = objective.Preference(
-        config.TrainArguments(), config.NoiseArguments(estimator="spread"), packed, None, Masking(MASK)
+        config.TrainArguments(),
+        config.NoiseArguments(estimator="spread", diffusion_steps=3, trajectories=3),
+        packed,
+        None,
+        Masking(MASK),
     )
     assert made.work([(3, 0), (1, 0), (2, 1)]) == [((3, 0), 1 / 3), ((1, 0), 1 / 3), ((2, 1), 1 / 3)]
     assert made.counts == [7, 7]
