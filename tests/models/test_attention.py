@@ -3,11 +3,14 @@
 bash tests/run.sh tests/models/test_attention.py
 """
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from models import attention
+from models.families import Blocks
+from models.rows import SharedRow
 
 LENGTHS = (5, 5, 33, 1, 33, 12)
 GPU = pytest.mark.gpu
@@ -60,3 +63,66 @@ def test_places_and_ends(device):
 def test_flash_takes_half_precision(dtype, width, expected):
     q = torch.zeros(1, 2, 8, width, dtype=dtype, device="cuda")
     assert attention.has_flash(q) == (expected and torch.cuda.get_device_capability() >= (8, 0))
+
+
+# Block-causal rows
+
+SHARED = [  # clean tokens, the blocks of each copy (numbers), tokens of the text: what the rows below are made of
+    (8, [(2, 3), (2, 3), (2, 3)], 14),
+    (4, [(0, 1), (1,), (0, 1), ()], 8),
+    (0, [(0,), (0,)], 3),
+    (12, [(1, 3), (1, 3), (3,)], 13),
+]
+
+
+def shared_rows(size):
+    """SharedRows with blocks of `size` tokens; the last block of each text may be short."""
+    rows = []
+    for clean, copies, text in SHARED:
+        numbers = np.arange(text * size // 4) // size
+        rows.append(SharedRow(clean * size // 4, [np.flatnonzero(np.isin(numbers, each)) for each in copies]))
+    return rows
+
+
+def visible(rows, blocks):
+    """(N, N) bool: whether a query (row) sees a key (column), by the rule for each pair of tokens."""
+    tokens = []  # (row, copy, place) of each; copy 0 is the clean text
+    for number, row in enumerate(rows):
+        tokens += [(number, 0, place) for place in range(row.clean)]
+        tokens += [(number, copy, place) for copy, places in enumerate(row.copies, 1) for place in places.tolist()]
+
+    def sees(query, key):
+        (row, copy, place), (key_row, key_copy, key_place) = query, key
+        block, key_block = place // blocks.size, key_place // blocks.size
+        if row != key_row:
+            return False
+        if copy == key_copy == 0:
+            return key_place <= place if blocks.is_causal else key_block <= block
+        return copy == key_copy and block == key_block or key_copy == 0 and key_block < block
+
+    return torch.tensor([[sees(query, key) for key in tokens] for query in tokens])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("heads, shared", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("size, is_causal", [(4, False), (4, True), (32, False)])
+def test_block_causal_rows(device, heads, shared, size, is_causal):
+    """A token sees what the rule says for each pair of tokens, forwards and backwards."""
+    blocks, rows = Blocks(size, is_causal=is_causal), shared_rows(size)
+    N, rng = sum(row.length for row in rows), torch.Generator().manual_seed(0)
+    made = [torch.randn(1, count, N, 16, generator=rng).to(device) for count in (heads, shared, shared)]
+    slope = torch.randn(1, heads, N, 16, generator=rng).to(device)
+    q, k, v = (each.clone().requires_grad_() for each in made)
+    where = attention.BlockRows(rows, blocks, device)
+    got = where.attend(q, k, v)
+    (got * slope).sum().backward()
+
+    alone = [each.clone().requires_grad_() for each in made]
+    mask = visible(rows, blocks).to(device)
+    want = F.scaled_dot_product_attention(*alone, attn_mask=mask, enable_gqa=heads != shared)
+    (want * slope).sum().backward()
+    close(got, want, torch.float32)
+    for mine, theirs in zip((q, k, v), alone):
+        close(mine.grad, theirs.grad, torch.float32)
+    assert where.places.tolist() == [place for row in rows for place in row.places]
+    assert where.longest == max(text for *_, text in SHARED) * size // 4
