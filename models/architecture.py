@@ -16,11 +16,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_outputs import MaskedLMOutput
 
-from files import InputError
+from files import InputError, read_json
 from models import attention, families, folders
 from models.families import CAUSAL
 from models.head import Head
 from models.llada import LLaDAModelLM  # it registers model_type llada itself
+from models.moe import LLaDAMoEConfig  # it registers its own, too
 from models.smdm import SMDMConfig, SMDMModelLM
 
 
@@ -51,7 +52,11 @@ def load_config(name, trust_remote_code=False):
     """The configuration of a model, or of an adapter's base with what the adapter's training noted of it."""
     folder = folders.base_folder(name)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        fields = read_json(folder / "config.json", "downloading the model again")
+        if families.model_type(fields) == "lladamoe":
+            config = LLaDAMoEConfig.from_dict(fields | {"model_type": "lladamoe"})
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise InputError(f"{folder}/config.json: {' '.join(str(error).split())[:300]}") from None
     for field, value in folders.noted_fields(name, config.model_type).items():

@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
 from files import InputError, replacing_folder
-from models import architecture, families, lora, quantized
+from models import architecture, experts, families, lora, quantized
 from models.architecture import load_config
 from models.folders import adapter_base, base_folder, model_fingerprint, model_folder, weight_files
 from models.tensors import open_tensors
@@ -95,28 +95,40 @@ def fill(model, folder):
             file = stack.enter_context(open_tensors(path))
             stored |= {families.checkpoint_name(key): (file, key, path) for key in file.keys()}
         stored.pop(None, None)
-        check_tensors(parameters, stored, folder)
-        for name, (file, key, _) in stored.items():
+        stacks = experts.file_names(model)
+        check_tensors(parameters, stacks, model.state_dict().keys(), stored, folder)
+        for name in sorted(parameters.keys() & (stored.keys() | stacks.keys())):  # a stack as a whole, then the next
             with writing(parameters[name]) as mine:
-                if mine:
-                    parameters[name].copy_(file.get_tensor(key))
+                targets = parameters[name].unbind(0) if mine and name in stacks else [parameters[name]]
+                for target, piece in zip(targets, stacks.get(name, [name])):
+                    if mine:
+                        file, key, _ = stored[piece]
+                        target.copy_(file.get_tensor(key))
             quantized.pack(parameters[name])
 
 
-def check_tensors(parameters, stored, folder):
-    """Refuse tensors of a checkpoint that are unknown, missing, or of another shape than the model's."""
-    if unknown := sorted(stored.keys() - parameters.keys()):
+def check_tensors(parameters, stacks, needed, stored, folder):
+    """Refuse tensors of a checkpoint that are unknown, missing, or of another shape than the model's.
+
+    stacks: {name of a parameter that files hold in pieces: their names} (experts.file_names). needed: the names that
+    are not computed, as some buffers are.
+    """
+    owners = {piece: name for name, pieces in stacks.items() for piece in pieces}
+    owners |= {name: name for name in parameters.keys() - stacks.keys()}
+    if unknown := sorted(stored.keys() - owners.keys()):
         raise InputError(f"{folder}: tensor {unknown[0]} ({len(unknown)} in all) is not part of this architecture")
-    filled = {id(parameters[name]) for name in stored}
+    filled = {id(parameters[name]) for name in stored.keys() & parameters.keys()}
     missing = [
         name
-        for name, value in parameters.items()
-        if isinstance(value, torch.nn.Parameter) and id(value) not in filled  # a buffer may be computed
+        for name, owner in owners.items()
+        if name not in stored and id(parameters[owner]) not in filled and owner in needed
     ]
     if missing:
         raise InputError(f"{folder}: tensor {min(missing)} ({len(missing)} in all) is missing")
     for name, (file, key, path) in stored.items():
-        want = list(getattr(parameters[name], "ds_shape", parameters[name].shape))
+        owner = owners[name]
+        want = list(getattr(parameters[owner], "ds_shape", parameters[owner].shape))
+        want = want[1:] if owner in stacks else want
         got = list(file.get_slice(key).get_shape())
         if got != want:
             raise InputError(f"{path}: tensor {key} has shape {got}, expected {want}")
@@ -145,8 +157,10 @@ def save_model(folder, model, state_dict, source, tokenizer, card, mask_id=None)
     source's has none.
     """
     origin = model_folder(source) if source else None
+    constants = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
     with replacing_folder(folder) as work:
-        model.save_pretrained(work, state_dict={key: value.contiguous() for key, value in state_dict.items()})
+        tensors = experts.split(model, state_dict | constants)
+        model.save_pretrained(work, state_dict={key: value.contiguous() for key, value in tensors.items()})
         tokenizer.save_pretrained(work)
         fields = json.loads((work / "config.json").read_text())
         if mask_id is not None:

@@ -1,6 +1,7 @@
 """The families of masked diffusion models: what is known of each from config.json alone. Imports no torch.
 
     llada, smdm                         LLaDA's architecture: llada.py; SMDM's files and tensor names: smdm.py
+    lladamoe, llada2_moe                mixtures of experts: moe.py; LLaDA-MoE's config.json says llada (model_type())
     Dream, a2d-qwen2, -qwen3, -llama    transformers' Qwen2, Qwen3, Llama with the causal mask off
     qwen2, qwen3, llama                 the same, for a model that you converted: give --shift_logits
     bert, modernbert, albert, ...       transformers' masked language models, unchanged
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from files import InputError
 
-OURS = {"llada", "smdm"}  # built by llada.py and smdm.py
+OURS = {"llada", "smdm", "lladamoe", "llada2_moe"}  # built by llada.py, smdm.py and moe.py
 CAUSAL = {  # model_type in config.json: the class of transformers that builds it, with the causal mask off
     "Dream": "Qwen2ForCausalLM",
     "a2d-qwen2": "Qwen2ForCausalLM",
@@ -75,6 +76,12 @@ class Masking(NamedTuple):
 def blocks(config, wanted="auto"):
     """The Blocks of a block-causal model; None for a bidirectional one."""
     return None
+
+
+def model_type(fields):
+    """The model_type of config.json's `fields`: LLaDA-MoE's says llada, and names the class."""
+    is_moe = {"LLaDAMoEModelLM", "LLaDAMoEModel"} & set(fields.get("architectures") or ())
+    return "lladamoe" if is_moe else fields.get("model_type")
 
 
 def longest(config):

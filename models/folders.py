@@ -159,5 +159,5 @@ def plain_config(name):
     Unlike architecture.load_config() it fills in no defaults and checks nothing.
     """
     config = read_json(base_folder(name) / "config.json", "downloading the model again")
-    config.setdefault("model_type", None)
+    config["model_type"] = families.model_type(config)
     return SimpleNamespace(**config | noted_fields(name, config["model_type"]))

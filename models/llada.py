@@ -20,6 +20,14 @@ from transformers.modeling_outputs import MaskedLMOutput
 from models.head import Head
 
 
+def check_supported(config, fields):
+    """Refuse a field of config.json that has another value than in `fields`: {its name: the one that we support}."""
+    for field, want in fields.items():
+        got = getattr(config, field, want)
+        if got != want and (got or want):  # None, False and 0 mean the same "off"
+            raise ValueError(f"config.json: {field} is {got!r}; this LLaDA architecture supports {want!r} only")
+
+
 class LLaDAConfig(PreTrainedConfig):
     """The fields of LLaDA's config.json that this architecture reads. It keeps the others and saves them back."""
 
@@ -76,10 +84,7 @@ class LLaDAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        for field, want in self.SUPPORTED.items():
-            got = getattr(self, field, want)
-            if got != want and (got or want):  # None, False and 0 mean the same "off"
-                raise ValueError(f"config.json: {field} is {got!r}; this LLaDA architecture supports {want!r} only")
+        check_supported(self, self.SUPPORTED)
         if self.d_model % self.n_heads or self.n_heads % self.kv_heads:
             raise ValueError(
                 f"config.json: n_heads {self.n_heads} must divide d_model {self.d_model}, and "
