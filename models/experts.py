@@ -94,7 +94,7 @@ def has_kernel(*tensors):
 
 
 def products(x, stack, groups, transposed):
-    """Each row times its expert's matrix: x (nK, in), stack (E, out, in), or (E, in, out) if transposed -> (nK, out)."""
+    """Each row times its expert's matrix: x (nK, in), stack (E, out, in) -> (nK, out); transposed: (E, in, out)."""
     matrices = stack if transposed else stack.transpose(1, 2)  # (E, in, out)
     if has_kernel(x, stack):
         return torch._grouped_mm(x, matrices, offs=groups.ends)

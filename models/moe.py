@@ -198,14 +198,8 @@ class LLaDAMoEAttention(nn.Module):
             self.k_norm = RMSNorm(hd, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, bias, rows, cache):
-        q, k, v = (
-            project(x).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, L, hd)
-            for project, heads in (
-                (self.q_proj, self.heads),
-                (self.k_proj, self.kv_heads),
-                (self.v_proj, self.kv_heads),
-            )
-        )
+        projected = ((self.q_proj(x), self.heads), (self.k_proj(x), self.kv_heads), (self.v_proj(x), self.kv_heads))
+        q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y, heads in projected)  # (B, H, L, hd)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.clip is not None:
