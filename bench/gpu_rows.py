@@ -62,7 +62,7 @@ ROWS = {
 PASSES = {"full": 1, "lora": 2 / 3, "qlora": 2 / 3}  # of forward, backward by inputs and backward by weights
 GSM8K, QUICK = (100, 200, 16), (8, 16, 2)  # tokens of prompt and response; pairs of an optimizer step: the presets'
 MASK = 3
-T, R = config.NoiseArguments.diffusion_steps, config.NoiseArguments.trajectories
+T, R = noise.STATES[False]
 
 
 # --- the model --------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from step import BETA, MASK, add_gradient, build
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import config
 import files
 import score
 from models import checkpoint, tokenization
@@ -37,7 +36,7 @@ from training.engine import Ranks
 
 TINY = ROOT / "examples" / "tiny"
 CPU = torch.device("cpu")
-T, R = config.NoiseArguments.diffusion_steps, config.NoiseArguments.trajectories
+T, R = noise.STATES[False]
 
 
 class Work(NamedTuple):

@@ -83,7 +83,7 @@ class States(NamedTuple):
         """The SharedRow of some states: copies of blocks that score something, and the clean text before the last."""
         size, numbers = self.blocks.size, np.arange(self.inputs.shape[1]) // self.blocks.size  # (L,) blocks
         scored = [np.unique(numbers[self.from_copy(index)]) for index in row]
-        clean = [0, *(each[-1] * size for each in scored if len(each))]
+        clean = [0, *(int(each[-1]) * size for each in scored if len(each))]
         clean += [int(place) for index in row for place in self.from_clean(index)]
         return SharedRow(max(clean), [np.flatnonzero(np.isin(numbers, each)) for each in scored])
 

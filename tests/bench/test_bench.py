@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -18,9 +19,12 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import gpu
 import gpu_rows
+import shared_row
 import step
 
 import score
+from models import attention
+from models.families import Blocks
 from training.engine import Ranks
 
 
@@ -74,6 +78,27 @@ def test_packed(tmp_path):
     assert [row["way"] for row in found["table"]] == ["unpacked", "300", "5000"] * 2
     for row in found["table"]:
         assert row["scores_apart"] < 1e-4 and row["gradients_apart"] < 1e-5 and row["pairs_per_second"] > 0
+
+
+def test_shared_row(tmp_path):
+    """The same gradient with fewer tokens, which are counted as the rows have them."""
+    found, _ = bench("shared_row", tmp_path, "--quick", "--turns", "1")
+    assert len(found["table"]) == 3 and all(row["seconds_shared"] > 0 for row in found["table"])
+    first = found["table"][0]  # 100 + 200 tokens, blocks of 4: the clean text is 296 tokens, a copy 200
+    assert first["tokens_shared"] == 2 * (296 + 4 * 200) and first["tokens_separate"] == 2 * 4 * (296 + 200)
+    assert first["tokens_one_by_one"] == 2 * 4 * 300
+    assert all(row["apart"] < 1e-5 for row in found["table"])
+
+
+def test_flex_attention_of_a_shared_row():
+    """What the bench compares on a card computes the same."""
+    blocks, rows = Blocks(4), shared_row.rows_of(5, 14, 4, 2, 2)
+    N, rng = sum(row.length for row in rows), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, N, 16, generator=rng) for heads in (4, 2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is not compiled here
+        got = shared_row.flex_attention(rows, blocks, "cpu")(q, k, v)
+    assert torch.allclose(got, attention.BlockRows(rows, blocks, "cpu").attend(q, k, v), atol=1e-5)
 
 
 @pytest.mark.long
