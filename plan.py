@@ -4,7 +4,7 @@
     python plan.py --model_name_or_path examples/tiny --deepspeed ds_configs/zero3_offload_4080.json
     python plan.py --config_file configs/llada_8b_lora_4080.yaml --gpu_gib 16 --host_gib 64 --pairs 800
 
-The formulas are in rooms: memory (activations, weights, optimizer) in training/footprint.py, operations and transfers
+The formulas are in rooms: memory (weights, optimizer) in training/footprint.py and activations.py, operations and transfers
 in training/costs.py, what to change in training/advice.py. bench/activations.py compares the memory with torch's on
 fake tensors, bench/planned.py with a run. Here all is added up and judged. The host's memory is for all ranks. For a
 model on the Hub only config.json is downloaded. train_dpo.py prints the verdict when it starts.
@@ -107,22 +107,30 @@ from scoring import noise
 from training import deepspeed_config, memory
 from training.advice import stuck, tries
 from training.costs import Cost, Lengths, Work, scoring_cost, training_cost, work_of
-from training.footprint import Machine, card_items, disk_items, graph_items, host_items, model_shape
+from training.footprint import Machine, card_items, disk_items, graph_items, host_items
+from training.plan_table import hours, ssd_lines, table
+from training.shapes import Shape, model_shape
 
 GIB = 2**30
-RATED_TB = 600  # of writes: Samsung's 990 PRO of 1 TB
 
 
 class Plan(NamedTuple):
     items: list
     machine: Machine
-    parameters: int
-    trainable: int
+    shape: Shape
     work: Work
     training: Cost
     scoring: Cost
     fits: bool
     verdict: str
+
+    @property
+    def parameters(self):
+        return self.shape.parameters
+
+    @property
+    def trainable(self):
+        return sum(self.shape.trained)
 
     @property
     def seconds(self):
@@ -151,34 +159,31 @@ def plan(model_config, data_args, model_args, noise_args, train_args, ds, machin
     room = memory.ROOM * (machine.gpu_gib * GIB - total(fixed, "card"))
 
     # 2. The tokens per forward pass, and what one graph then holds
-    has_blocks = families.blocks(model_config, model_args.block_size) is not None
-    noise.settle(noise_args, has_blocks)
+    noise.settle(noise_args, shape.blocks is not None)
     diffusion_steps = noise_args.diffusion_steps
     if diffusion_steps == "auto":  # not yet calibrated; main says so
-        diffusion_steps, _ = noise.STATES[has_blocks]
+        diffusion_steps, _ = noise.STATES[shape.blocks is not None]
     longest = Lengths(0, data_args.max_length + train_args.sft_pad_to)
-    work = work_of(lengths or longest, noise_args, train_args, diffusion_steps)
+    work = work_of(lengths or longest, noise_args, train_args, diffusion_steps, shape.blocks)
 
-    def graph(tokens):
-        """[Item] of a graph of so many tokens."""
-        return graph_items(shape, tokens, ds, model_args, machine)
+    def items_of(graph):
+        return graph_items(shape, graph, ds, model_args, machine)
 
     tokens = model_args.tokens_per_forward
     if tokens == "auto":
-        tokens = most_that_fit(work, graph, room)
+        tokens = most_that_fit(work, items_of, room)
     work = work._replace(tokens_per_forward=tokens)
-    items = fixed + graph(work.tokens_in_graph) + host_items(shape, ds, model_args, machine)
+    items = fixed + items_of(work.largest_graph) + host_items(shape, ds, model_args, machine)
 
     # 3. Does it fit?
     fits, verdict = judged(total(items, "card") / GIB, total(items, "host") / GIB, machine)
     if not fits and advise:
         groups = data_args, model_args, noise_args, train_args
-        verdict += "; " + advice(model_config, groups, ds, machine, work.lengths)
+        verdict += "; " + advice(model_config, groups, ds, machine, work)
     return Plan(
         items=items,
         machine=machine,
-        parameters=shape.parameters,
-        trainable=sum(shape.trained),
+        shape=shape,
         work=work,
         training=training_cost(shape, work, ds, model_args, machine),
         scoring=scoring_cost(shape, work, ds, model_args, machine),
@@ -187,12 +192,15 @@ def plan(model_config, data_args, model_args, noise_args, train_args, ds, machin
     )
 
 
-def most_that_fit(work, graph, room):
-    """--tokens_per_forward auto: the most tokens whose graph takes less than `room` bytes, at least the longest row."""
-    choices = range(work.lengths.row, work.most_tokens + 1)
+def most_that_fit(work, items_of, room):
+    """--tokens_per_forward auto: the most tokens whose graph takes less than `room` bytes, at least the longest row.
+
+    items_of(graph): the [Item] of an activations.Graph.
+    """
+    choices = range(work.least_tokens, work.most_tokens + 1)
 
     def size(tokens):
-        return total(graph(tokens), "card")
+        return total(items_of(work.graph_of(tokens)), "card")
 
     return choices[max(0, bisect.bisect_left(choices, room, key=size) - 1)]
 
@@ -211,12 +219,12 @@ def judged(card, host, machine):
 # --- advice -----------------------------------------------------------------------------------------------
 
 
-def advice(model_config, groups, ds, machine, lengths):
+def advice(model_config, groups, ds, machine, work):
     """The first change with which the run fits, in words; else what the machine lacks."""
     (data_args, model_args, *others), least = groups, None
-    for each in tries(model_args, lengths.row, ds, machine):
+    for each in tries(model_args, work.least_tokens, ds, machine):
         args = replace(model_args, **each.values)
-        found = plan(model_config, data_args, args, *others, each.ds, machine, lengths, advise=False)
+        found = plan(model_config, data_args, args, *others, each.ds, machine, work.lengths, advise=False)
         if found.fits:
             return f"it fits with {each.words(model_args)}"
         if least is None or total(found.items, "card", "host") < total(least.items, "card", "host"):
@@ -285,61 +293,6 @@ def machine_of(own):
     )
 
 
-def table(made):
-    """The items, and what a pair costs."""
-    machine, lines = made.machine, []
-    for place, available in (("card", machine.gpu_gib), ("host", machine.host_gib)):
-        lines.append(f"{place:66}   GiB")
-        lines += [f"  {item.name:62}{item.size / GIB:8.2f}" for item in made.items if item.place == place]
-        lines.append(f"  {f'in all, of {available:.1f}':62}{made.total(place) / GIB:8.2f}")
-    work, bus_gibs = made.work, machine.pcie_gbs * 1e9 / GIB
-    plain_passes, graph_passes = map(len, work.divided)
-    lines += [
-        f"{made.parameters:,} parameters, {made.trainable:,} trained",
-        f"tokens in a forward pass: {work.tokens_per_forward}",
-        f"passes of a step of {work.pairs} {work.noun}s: {plain_passes} without a graph, {graph_passes} with one",
-        f"planned: {made.seconds:.1f} s a {work.noun} (prompt and response {work.lengths.row} tokens), of",
-        f"  {made.training.operations / 1e12:8.1f} TFLOP on the card, at {machine.tflops:g} TFLOP/s",
-    ]
-    if made.training.bus:
-        apart = made.training.seconds(machine, overlap=False)
-        lines.append(
-            f"  {made.training.bus / GIB:8.1f} GiB over the bus, at {bus_gibs:.1f} GiB/s, hidden behind the "
-            f"arithmetic; if nothing of it is hidden, {apart:.1f} s a {work.noun}"
-        )
-    return "\n".join(lines)
-
-
-def hours(made, pairs, train_args, noise_sets):
-    """One line: the hours that so many pairs take, or under sft rows."""
-    ranks, batch = made.machine.ranks, train_args.per_device_train_batch_size
-    held_out = math.ceil(train_args.eval_fraction * pairs)
-    pairs_a_step = batch * train_args.gradient_accumulation_steps * ranks
-    steps = math.ceil(train_args.num_train_epochs * (pairs - held_out) / pairs_a_step)
-    if train_args.max_steps > 0:
-        steps = train_args.max_steps
-    evaluations = math.ceil(steps / train_args.eval_steps) if train_args.eval_steps else 1
-    scoring = made.scoring.seconds(made.machine)
-    training = steps * pairs_a_step * made.seconds + evaluations * held_out * scoring
-    trained = f"{training / ranks / 3600:.1f} h of training ({steps} steps of {pairs_a_step}, {held_out} held out)"
-    scored = f"{noise_sets * pairs * scoring / ranks / 3600:.1f} h of reference scores, "
-    if train_args.loss_type == "sft":
-        scored = ""
-    return f"{pairs} {made.work.noun}s (prompt and response {made.work.lengths.row} tokens): {scored}{trained}"
-
-
-def ssd_lines(states, rate):
-    """What a step costs an SSD. states: [Item] of the optimizer's states there. rate: 1e9 bytes a second."""
-    size = total(states, "SSD") / 1e9
-    names = ", ".join(item.name for item in states)
-    return (
-        f"SSD: {size:.0f} GB ({names}); a checkpoint takes about 0.8 of it\n"
-        f"  a step reads {size:.0f} GB and writes {size:.0f}: {2 * size / rate:.0f} s at {rate:g} GB/s, part of "
-        "the seconds above; let steps be rare, by --gradient_accumulation_steps\n"
-        f"  {RATED_TB} TB of writes, a usual rating of a drive of 1 TB, are {1000 * RATED_TB / size:,.0f} steps"
-    )
-
-
 def main(argv=None):
     # 1. What is to be planned
     data_args, model_args, noise_args, train_args, own = read_arguments(argv)
@@ -358,7 +311,7 @@ def main(argv=None):
     if noise_args.diffusion_steps == "auto":
         print("--diffusion_steps auto: planned with the default, before its calibration")
     print(table(made))
-    states = disk_items(model_shape(model_config, model_args), ds, model_args)
+    states = disk_items(made.shape, ds, model_args)
     if states:
         print(ssd_lines(states, machine.ssd_gbs))
     if own.pairs:

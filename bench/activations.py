@@ -1,7 +1,7 @@
 """plan.py's activations against those of torch: peak bytes of a forward and backward pass, on fake tensors.
 
     python bench/activations.py [--rows 1 4 7 14] [--lengths 300 1024] [--json FILE]      LLaDA-8B's shape
-    python bench/activations.py --presets [--rows 14]                                      the shapes of configs/
+    python bench/activations.py --presets [--rows 14]                                      the models of configs/
 
 Fake tensors have shapes and no data, so the full shape runs on any machine. Every storage that an operation makes is
 counted until it is freed, but for weights. (torch's MemTracker does the same, but refuses models with frozen weights.)
@@ -12,84 +12,33 @@ B rows, L length, N = B L tokens.
 """
 
 import argparse
+import contextlib
 import itertools
 import sys
 import weakref
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config
 import files
-from models import architecture, lora
+from models import architecture, experts, families, lora
+from models.attention import BlockRows
 from training import deepspeed_config, footprint
+from training.activations import Graph
+from training.costs import Lengths, Row, states_of
+from training.shapes import model_shape
 
-LLADA_8B = {
-    "model_type": "llada",
-    "d_model": 4096,
-    "n_layers": 32,
-    "n_heads": 32,
-    "n_kv_heads": 32,
-    "mlp_hidden_size": 12288,
-    "vocab_size": 126464,
-    "embedding_size": 126464,
-    "max_sequence_length": 4096,
-    "rope_theta": 500000.0,
-    "weight_tying": False,
-    "mask_token_id": 126336,
-    "eos_token_id": 126081,
-    "pad_token_id": 126081,
-}
-DREAM_7B = {
-    "model_type": "Dream",
-    "hidden_size": 3584,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "intermediate_size": 18944,
-    "vocab_size": 152064,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-}
-SMDM_1B = {
-    "model_type": "smdm",
-    "d_model": 1792,
-    "n_layers": 20,
-    "n_heads": 14,
-    "mlp_hidden_size": 7168,
-    "vocab_size": 32001,
-    "head_size": 32000,
-    "max_sequence_length": 2048,
-    "rope_theta": 10000.0,
-}
-QWEN_05B = {
-    "model_type": "a2d-qwen2",
-    "hidden_size": 896,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "intermediate_size": 4864,
-    "vocab_size": 151936,
-    "tie_word_embeddings": False,
-}
-PRESETS = {
-    "llada_8b_lora_4080": LLADA_8B,
-    "llada_8b_qlora_4080": LLADA_8B,
-    "llada_8b_full_192gb": LLADA_8B,
-    "llada_8b_full_nvme_64gb": LLADA_8B,
-    "dream_7b_lora_4080": DREAM_7B,
-    "smdm_1b_4080": SMDM_1B,
-    "qwen_0.5b_4080": QWEN_05B,
-}  # the config.json of each one's model
+CONFIGS = ROOT / "tests" / "configs"  # config.json of the models of configs/
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}  # by --use_mixed_precision
 GIB = 2**30
 
@@ -125,14 +74,14 @@ class Case(NamedTuple):
     """A model and how it is trained."""
 
     name: str
-    fields: dict  # of its config.json
+    folder: Path  # of its config.json
     lora_r: int
     checkpointing: bool
     precision: str  # of DTYPES
 
     @property
     def model_config(self):
-        return AutoConfig.for_model(**self.fields)
+        return architecture.load_config(str(self.folder))
 
     @property
     def model_args(self):
@@ -141,8 +90,14 @@ class Case(NamedTuple):
         return config.parse(list(map(str, flags)), "", config.ModelArguments)[0]
 
 
+def model_folder(preset):
+    """The folder in tests/configs of a preset's model: the preset's name begins with its name."""
+    [folder] = [each for each in CONFIGS.iterdir() if preset.startswith(f"{each.name}_")]
+    return folder
+
+
 def fake_model(case):
-    """A model of fake weights, ready to train. Call it under FakeTensorMode."""
+    """A model of fake weights, ready to train. Call it under fake()."""
     dtype, default = DTYPES[case.precision], torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # adapters have the model's
     try:
@@ -162,53 +117,87 @@ def fake_model(case):
                 if fake.requires_grad:
                     fake.register_post_accumulate_grad_hook(drop_gradient)
         for name, meta in module._buffers.items():
-            module._buffers[name] = torch.empty(meta.shape, dtype=meta.dtype)
+            if meta is not None:
+                module._buffers[name] = torch.empty(meta.shape, dtype=meta.dtype)
     return model
+
+
+@contextlib.contextmanager
+def fake():
+    """Fake tensors in place of real ones. Each expert gets as many tokens as another."""
+
+    def even_spans(groups):
+        """As experts.Groups.spans, which reads numbers that fake tensors do not have."""
+        count, pairs = len(groups.ends), len(groups.order)
+        ends = [pairs * number // count for number in range(count + 1)]
+        return [(expert, slice(*span)) for expert, span in enumerate(itertools.pairwise(ends))]
+
+    original, experts.Groups.spans = experts.Groups.spans, even_spans
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        experts.Groups.spans = original
 
 
 def drop_gradient(parameter):
     parameter.grad = None
 
 
-def measured(model, B, L):
-    """Peak bytes of a forward and backward pass of B rows of L tokens, all scored. Call it under FakeTensorMode."""
+def rows_of(blocks, B, L):
+    """[Row] of B rows of L tokens; of a block-causal model one row, of B states of a text of L tokens."""
+    if not blocks:
+        return [Row(L, L)] * B
+    lengths = Lengths(L // 3, L - L // 3)
+    masked = np.ones((B, lengths.response), bool)
+    states = states_of(lengths, masked, masked, blocks)
+    return [Row(states.shared(range(B)), B * lengths.response)]
+
+
+def measured(model, blocks, B, L):
+    """Peak bytes of a forward and backward pass of rows_of(), all scored that can be. Call it under fake()."""
+    rows, apart = rows_of(blocks, B, L), {}
     ids = torch.zeros((B, L), dtype=torch.int64)
-    positions, targets = torch.arange(B * L), torch.zeros(B * L, dtype=torch.int64)
+    if blocks:
+        ids = torch.zeros((1, rows[0].tokens), dtype=torch.int64)
+        apart = {"rows": BlockRows([rows[0].layout], blocks, "cpu")}
+    positions = torch.arange(sum(row.graph.scored for row in rows))
     held = Held([*model.parameters(), *model.buffers()])
     with held:
-        model(input_ids=ids, positions=positions, targets=targets).sum().backward()
+        model(input_ids=ids, positions=positions, targets=torch.zeros_like(positions), **apart).sum().backward()
     return held.peak
 
 
 def planned(case, B, L):
-    """plan.py's bytes of the same graph."""
-    shape = footprint.model_shape(case.model_config, case.model_args)
-    ds, machine = deepspeed_config.read_ds_config(None), footprint.Machine(16, 32)
-    return sum(item.size for item in footprint.graph_items(shape, B * L, ds, case.model_args, machine))
+    """plan.py's bytes of the same graph, on a CPU."""
+    shape = model_shape(case.model_config, case.model_args)
+    graph = Graph.of(row.graph for row in rows_of(shape.blocks, B, L))
+    ds, machine = deepspeed_config.read_ds_config(None), footprint.Machine(16, 32, one_memory=True)
+    return sum(item.size for item in footprint.graph_items(shape, graph, ds, case.model_args, machine))
 
 
 def every_case():
     """LLaDA-8B, trained in every way."""
     for lora_r, checkpointing, precision in itertools.product((16, 0), (True, False), DTYPES):
         words = (f"LoRA r {lora_r}" if lora_r else "full", "checkpointed" if checkpointing else "", precision)
-        yield Case("{:10}{:13}{}".format(*words), LLADA_8B, lora_r, checkpointing, precision)
+        yield Case("{:10}{:13}{}".format(*words), CONFIGS / "llada_8b", lora_r, checkpointing, precision)
 
 
 def presets():
     """The models of configs/, trained as their preset says. Activations do not depend on the weights' 4 bits."""
-    for name, fields in PRESETS.items():
-        path = str(ROOT / "configs" / f"{name}.yaml")
-        [args] = config.parse(["--config_file", path], "", config.ModelArguments)
-        yield Case(name, fields, args.lora_r, args.gradient_checkpointing, args.use_mixed_precision)
+    for path in sorted(ROOT.glob("configs/*_*.yaml")):  # all but tiny.yaml
+        [args] = config.parse(["--config_file", str(path)], "", config.ModelArguments)
+        folder = model_folder(path.stem)
+        yield Case(path.stem, folder, args.lora_r, args.gradient_checkpointing, args.use_mixed_precision)
 
 
 def table(cases, counts, lengths):
     """Yields the rows of the table."""
     for case in cases:
-        with FakeTensorMode():
-            model = fake_model(case)
+        with fake():
+            model, blocks = fake_model(case), families.blocks(case.model_config)
             for L, B in itertools.product(lengths, counts):
-                plan, peak = planned(case, B, L), measured(model, B, L)
+                plan, peak = planned(case, B, L), measured(model, blocks, B, L)
                 row = {"case": case.name, "rows": B, "length": L}
                 yield row | {"planned": plan / GIB, "measured": peak / GIB, "ratio": plan / peak}
 
@@ -216,7 +205,7 @@ def table(cases, counts, lengths):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 7, 14])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[300, 1024], help="tokens of a row")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[300, 1024], help="tokens of a text")
     parser.add_argument("--presets", action="store_true", help="the models of configs/ in place of LLaDA-8B")
     parser.add_argument("--json", help="write the table there")
     args = parser.parse_args(argv)

@@ -1,24 +1,17 @@
-"""Bytes of a run's tensors, item by item, on card and host. No weights are read: a model is counted on the meta device.
+"""Bytes of a run's tensors, item by item, on card and host. No weights are read.
 
-    config.json + ds_config + arguments -> model_shape(), graph_items(), host_items(), card_items()
+    shapes.Shape + ds_config + arguments -> graph_items(), host_items(), card_items(), disk_items()
 
-The tensors are those that DeepSpeed 0.19.8 makes (runtime/zero/stage3.py, stage_1_and_2.py), that autograd keeps
-(models/llada.py's block) and that models/head.py makes. Bytes are of one rank's card, and of all ranks on one host.
-bench/activations.py compares a graph's bytes with fake tensors of the full shapes, bench/planned.py the sum with a run.
-
-D width, N tokens of a forward pass, V vocabulary.
+The tensors are those that DeepSpeed 0.19.8 makes (runtime/zero/stage3.py, stage_1_and_2.py) and those of
+activations.py. Bytes are of one rank's card, and of all ranks on one host. bench/planned.py compares the sum with a
+run.
 """
 
 import math
 from typing import NamedTuple
 
-import torch
-from torch import nn
-from transformers.initialization import no_init_weights
-
-from files import InputError
-from models import architecture, families, lora, quantized
-from models.head import CHUNK_BYTES
+from models import quantized
+from training.activations import Kind, activation_bytes, head_bytes, layer_backward_bytes
 
 CONTEXT = 0.6 * 2**30  # bytes of the CUDA context, cuBLAS and what the allocator cannot reuse: a planning number
 PROCESS = 1.5 * 2**30  # bytes of a process with torch, transformers and deepspeed on the host: a planning number
@@ -50,146 +43,27 @@ class Item(NamedTuple):
     size: float  # bytes
 
 
-# --- the model --------------------------------------------------------------------------------------------
-
-
-class Shape(NamedTuple):
-    """Elements of a model's tensors."""
-
-    trained: list  # elements of each tensor with a gradient, in order
-    frozen: list  # elements of each other tensor
-    packed: int  # of the frozen elements, those in 4 bits
-    block_weights: int  # elements of all blocks' matrices: 2 operations each for a token
-    largest_block: int
-    head: int  # V * D
-    embedding: int  # V * D; 0 if it is the head's
-    vocabulary: int
-    width: int
-    layers: int
-    mlp_width: int
-    query_width: int  # heads * head width
-    key_width: int  # key-value heads * head width
-
-    @property
-    def tensors(self):
-        """Elements of each tensor of the model and of its adapters."""
-        return self.frozen + self.trained
-
-    @property
-    def parameters(self):
-        """Elements of the model alone, without adapters."""
-        return sum(self.frozen or self.trained)
-
-    @property
-    def elements(self):
-        """Elements of the model and of its adapters."""
-        return sum(self.tensors)
-
-
-def model_shape(model_config, model_args):
-    """Count a model's tensors on the meta device: exact, no memory. Raises InputError for a model without blocks."""
-    shifted = families.shifted(model_config, model_args.shift_logits)
-    with torch.device("meta"), no_init_weights():
-        model = architecture.build(model_config, torch.bfloat16, shifted, model_args.trust_remote_code)
-    blocks = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), [])
-    linears = architecture.block_linears(model)
-    if not linears:
-        raise InputError(
-            f"config.json: model_type {model_config.model_type} has no blocks with linear layers to plan for"
-        )
-
-    def numel(block):
-        return sum(parameter.numel() for parameter in block.parameters())
-
-    weights = [parameter.numel() for parameter in model.parameters()]  # tied ones once
-    adapters = []
-    if model_args.lora_r:
-        for name in lora.pattern(model, model_args.lora_targets)[1]:
-            adapters += [model_args.lora_r * features for features in linears[name]]
-    in_linears = sum(inputs * outputs for inputs, outputs in linears.values())
-    layers, heads = model_config.num_hidden_layers, model_config.num_attention_heads
-    key_heads = getattr(model_config, "num_key_value_heads", None) or heads
-    head_width = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return Shape(
-        trained=adapters or weights,
-        frozen=weights if adapters else [],
-        packed=in_linears if model_args.load_in_4bit else 0,
-        block_weights=in_linears * layers // len(blocks),  # ALBERT runs one block many times
-        largest_block=max(map(numel, blocks)),
-        head=head.weight.numel(),
-        embedding=0 if embedding.weight is head.weight else embedding.weight.numel(),
-        vocabulary=head.out_features,
-        width=model_config.hidden_size,
-        layers=layers,
-        mlp_width=max(outputs for _, outputs in linears.values()),
-        query_width=heads * head_width,
-        key_width=key_heads * head_width,
-    )
-
-
 # --- one graph --------------------------------------------------------------------------------------------
 
 
-def graph_items(shape, tokens, ds, model_args, machine):
-    """[Item] of what a card holds of one graph of `tokens` tokens, all of them scored.
+def graph_items(shape, graph, ds, model_args, machine):
+    """[Item] of what a card holds of one activations.Graph.
 
     What is held from the forward pass on, and beside it what the backward pass needs at its largest moment: the
     moments come one after the other.
     """
-    e, checkpointing = bytes_per_element(ds, model_args), model_args.gradient_checkpointing
-    kept = activation_bytes(shape, tokens, e.weight, checkpointing)
-    moments = {
-        "the logits": head_bytes(shape, tokens, e.weight),
-        "one layer": layer_backward_bytes(shape, tokens, e.weight, checkpointing),
-    }
+    e = bytes_per_element(ds, model_args)
+    repeats = shape.query_width > shape.key_width and not machine.one_memory
+    kind = Kind(e.weight, model_args.gradient_checkpointing, repeats)
+    moments = {"the logits": head_bytes(shape, graph, kind), "one layer": layer_backward_bytes(shape, graph, kind)}
     placed = placement(ds)
     if placed.optimizer_on_host:
         moments["the largest gradient, sum, norm"] = offloaded_gradient(shape, e, placed, machine)
     largest = max(moments, key=moments.get)
     return [
-        Item("card", f"activations of {tokens} tokens", kept),
+        Item("card", f"activations of {graph.tokens} tokens", activation_bytes(shape, graph, kind)),
         Item("card", f"in the backward pass at most: {largest}", moments[largest]),
     ]
-
-
-def layer_bytes(shape, weight_bytes):
-    """Bytes for each token of the tensors that autograd saves in a block of models/llada.py."""
-    hidden = weight_bytes * shape.width  # one tensor (N, D)
-    normalised = 0 if shape.frozen else hidden  # a norm's weight needs it for its gradient
-    norm = 4 * shape.width + normalised + hidden  # its input in float32 (a copy in bfloat16), and its output
-    attention = 2 * weight_bytes * (shape.query_width + shape.key_width)  # queries, keys, values, output
-    mlp = 4 * weight_bytes * shape.mlp_width  # gate, its activation, up, their product
-    return 2 * norm + attention + mlp
-
-
-def activation_bytes(shape, tokens, weight_bytes, checkpointing):
-    """Bytes that a graph of `tokens` tokens holds when its backward pass starts.
-
-    weight_bytes: 2 in bfloat16, 4 in float32. checkpointing: each layer keeps its input alone; else all of its tensors.
-    """
-    layer = weight_bytes * shape.width if checkpointing else layer_bytes(shape, weight_bytes)
-    return tokens * shape.layers * layer
-
-
-def layer_backward_bytes(shape, tokens, weight_bytes, checkpointing):
-    """Bytes that a layer's backward pass holds beside activation_bytes(): gradients, and what is computed again."""
-    gradients = weight_bytes * (shape.width + 2 * shape.mlp_width)  # of the layer's output; in the MLP
-    recomputed = layer_bytes(shape, weight_bytes) if checkpointing else 0
-    if checkpointing and weight_bytes == 4:
-        recomputed -= 4 * shape.width  # the first norm's input is the layer's
-    return tokens * (gradients + recomputed)
-
-
-def head_bytes(shape, tokens, weight_bytes):
-    """Bytes of the backward pass of the head (models/head.py), at all positions, beside activation_bytes()."""
-    one_token = 4 * shape.vocabulary
-    chunk = min(max(CHUNK_BYTES, one_token), tokens * one_token)
-    logits = chunk * (1.5 if weight_bytes == 2 else 1)  # in float32, and in bfloat16
-    hidden = weight_bytes * shape.width  # one tensor (N, D): the scored positions, and their gradient
-    last_norm = 4 * shape.width + (0 if shape.frozen else hidden)
-    gradient = 0 if shape.frozen else weight_bytes * shape.head
-    return logits + tokens * (2 * hidden + last_norm) + gradient
 
 
 # --- where a ds_config puts things ------------------------------------------------------------------------
@@ -380,10 +254,9 @@ def card_items(shape, ds, model_args, machine):
 def parameter_items(shape, zero, e, placed, machine):
     """The weights on a card: all of them, or under ZeRO-3 a share and what is gathered for use."""
     if placed.stage < 3:
-        unpacked = 2 * e.weight * shape.mlp_width * shape.width if shape.packed else 0  # forwards and backwards
         return [
             ("parameters", e.weight * (shape.elements - shape.packed) + quantized.BYTES * shape.packed),
-            ("a matrix unpacked, forwards and backwards", unpacked),
+            ("matrices unpacked, forwards and backwards", e.weight * shape.unpacked),
         ]
     found = []
     if not placed.parameters_on_host:
