@@ -15,25 +15,6 @@ TEMPLATE = (
     "{{ message['content'] | trim + '<|eot_id|>' }}"
     "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
-# Qwen3's rules, which SDAR's template has too: a <think> block in the last answer, no thoughts in earlier ones
-THINK_TEMPLATE = (
-    "{% set ns = namespace(asked=0) %}"
-    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}"
-    "{% for m in messages %}{% set parts = m.content.split('</think>') %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{% if m.role == 'assistant' %}"
-    "{% if loop.last and loop.index0 > ns.asked %}{{ '<think>\n' }}"
-    "{{ parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 }}{{ '\n</think>\n\n' }}{% endif %}"
-    "{{ parts[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# LLaDA2's rules: roles in upper case, a system turn that always ends with "detailed thinking off"
-ROLE_TEMPLATE = (
-    "{% set system = messages[0].content + '\n' if messages[0].role == 'system' else '' %}"
-    "{{ '<role>SYSTEM</role>' + system + 'detailed thinking off<|role_end|>' }}"
-    "{% for m in messages if m.role != 'system' %}"
-    "{{ '<role>' + {'user': 'HUMAN', 'assistant': 'ASSISTANT'}[m.role] + '</role>' + m.content + '<|role_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<role>ASSISTANT</role>' }}{% endif %}"
-)
 HEADERS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 GOOD = {"prompt": "Question: how many?\nAnswer:", "chosen": " 7 + 5 = 12\n#### 12", "rejected": " 7 + 5 = 11\n#### 11"}
 HH = "\n\nHuman: Two  pens?\n\nAssistant: Yes.\n\nHuman: And more?\n\nAssistant:"

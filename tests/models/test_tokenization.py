@@ -8,8 +8,9 @@ import shutil
 
 import pytest
 import sentencepiece
+from new_tiny import ROLE_TEMPLATE, THINK_TEMPLATE
 from originals import edit_json, refused
-from prepared import HEADERS, ROLE_TEMPLATE, TEMPLATE, THINK_TEMPLATE, with_template
+from prepared import HEADERS, TEMPLATE, with_template
 from sentencepiece import sentencepiece_model_pb2
 
 from models import architecture, tokenization

@@ -9,7 +9,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from prepared import GOOD, HH, TEMPLATE, THINK_TEMPLATE, refuses, texts, with_template
+from new_tiny import THINK_TEMPLATE
+from prepared import GOOD, HH, TEMPLATE, refuses, texts, with_template
 from small import EOS
 
 import data_prep
