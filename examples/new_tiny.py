@@ -172,7 +172,7 @@ def train_tokenizer(texts, vocab_size, special=("<mask>",)):
 def write_tokenizer(folder, texts, vocab_size, family):
     """tokenizer.model and tokenizer_config.json of a family."""
     template, special = TEMPLATES.get(family, (None, []))
-    mask = families.MASKS.get(family, "<mask>")
+    mask = families.MASK_TOKENS.get(family, "<mask>")
     (folder / "tokenizer.model").write_bytes(train_tokenizer(texts, vocab_size, [mask, *special]))
     settings = {
         "tokenizer_class": "LlamaTokenizer",
@@ -187,7 +187,7 @@ def write_tokenizer(folder, texts, vocab_size, family):
         "mask_token": mask,
         "clean_up_tokenization_spaces": False,
     }
-    if family in families.MASKS:
+    if family in families.MASK_TOKENS:
         del settings["mask_token"]  # its makers' tokenizer declares none: it is found by its name
     if template:
         settings["chat_template"] = template

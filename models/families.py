@@ -31,7 +31,7 @@ CAUSAL = {  # model_type in config.json: the class of transformers that builds i
 KNOWN = OURS | CAUSAL.keys()  # transformers' code or ours builds these, whatever config.json's auto_map names
 SHIFTED = {"Dream": True, "a2d-qwen2": False, "a2d-qwen3": False, "a2d-llama": False}
 TOKENIZERS = {"DreamTokenizer": "Qwen2Tokenizer"}  # the same vocabulary, merges and rules: no remote code is needed
-MASKS = {  # the mask token's name, for a model whose config.json and tokenizer declare none
+MASK_TOKENS = {  # the mask token's name, for a model whose config.json and tokenizer declare none
     "illada": "<[MASK]>",
     "lladamoe": "<|mask|>",
     "llada2_moe": "<|mask|>",

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from files import InputError, fingerprint, read_json
 from models.architecture import load_config
-from models.families import MASKS, TOKENIZERS
+from models.families import MASK_TOKENS, TOKENIZERS
 from models.folders import model_folder
 
 PROBE = "A probe: 1234 + 5 = 1,239\n\n  caf\u00e9 \u6f22\u5b57 <x>\t'quoted'"  # shows merges and normalisation
@@ -143,11 +143,13 @@ def mask_token_id(config, tokenizer, given=None):
 
     Where none of them is set, the family's mask token is looked up by its name among the tokenizer's tokens.
     """
-    name = MASKS.get(config.model_type, "")
-    named = tokenizer.get_vocab().get(name)
-    for found in (given, getattr(config, "mask_token_id", None), tokenizer.mask_token_id, named):
+    declared = getattr(config, "mask_token_id", None)
+    if declared is not None and (type(declared) is not int or declared < 0):
+        raise InputError(f"config.json: mask_token_id is {declared!r}, expected the id of a token")
+    name = MASK_TOKENS.get(config.model_type, "")
+    for found in (given, declared, tokenizer.mask_token_id, tokenizer.get_vocab().get(name)):
         if found is not None:
-            return int(found)
+            return found
     raise InputError(
         f"the model names no mask token{name and f' {name}'}: give --mask_token_id, or set mask_token_id in its "
         "config.json"

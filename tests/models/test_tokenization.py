@@ -39,6 +39,9 @@ def test_mask_token_id(tiny_dir):
     assert tokenization.mask_token_id(config, tokenizer) == 3
     config.mask_token_id = 0
     assert tokenization.mask_token_id(config, tokenizer) == 0  # config.json wins; 0 is an id
+    for wrong in ("3", -1, True):
+        config.mask_token_id = wrong
+        refused(lambda: tokenization.mask_token_id(config, tokenizer), "config.json: mask_token_id is", repr(wrong))
     config.mask_token_id = None
     assert tokenization.mask_token_id(config, tokenizer) == 3
     tokenizer.mask_token = None
