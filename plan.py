@@ -4,10 +4,10 @@
     python plan.py --model_name_or_path examples/tiny --deepspeed ds_configs/zero3_offload_4080.json
     python plan.py --config_file configs/llada_8b_lora_4080.yaml --gpu_gib 16 --host_gib 64 --pairs 800
 
-The formulas are in rooms: memory (weights, optimizer) in training/footprint.py and activations.py, operations and transfers
-in training/costs.py, what to change in training/advice.py. bench/activations.py compares the memory with torch's on
-fake tensors, bench/planned.py with a run. Here all is added up and judged. The host's memory is for all ranks. For a
-model on the Hub only config.json is downloaded. train_dpo.py prints the verdict when it starts.
+The formulas are in training/: memory in footprint.py and activations.py, operations and transfers in costs.py, what to
+change in advice.py. bench/activations.py compares the memory with torch's on fake tensors, bench/planned.py with a run.
+Here all is added up and judged. The host's memory is for all ranks. For a model on the Hub only config.json is
+downloaded. train_dpo.py prints the verdict when it starts.
 """
 
 import bisect
