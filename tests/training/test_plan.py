@@ -19,8 +19,10 @@ import activations
 import config
 import plan
 from models import architecture, lora
-from scoring import passes
+from models.families import Blocks
+from scoring import noise, passes
 from training import costs, deepspeed_config, footprint
+from training.activations import Graph
 from training.shapes import model_shape
 
 PARAMETERS = 8_015_581_184  # LLaDA-8B: 2 * 126464 * 4096 + 32 * 218,112,000 + 4096
@@ -71,6 +73,12 @@ def planned(folder, name, *argv, machine=LARGE, lengths=None, **lora):
         machine,
         lengths,
     )
+
+
+def shape_of(name, *argv):
+    """The Shape of a model of tests/configs."""
+    model_args = config.parse(list(argv), "", config.ModelArguments)[0]
+    return model_shape(architecture.load_config(str(activations.CONFIGS / name)), model_args)
 
 
 def size(made, *names, place="host"):
@@ -166,6 +174,39 @@ def test_costs_are_those_of_the_passes(folder):
     assert made.training.operations == pytest.approx(14 * 3 * (blocks + head))
 
 
+def block_work(tokens, *argv, size=8):
+    """The Work of a step of a block-causal model: prompts of 10 tokens, responses of 21, 4 states of each."""
+    _, _, noise_args, train_args = config.parse(list(argv), "", *config.GROUPS)
+    noise.settle(noise_args, True)
+    lengths = costs.Lengths(10, 21)
+    work = costs.work_of(lengths, noise_args, train_args, noise_args.diffusion_steps, Blocks(size))
+    return work._replace(tokens_per_forward=tokens)
+
+
+def test_a_response_of_a_block_causal_model_is_a_row():
+    """Blocks begin at 8, 16 and 24: a copy has 23 tokens, the clean text 24. Rows are divided where they must be."""
+    work = block_work(1000)
+    assert (work.least_tokens, work.most_tokens) == (24 + 23, 16 * (24 + 4 * 23))
+    assert [row.tokens for row in work.rows(work.responses, 1000)] == [24 + 4 * 23] * 2
+    assert [row.tokens for row in work.rows(work.responses, 115)] == [24 + 2 * 23] * 4
+    assert [row.tokens for row in work.rows(work.responses, 1)] == [24 + 23] * 8
+    without_graph, with_graph = work.divided
+    assert without_graph == [] and [len(rows) for rows in with_graph] == [8, 8]
+    assert work.largest_graph == Graph(8 * 116, 8 * 92, 8 * 24, 8 * 4 * (24 + 23), 8 * (24 * 24 + 23 * 47))
+    [row, _] = work.rows(work.responses, 1000)
+    assert row.products == 24 * 24 + 4 * 23 * (24 + 23)
+    sft = block_work(1000, "--loss_type", "sft")
+    assert [row.tokens for row in sft.rows(sft.responses, 1000)] == [24 + 23]
+
+
+def test_blocks_of_a_whole_row_cost_what_bidirectional_rows_do():
+    shape, [row, _] = shape_of("llada_8b"), block_work(1, size=64).responses
+    rows = costs.Work.rows([row], 1)
+    assert [each.tokens for each in rows] == [31] * 4 and rows[0].products == 31**2
+    plain = [costs.Row(31, each.scored) for each in rows]
+    assert costs.operations_of(shape, rows) == costs.operations_of(shape, plain)
+
+
 def test_a_pass_takes_the_slower_of_arithmetic_and_bus():
     machine = footprint.Machine(16, 32, tflops=1, pcie_gbs=1)
     cost = costs.Cost([costs.Pass(3e12, 1e9), costs.Pass(1e12, 4e9)], pairs=2)
@@ -255,12 +296,6 @@ def test_families(tmp_path, model_type):
         sum(p.numel() for p in wrapped.parameters() if p.requires_grad),
     )
     assert planned(str(tmp_path), "zero3_offload_4080").fits and len(shape.layers) == fields["num_hidden_layers"]
-
-
-def shape_of(name, *argv):
-    """The Shape of a model of tests/configs."""
-    model_args = config.parse(list(argv), "", config.ModelArguments)[0]
-    return model_shape(architecture.load_config(str(activations.CONFIGS / name)), model_args)
 
 
 def test_a_mixture_of_experts():
