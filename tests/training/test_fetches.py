@@ -13,7 +13,7 @@ from torch import nn
 
 import config
 from models.llada import LLaDAConfig, LLaDAModelLM
-from training import fetches, footprint
+from training import fetches, footprint, shapes
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_the_plan_agrees(rows, lora_r, kind):
     """plan.py's gathered weights, and what it has cross the bus in a pass."""
     [model_args] = config.parse(["--lora_r", str(lora_r)], "", config.ModelArguments)
     eight_b = LLaDAConfig(n_layers=4, mlp_hidden_size=12288, n_kv_heads=32)
-    shape, row = footprint.model_shape(eight_b, model_args), rows[f"{kind}, several passes"]
+    shape, row = shapes.model_shape(eight_b, model_args), rows[f"{kind}, several passes"]
     zero = json.loads((ROOT / "ds_configs" / "zero3_offload_4080.json").read_text())["zero_optimization"]
     gathered = footprint.gathered(shape, zero, 1) - footprint.small(shape, zero)
     assert 2 * gathered / 2**30 == pytest.approx(row.gathered_gib, rel=0.15)
