@@ -208,21 +208,25 @@ class SampleArguments:
         "auto", "apply the tokenizer's chat template to prompts; auto: if it has one", heading="Sampling"
     )
     gen_length: int = arg(64, "maximum number of tokens of a response")
-    steps: Optional[int] = arg(None, "forward passes per response; default: --gen_length, one per token")
+    steps: Optional[int] = arg(None, "forward passes per response, at most; default: --gen_length, one per token")
     block_length: Optional[int] = arg(
-        None, "tokens in a block, filled before the next block; default: --gen_length, one block"
+        None,
+        "tokens in a block, filled before the next block; default: --gen_length, one block, or the blocks of a "
+        "block-causal model",
     )
     temperature: float = arg(0.0, "temperature of the Gumbel noise; 0: the most likely token")
-    cfg_scale: float = arg(0.0, "scale of classifier-free guidance, at twice the cost; 0: none")
-    remasking: Literal["low_confidence", "random"] = arg(
-        "low_confidence", "which predictions are masked again after a pass"
+    cfg_scale: float = arg(
+        0.0, "scale of classifier-free guidance, at twice the cost; 0: none (not for block-causal models)"
+    )
+    remasking: Literal["low_confidence", "random", "sequential"] = arg(
+        "low_confidence", "which predictions are masked again after a pass; sequential: all but the leftmost"
     )
     logits_eos_inf: bool = arg(False, "never predict eos")
     confidence_eos_eot_inf: bool = arg(False, "commit eos and end-of-turn last")
     threshold: Optional[float] = arg(
         None,
         "confidence-parallel decoding (an approximation): commit every prediction with at least this probability, "
-        "above 0 and up to 1; default: --steps says how many",
+        "above 0 and up to 1, and as many as --steps says; default: only those",
     )
     batch_size: int = arg(
         8, "maximum number of prompts per forward pass; they must have the same length", heading=FITTING

@@ -3,6 +3,7 @@
 import math
 
 from files import InputError
+from models import families, folders
 
 EXAMPLES = {"temperature": 0.7, "cfg_scale": 0.5}  # of arguments that are 0 or more
 
@@ -10,6 +11,18 @@ EXAMPLES = {"temperature": 0.7, "cfg_scale": 0.5}  # of arguments that are 0 or 
 def check(sample):
     """Fill in steps, block_length and device in place. Raises InputError for values that have no meaning together."""
     check_values(sample)
+    blocks = None
+    if sample.model_name_or_path:
+        config = folders.plain_config(sample.model_name_or_path)
+        blocks = families.blocks(config, sample.block_size)
+    if blocks:
+        check_blocks(sample, blocks)
+    else:
+        check_lengths(sample)
+    if sample.block_length is None:
+        sample.block_length = blocks.size if blocks else sample.gen_length
+    if sample.steps is None and sample.threshold is None:
+        sample.steps = sample.gen_length
     from training import cards  # here alone: check_values() answers before a command imports torch
 
     devices = ["cpu"]
@@ -22,46 +35,52 @@ def check(sample):
 
 
 def check_values(sample):
-    """check() of everything but the device."""
-    if sample.block_length is None:
-        sample.block_length = sample.gen_length
-    if sample.threshold is not None:
-        check_threshold(sample)
-    elif sample.steps is None:
-        sample.steps = sample.gen_length
+    """check() of what neither the model nor the device decides."""
     for name in ("gen_length", "block_length", "batch_size", "steps"):
         value = getattr(sample, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} is {value}; expected at least 1")
-    check_lengths(sample)
     for name, example in EXAMPLES.items():
         value = getattr(sample, name)
         if not 0 <= value < math.inf:
             raise InputError(f"--{name} is {value}; expected 0 or more, for example --{name} {example}")
-    if sample.confidence_eos_eot_inf and sample.remasking == "random":
+    if sample.threshold is not None and not 0 < sample.threshold <= 1:
         raise InputError(
-            "--confidence_eos_eot_inf has no meaning with --remasking random, which ignores confidence; leave one out"
+            f"--threshold is {sample.threshold}; expected more than 0 and at most 1, for example --threshold 0.9"
         )
+    if sample.remasking != "low_confidence":
+        check_order(sample)
 
 
-def check_threshold(sample):
-    threshold = sample.threshold
-    if not 0 < threshold <= 1:
-        raise InputError(f"--threshold is {threshold}; expected more than 0 and at most 1, for example --threshold 0.9")
-    if sample.steps is not None:
+def check_order(sample):
+    """Refuse what needs confidences where they decide nothing."""
+    for name, value in (("threshold", sample.threshold), ("confidence_eos_eot_inf", sample.confidence_eos_eot_inf)):
+        if value:
+            given = f"--{name}" if value is True else f"--{name} {value}"
+            raise InputError(
+                f"{given} has no meaning with --remasking {sample.remasking}, which ignores confidence; leave one out"
+            )
+
+
+def check_blocks(sample, blocks):
+    """A block-causal model fixes the blocks; a smaller block_length fills the parts of each from left to right."""
+    block_length = sample.block_length
+    if block_length is not None and blocks.size % block_length:
         raise InputError(
-            f"--steps {sample.steps} contradicts --threshold {threshold}, where confidence decides the number of "
-            "passes; leave one out"
+            f"--block_length {block_length} contradicts {sample.model_name_or_path}, whose blocks have {blocks.size} "
+            f"tokens; leave it out, or give a part of them: --block_length {math.gcd(block_length, blocks.size)}"
         )
-    if sample.remasking == "random":
+    if sample.cfg_scale:
         raise InputError(
-            f"--threshold {threshold} has no meaning with --remasking random, which ignores confidence; leave one out"
+            f"--cfg_scale {sample.cfg_scale}: guidance needs a bidirectional model, and {sample.model_name_or_path} is "
+            "block-causal; leave it out"
         )
 
 
 def check_lengths(sample):
     """A response is whole blocks, and each block takes as many passes as the others."""
-    gen_length, block_length, steps = sample.gen_length, sample.block_length, sample.steps
+    gen_length, steps = sample.gen_length, sample.steps
+    block_length = sample.block_length or gen_length
     if gen_length % block_length:
         raise InputError(
             f"--gen_length {gen_length} is not a multiple of --block_length {block_length}; "

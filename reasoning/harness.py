@@ -24,7 +24,8 @@ from files import InputError
 from models import families, tokenization
 from models.folders import downloading
 from reasoning import arguments, prompts, sampler, tasks
-from scoring import noise
+from reasoning.blockwise import blocks_of
+from scoring import noise, recipe
 
 try:
     from lm_eval.api.model import LM
@@ -51,7 +52,8 @@ class MaskedDiffusion(LM):
         arguments.check(checked)
         self.model, self.tokenizer = sampler.load(checked)
         self._device = torch.device(checked.device)
-        self.mask_id = tokenization.mask_token_id(sampler.config_of(self.model), self.tokenizer, checked.mask_token_id)
+        mask_id = tokenization.mask_token_id(sampler.config_of(self.model), self.tokenizer, checked.mask_token_id)
+        self.masking = families.Masking(mask_id, blocks_of(self.model))
         self.response_tokenizer = tokenization.response_tokenizer(
             sample.model_name_or_path, self.tokenizer, sample.trust_remote_code
         )
@@ -90,11 +92,12 @@ class MaskedDiffusion(LM):
             temperature = 0.0
         block, steps = given.block_length, given.steps
         if length != given.gen_length:
-            if block is not None:
-                block = min(block, length)
+            whole = length
+            if block is not None and not self.masking.blocks:
+                whole = block = min(block, length)
                 length -= length % block  # whole blocks: at most what was asked for
             if steps is not None:
-                blocks = length // (block or length)
+                blocks = length // whole
                 steps = max(1, steps * length // given.gen_length // blocks) * blocks
         made = replace(given, gen_length=length, block_length=block, steps=steps, temperature=temperature)
         arguments.check(made)
@@ -139,7 +142,7 @@ class MaskedDiffusion(LM):
     # --- likelihoods ---
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        """(stepwise score, whether greedy sampling says the same) of each request's (context, continuation)."""
+        """(score, whether greedy sampling says the same) of each request's (context, continuation)."""
         answers = []
         for request in tqdm(requests, desc="scoring", disable=disable_tqdm):
             answers.append(self.likelihood_of(*request.args))
@@ -156,11 +159,13 @@ class MaskedDiffusion(LM):
             return 0.0, True
         T, R = self.likelihood.diffusion_steps, self.likelihood.trajectories
         rng = noise.generator(self.likelihood.noise_seed, prompt + response, "chosen")
-        masked = noise.state_masks(len(response), "spread", T, R, rng)  # (S, n)
-        weights = noise.state_weights(masked, "spread", T, R)  # (S, n)
+        estimator = "elbo_stratified" if self.masking.blocks else "spread"
+        divided = recipe.partition(len(prompt), len(response), self.masking.blocks)
+        masked = noise.state_masks(len(response), estimator, T, R, rng, **divided)  # (S, n)
+        weights = noise.state_weights(masked, estimator, T, R, **divided)  # (S, n)
         at_once = self.likelihood.tokens_per_forward
         scores = self.diffusion_score(
-            self.model, prompt, response, masked, weights, families.Masking(self.mask_id), at_once, self._device
+            self.model, prompt, response, masked, weights, self.masking, at_once, self._device
         )  # (S,)
         return float(scores.sum()), self.likelihood.check_greedy and self.says(prompt, response)
 
@@ -168,7 +173,8 @@ class MaskedDiffusion(LM):
         """Whether greedy sampling of just as many tokens, one a pass, gives `response`."""
         sample = replace(self.sample, gen_length=len(response), block_length=None, steps=None, temperature=0.0)
         arguments.check(sample)
-        return sampler.generate(self.model, torch.tensor([prompt]), sample, self.mask_id)[0].tolist() == response
+        made = sampler.generate(self.model, torch.tensor([prompt]), sample, self.masking.mask_id)
+        return made[0].tolist() == response
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         raise InputError(

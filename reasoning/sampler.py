@@ -1,26 +1,21 @@
-"""LLaDA's sampler: a response starts as masks; each pass commits the most confident predictions, block by block.
+"""LLaDA's sampler, of bidirectional models: a response starts as masks; passes commit the most confident predictions.
 
-A forward pass predicts c_i = argmax_v exp(z_iv) / (-log u_iv)^temperature, u ~ U(0, 1), at the block's masked positions
-i. It commits those with the highest softmax(z_i)[c_i]; the others stay masked (low-confidence remasking).
-With guidance, z = u + (cfg_scale + 1)(c - u): c are the logits and u those without the prompt.
+A response is filled block by block; commits.py says what a pass commits. With guidance, z = u + (cfg_scale + 1)(c - u):
+c are the logits and u those without the prompt.
 Source: Nie et al., arXiv 2502.09992, and ML-GSAI/LLaDA's generate.py. The tokens are the same, except that
   * noise and random confidence come from one CPU generator per response, not from the device's generator;
   * equal confidences are committed from left to right (under confidence_eos_eot_inf every eos has confidence 0);
   * confidence_eos_eot_inf holds for eos at any temperature; in the original, at temperature 0 only;
   * a mask id in the prompt, or one that the model predicts, stays; in the original, later passes may fill it;
   * a response takes no further passes after a block with an end; its text, which is cut there, is the same.
-A threshold is an approximation that takes fewer passes: each commits every prediction at least that confident, and
-always the most confident one, as if they were independent. Source: Fast-dLLM, arXiv 2505.22618.
 
-respond() makes batches of prompts, generate() samples one batch, predict() is its forward pass. A sampler with a cache
-replaces predict(); what is chosen, how sure it is and what is committed do not depend on where the logits come from.
+respond() makes batches of prompts; generate() samples one batch, which blockwise.py does for a block-causal model.
 
 B batch, P prompt tokens, L = P + gen_length, V vocabulary, R rows of the batch that need this pass, N masked positions
 of the current block, over those rows.
 """
 
 import contextlib
-import hashlib
 from itertools import groupby
 from typing import NamedTuple
 
@@ -31,6 +26,9 @@ from files import InputError
 from models import families
 from models.checkpoint import DTYPES, load_model
 from models.tokenization import end_token_id, load_tokenizer, mask_token_id, response_tokenizer
+from reasoning import blockwise
+from reasoning.blockwise import blocks_of
+from reasoning.commits import commits_per_pass, reveal, row_generator
 from training import cards
 
 # --- one batch --------------------------------------------------------------------------------------------
@@ -40,10 +38,12 @@ from training import cards
 def generate(model, prompts, sample, mask_id, eos=None, eot=None, keys=None):
     """Sample a response to each of prompts (B, P) int64, all of one length; returns ids (B, gen_length) int64.
 
-    sample: SampleArguments after arguments.check(). eos, eot: ids that end a text; after the first, some ids may still
-    be masks. keys: B numbers that key the noise with sample.seed (default 0..B-1), so that no response depends on its
-    batch.
+    model: load()'s, bidirectional or block-causal. sample: SampleArguments after arguments.check(). eos, eot: ids that
+    end a text; after the first, some ids may still be masks. keys: B numbers that key the noise with sample.seed
+    (default 0..B-1), so that no response depends on its batch.
     """
+    if blocks_of(model):
+        return blockwise.generate(model, prompts, sample, mask_id, eos, eot, keys)
     (B, P), device = prompts.shape, model.device
     generators = [row_generator(sample.seed, key) for key in (range(B) if keys is None else keys)]
     ends = torch.tensor(sorted({eos, eot} - {None}), dtype=torch.long, device=device)
@@ -66,32 +66,12 @@ def generate(model, prompts, sample, mask_id, eos=None, eot=None, keys=None):
             logits = predict(model, part, positions, P, mask_id, sample.cfg_scale)  # (N, V)
             if sample.logits_eos_inf:
                 logits[:, eos] = -torch.inf
-            counts, draws = masked.sum(1).tolist(), [generators[i] for i in rows.tolist()]
-            chosen = choose(logits, counts, draws, sample.temperature)  # (N,)
             # 3. Commit the most confident predictions.
-            sure = confidences(logits, chosen, counts, draws, sample, ends)  # (N,)
-            confidence = torch.full(masked.shape, -torch.inf, dtype=sure.dtype, device=device)  # (R, block_length)
-            confidence[masked] = sure
-            commit = most_confident(confidence, commits, sample.threshold)
-            x[rows, window] = torch.where(commit, block.masked_scatter(masked, chosen), block)
+            draws = [generators[i] for i in rows.tolist()]
+            x[rows, window] = reveal(block, masked, logits, draws, commits, sample, ends)
         # 4. The text ends in the first block that holds an end.
         ended |= torch.isin(x[:, window], ends).any(1)
     return x[:, P:].to(prompts.device)
-
-
-def commits_per_pass(sample):
-    """Positions that each pass over a block commits (with a threshold: at least); their sum is block_length."""
-    if sample.threshold is not None:
-        return [1] * sample.block_length
-    passes = sample.steps * sample.block_length // sample.gen_length
-    share, extra = divmod(sample.block_length, passes)
-    return [share + (1 if step < extra else 0) for step in range(min(passes, sample.block_length))]
-
-
-def row_generator(seed, key):
-    """CPU randomness of one response; hashed, so that key 1 of seed 0 is not key 0 of seed 1."""
-    digest = hashlib.sha256(f"generate|{seed}|{key}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))  # the CPU generator reads 32 bits
 
 
 def predict(model, x, positions, P, mask_id, cfg_scale):
@@ -103,44 +83,6 @@ def predict(model, x, positions, P, mask_id, cfg_scale):
     both = model(input_ids=torch.cat((x, blind)), positions=torch.cat((positions, positions + x.numel()))).logits
     c, u = both.chunk(2)  # (N, V) each
     return u + (cfg_scale + 1) * (c - u)
-
-
-def choose(logits, counts, draws, temperature):
-    """The predicted id (N,) of each row of logits (N, V): the argmax, at a temperature that of exp(z) / (-log u)^T.
-
-    counts, draws: for each batch row, how many of the N are its own, and its generator.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    chosen = []
-    for z, draw in zip(logits.split(counts), draws):  # row by row: float64 over V is large, and each has its own noise
-        u = torch.rand(z.shape, dtype=torch.float64, generator=draw).to(z.device)  # on the CPU: the same on any device
-        noise = u.log_().neg_().log_().mul_(-temperature)  # log of (-log u)^-T, so that a z above 709 is not infinite
-        chosen.append(noise.add_(z).argmax(-1))
-    return torch.cat(chosen)
-
-
-def confidences(logits, chosen, counts, draws, sample, ends):
-    """How sure each of `chosen` (N,) is, (N,): its probability without noise, or U(0, 1) where remasking is random.
-
-    counts, draws: as in choose(). ends: ids that confidence_eos_eot_inf makes least sure. The probability is taken in
-    the logits' dtype as in the original, but in float32 where a threshold is compared with it.
-    """
-    if sample.remasking == "random":
-        drawn = [torch.rand(n, dtype=torch.float64, generator=draw) for n, draw in zip(counts, draws)]
-        return torch.cat(drawn).to(logits.device)
-    if sample.confidence_eos_eot_inf:
-        logits = logits.index_fill(-1, ends, -torch.inf)  # they get 0, and the others share their probability
-    if sample.threshold is not None:
-        logits = logits.float()
-    return logits.softmax(-1).gather(-1, chosen[:, None])[:, 0]
-
-
-def most_confident(confidence, commits, threshold):
-    """Which positions to commit, (R, block_length): the `commits` highest, and all that are at least `threshold`."""
-    order = confidence.argsort(dim=-1, descending=True, stable=True)  # stable: ties fall the same way on any device
-    commit = torch.zeros_like(confidence, dtype=torch.bool).scatter_(1, order[:, :commits], True)
-    return commit if threshold is None else commit | (confidence >= threshold)
 
 
 # --- a model, and batches of prompts ----------------------------------------------------------------------
@@ -216,10 +158,17 @@ def batches(prompts, batch_size):
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
-def most_passes(prompts, sample):
+def most_passes(model, prompts, sample):
     """Forward passes that respond() needs at most; fewer where texts end early or a threshold is passed."""
-    passes = sample.gen_length if sample.steps is None else min(sample.steps, sample.gen_length)
-    return len(batches(prompts, sample.batch_size)) * passes
+    blocks, per_part = blocks_of(model), len(commits_per_pass(sample))
+    total = 0
+    for first, *_ in batches(prompts, sample.batch_size):
+        start, end = 0, sample.gen_length
+        if blocks:
+            start, end = blockwise.span(len(prompts[first]), sample.gen_length, blocks)
+            total += (end - start) // blocks.size * blocks.first_from_clean
+        total += (end - start) // sample.block_length * per_part
+    return total
 
 
 def respond(model, tokenizer, prompts, sample, *, keys=None, finished=None):

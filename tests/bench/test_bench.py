@@ -192,3 +192,11 @@ def test_gpu_shapes():
 def test_gpu_without_a_card(tmp_path):
     _, said = bench("gpu", tmp_path, code=2)
     assert "error: bench/gpu.py measures a CUDA card, and there is none" in said and "Traceback" not in said
+
+
+def test_sampler_cache(tmp_path):
+    """The same tokens in as many passes, each of which reads a block or two."""
+    found, _ = bench("sampler_cache", tmp_path, "--quick", "--turns", "1")
+    [row] = found["table"]  # 2 prompts of 21 tokens, 16 more, blocks of 4
+    assert row["is_same"] and row["passes_cached"] == row["passes_uncached"] < row["passes_stored"]
+    assert row["tokens_cached"] < row["tokens_uncached"] / 3 and row["seconds_cached"] > 0

@@ -63,10 +63,10 @@ def test_check_fills_in():
         ({"threshold": 0.0}, "--threshold is 0.0"),
         ({"threshold": 1.01}, "--threshold is 1.01"),
         ({"threshold": math.nan}, "--threshold is nan"),
-        ({"threshold": 0.9, "steps": 64}, "--steps 64 contradicts --threshold 0.9"),
         ({"threshold": 0.9, "remasking": "random"}, "--threshold 0.9 has no meaning with --remasking random"),
         ({"threshold": 0.9, "gen_length": 8, "block_length": 3}, "--block_length 1"),
         ({"confidence_eos_eot_inf": True, "remasking": "random"}, "--confidence_eos_eot_inf .*--remasking random"),
+        ({"threshold": 0.9, "remasking": "sequential"}, "--threshold 0.9 has no meaning with --remasking sequential"),
         ({"device": "tpu"}, "--device is 'tpu'"),
     ],
     ids=str,
@@ -138,7 +138,7 @@ def test_text_ends_before_the_first_end(tiny_dir, monkeypatch):
     sample = settings(gen_length=1)
 
     class Model:
-        config = LLaDAConfig(mask_token_id=MASK)
+        config, blocks = LLaDAConfig(mask_token_id=MASK), None
 
     given, row = [], []
 
@@ -353,7 +353,6 @@ def test_malformed_row(tiny_dir, tmp_path, line):
         (["--prompt", "x", "--task", "arithmetic"], "--prompt and --task"),
         (["--prompt", "x", "--step", "3"], "--step"),
         (["--prompt", "x", "--remasking", "some"], "--remasking"),
-        (["--prompt", "x", "--threshold", "0.9", "--steps", "8"], "--threshold"),
         (["--prompt", "x", "--template", "chat"], "template"),
     ],
 )

@@ -146,7 +146,7 @@ def test_likelihood_is_the_score(tiny):
         for step in range(T):
             revealed, hidden = (order == step).sum(), torch.as_tensor(order >= step)
             if revealed:
-                ids = torch.tensor(response).masked_fill(hidden, tiny.mask_id)
+                ids = torch.tensor(response).masked_fill(hidden, tiny.masking.mask_id)
                 with torch.no_grad():
                     logits = tiny.model(torch.cat([torch.tensor(prompt), ids])[None]).logits[0, len(prompt) :]
                 logps = logits.float().log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
@@ -177,7 +177,7 @@ def test_greedy_is_checked_on_request():
     ids = prompt_ids(model.tokenizer, {"prompt": prompt}, "here", "none")
     sample = config.SampleArguments(model_name_or_path=str(TINY), use_mixed_precision="no", device="cpu", gen_length=6)
     arguments.check(sample)
-    greedy = sampler.generate(model.model, torch.tensor([ids]), sample, model.mask_id)[0].tolist()
+    greedy = sampler.generate(model.model, torch.tensor([ids]), sample, model.masking.mask_id)[0].tolist()
     text = model.tokenizer.decode(ids + greedy)[len(model.tokenizer.decode(ids)) :]
     assert tokenization.encode(model.response_tokenizer, text) == greedy  # else the text is no fair question
     (_, same), (_, other) = model.loglikelihood(

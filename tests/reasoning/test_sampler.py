@@ -16,7 +16,7 @@ from small import ROOT, settings
 
 from models import checkpoint
 from models.llada import LLaDAConfig, LLaDAModelLM
-from reasoning import sampler
+from reasoning import commits, sampler
 
 GOLDEN = ROOT.parent / "shared" / "data" / "llada_golden"
 MASK = 3
@@ -97,7 +97,7 @@ def naive_options(z, sample, draw, eos, eot):
 @torch.no_grad()
 def naive(model, prompt, sample, key=0, eos=None, eot=None):
     """models.md's recipe on one prompt (P,), never stopping, with the logits of the whole sequence."""
-    x, draw = prompt.tolist() + [MASK] * sample.gen_length, sampler.row_generator(sample.seed, key)
+    x, draw = prompt.tolist() + [MASK] * sample.gen_length, commits.row_generator(sample.seed, key)
     for first in range(len(prompt), len(x), sample.block_length):
         passes = sample.block_length if sample.threshold else sample.steps * sample.block_length // sample.gen_length
         for step in range(passes):
@@ -243,9 +243,9 @@ def test_threshold_in_float32():
     """bfloat16 knows nothing between 0.996 and 1, where a threshold may well lie."""
     logits = torch.tensor([[6.25, 0.0]]).bfloat16()
     chosen, ends = torch.tensor([0]), torch.tensor([], dtype=torch.long)
-    sure = sampler.confidences(logits, chosen, [1], [None], settings(threshold=0.999), ends)
+    sure = commits.confidences(logits, chosen, [1], [None], settings(threshold=0.999), ends)
     assert sure.item() == pytest.approx(1 / (1 + math.exp(-6.25)), abs=1e-6) and sure.item() < 0.999
-    plain = sampler.confidences(logits, chosen, [1], [None], settings(), ends)
+    plain = commits.confidences(logits, chosen, [1], [None], settings(), ends)
     assert plain.dtype == torch.bfloat16 and plain.item() == 1  # as in the original
 
 
@@ -262,7 +262,7 @@ def test_predicted_mask_ends_all_the_same(options):
     logits = torch.zeros(40).index_fill(0, torch.tensor(MASK), 9.0)
 
     class Model:
-        device = torch.device("cpu")
+        device, blocks = torch.device("cpu"), None
 
         def __call__(self, input_ids, positions):
             return argparse.Namespace(logits=logits.repeat(len(positions), 1))
@@ -281,7 +281,7 @@ def test_bfloat16(model, options):
 def test_temperature_is_the_originals():
     """The argmax of exp(z) / (-log u)^T in float64, each row of the batch with its own u."""
     z, draws = torch.randn(60, 50) * 4, [torch.Generator().manual_seed(row) for row in range(3)]
-    got = sampler.choose(z, [10, 0, 50], draws, 0.7)
+    got = commits.choose(z, [10, 0, 50], draws, 0.7)
     u = torch.cat(
         [
             torch.rand(n, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(row))
@@ -295,8 +295,8 @@ def test_temperature_is_the_originals():
 def test_temperature_samples_softmax():
     """argmax exp(z) / (-log u)^T is a draw from softmax(z / T)."""
     z, n, T = torch.tensor([1.0, 0.0, -1.0, 2.0]), 20000, 0.7
-    draws = [sampler.row_generator(5, row) for row in range(2)]
-    share = sampler.choose(z.expand(n, 4), [n // 2] * 2, draws, T).bincount(minlength=4) / n
+    draws = [commits.row_generator(5, row) for row in range(2)]
+    share = commits.choose(z.expand(n, 4), [n // 2] * 2, draws, T).bincount(minlength=4) / n
     assert torch.allclose(share, torch.softmax(z / T, 0), atol=0.015)  # 4 sigma
 
 
