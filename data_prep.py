@@ -25,7 +25,7 @@ from cli.parser import arg, names
 from files import InputError
 from preferences import reuse, sources
 
-USED = {"model_name_or_path", "trust_remote_code", "mask_token_id", "end_token_id"}  # of ModelArguments
+USED = {"model_name_or_path", "trust_remote_code", "mask_token_id", "end_token_id", "block_size"}  # of ModelArguments
 UNUSED = names(config.ModelArguments) - USED
 
 
@@ -70,7 +70,7 @@ if __name__ == "__main__":
 import numpy as np
 
 import files
-from models import architecture, folders, tokenization
+from models import architecture, families, folders, tokenization
 from preferences import forms, packed, rows, summary
 from preferences.encoding import encode_rows, make_encoder, refuse_ids_beyond
 from preferences.sources import LeftOut
@@ -88,6 +88,7 @@ def main(argv=None):
     source, folder, name = args.preference_data_path, Path(args.data), model_args.model_name_or_path
     tokenizer_files = folders.tokenizer_files(name)  # before they are read: they may change meanwhile
     tokenizer = tokenization.load_tokenizer(name, model_args.trust_remote_code)
+    attention = families.attention_line(folders.plain_config(name), model_args.block_size)
     meta = reuse.depends_on(args, reuse.known(tokenizer))
     meta["source_sha256"] = sources.source_sha256(source, args.split)  # likewise
 
@@ -122,7 +123,7 @@ def main(argv=None):
 
     # 4. What was made
     mask, end = (summary.token(tokenizer, number) for number in (encoder.mask, encoder.end))
-    print(f"form: {form}\ntemplate: {encoder.template}; mask: {mask}; end of a response: {end}")
+    print(f"form: {form}\ntemplate: {encoder.template}; mask: {mask}; end of a response: {end}\n{attention}")
     if encoder.turn and encoder.turn.opening:
         print(f"the template begins every response with {encoder.turn.opening!r}")
     if encoder.max_length < args.max_length:

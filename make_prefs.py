@@ -301,7 +301,8 @@ REMEDIES = {  # for a file without a pair
     "label": "lower --min_gap, or judge more responses per prompt",
     "corrupt": "give solutions with equations such as 7 + 5 = 12",
 }
-SHARED = {"model_name_or_path", "trust_remote_code", "mask_token_id", "end_token_id", "shift_logits", "template"}
+SHARED = {"model_name_or_path", "trust_remote_code", "mask_token_id", "end_token_id", "shift_logits", "block_size"}
+SHARED |= {"template"}
 
 
 def describe(args, rows):

@@ -52,8 +52,9 @@ def merge(adapter, out, dtype):
     if not config:
         raise InputError(f"{adapter}: holds no adapter_config.json; expected the folder of an adapter")
     base = config["base_model_name_or_path"]
-    shift = "yes" if families.shifted(folders.plain_config(adapter)) else "no"
-    model = load_model(base, DTYPES[dtype], shift_logits=shift)
+    as_trained = folders.plain_config(adapter)
+    shift, block_size = "yes" if families.shifted(as_trained) else "no", families.block_size(as_trained)
+    model = load_model(base, DTYPES[dtype], shift_logits=shift, block_size=block_size)
     kept = lora.merge(model, folder)
     tokenizer, weights = load_tokenizer(adapter), dict(model.named_parameters())
     save_model(out, model, weights, base, tokenizer, merged_card(folder, kept), noted.get("mask_token_id"))

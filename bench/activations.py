@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config
 import files
-from models import architecture, experts, families, lora
+from models import architecture, experts, lora
 from models.attention import BlockRows
 from training import deepspeed_config, footprint
 from training.activations import Graph
@@ -195,7 +195,8 @@ def table(cases, counts, lengths):
     """Yields the rows of the table."""
     for case in cases:
         with fake():
-            model, blocks = fake_model(case), families.blocks(case.model_config)
+            model = fake_model(case)
+            blocks = model.blocks
             for L, B in itertools.product(lengths, counts):
                 plan, peak = planned(case, B, L), measured(model, blocks, B, L)
                 row = {"case": case.name, "rows": B, "length": L}

@@ -222,7 +222,7 @@ def write_model(folder, vocab_size, family):
     (folder / "config.json").write_text(json.dumps(FIELDS[family] | {"vocab_size": vocab_size}, indent=2) + "\n")
     config = architecture.load_config(str(folder))
     config.block_size = getattr(config, "block_size", None) or 0  # A2D's does not say it; the weights are the same
-    model = architecture.build(config, torch.float32, families.shifted(config))
+    model = architecture.build(config, torch.float32, families.settle(config))
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     tensors = experts.split(model, model.state_dict())
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in tied}

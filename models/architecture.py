@@ -16,12 +16,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_outputs import MaskedLMOutput
 
-from files import InputError, read_json
-from models import attention, families, folders
+from files import InputError
+from models import attention, families, folders, moe, nemotron  # noqa: F401 (moe and nemotron register model types)
 from models.families import CAUSAL
 from models.head import Head
 from models.llada import LLaDAModelLM  # it registers model_type llada itself
-from models.moe import LLaDAMoEConfig  # it registers its own, too
 from models.smdm import SMDMConfig, SMDMModelLM
 
 
@@ -41,7 +40,19 @@ class A2DLlamaConfig(LlamaConfig):
     model_type = "a2d-llama"
 
 
-for _config in (DreamConfig, A2DQwen2Config, A2DQwen3Config, A2DLlamaConfig):
+class ILLaDAConfig(LlamaConfig):
+    model_type = "illada"
+
+
+class SDARConfig(Qwen3Config):
+    model_type = "sdar"
+
+
+class FastDLLMConfig(Qwen2Config):
+    model_type = "Fast_dLLM_Qwen"
+
+
+for _config in (DreamConfig, A2DQwen2Config, A2DQwen3Config, A2DLlamaConfig, ILLaDAConfig, SDARConfig, FastDLLMConfig):
     AutoConfig.register(_config.model_type, _config)
 AutoConfig.register("smdm", SMDMConfig)
 AutoModel.register(SMDMConfig, SMDMModelLM)
@@ -51,12 +62,14 @@ AutoModelForMaskedLM.register(SMDMConfig, SMDMModelLM)
 def load_config(name, trust_remote_code=False):
     """The configuration of a model, or of an adapter's base with what the adapter's training noted of it."""
     folder = folders.base_folder(name)
+    fields = folders.config_fields(folder)
+    kind = families.model_type(fields)
+    families.refuse_unsupported(fields)
     try:
-        fields = read_json(folder / "config.json", "downloading the model again")
-        if families.model_type(fields) == "lladamoe":
-            config = LLaDAMoEConfig.from_dict(fields | {"model_type": "lladamoe"})
-        else:
+        if kind == fields.get("model_type"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        else:
+            config = AutoConfig.for_model(**fields | {"model_type": kind})
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise InputError(f"{folder}/config.json: {' '.join(str(error).split())[:300]}") from None
     for field, value in folders.noted_fields(name, config.model_type).items():
@@ -68,7 +81,8 @@ def build(config, dtype, shift, trust_remote_code=False):
     """The model of `config`, its weights not yet loaded. shift: whether its logits at i - 1 predict token i."""
     if config.model_type in CAUSAL:
         config.is_causal = config.use_cache = False
-        kind = getattr(transformers, CAUSAL[config.model_type])
+        name = CAUSAL[config.model_type]
+        kind = getattr(nemotron, name, None) or getattr(transformers, name)
         model = kind._from_config(config, dtype=dtype, attn_implementation=attention.NAME)
         model.joins_rows = rows_are_apart(config)
         for module in model.modules():
@@ -84,6 +98,11 @@ def build(config, dtype, shift, trust_remote_code=False):
             ) from None
     model.tie_weights()  # no_init_weights leaves that out
     model.blocks = families.blocks(config)
+    if model.blocks and not model.joins_rows:
+        raise InputError(
+            f"config.json: model_type {config.model_type} is block-causal, which is not supported with sliding windows "
+            "or with rotations by the row's length"
+        )
     return model if isinstance(model, LLaDAModelLM) else adapt(model, shift)
 
 
@@ -95,6 +114,8 @@ def rows_are_apart(config):
     """
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if config.model_type == "nemotron_labs_diffusion":
+        slides = config.sliding_window is not None
     return not slides and rotation not in ("dynamic", "longrope")
 
 

@@ -27,12 +27,15 @@ disable_progress_bar()  # transformers' bar is gone before it can be read
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}  # by use_mixed_precision
 
 
-def load_model(name, dtype, ds_config=None, trust_remote_code=False, shift_logits="auto", load_in_4bit=False):
+def load_model(
+    name, dtype, ds_config=None, trust_remote_code=False, shift_logits="auto", load_in_4bit=False, block_size="auto"
+):
     """The model in training mode with dropout 0, its weights loaded strictly, an adapter beside them.
 
     dtype: torch dtype of every parameter. ds_config: the resolved DeepSpeed configuration, which says how to partition
-    the model, or None for a plain model. shift_logits: yes, no or auto (families.shifted). load_in_4bit: the blocks in
-    NF4 (quantized.py). Raises InputError with the name of a tensor that is unknown, missing or of another shape.
+    the model, or None for a plain model. shift_logits, block_size: what families.settle() takes. load_in_4bit: the
+    blocks in NF4 (quantized.py). Raises InputError with the name of a tensor that is unknown, missing or of another
+    shape.
     """
     folder, config = base_folder(name), load_config(name, trust_remote_code)
     if trust_remote_code and getattr(config, "auto_map", None) and config.model_type not in families.KNOWN:
@@ -42,16 +45,8 @@ def load_model(name, dtype, ds_config=None, trust_remote_code=False, shift_logit
             flush=True,
         )
     without_dropout(config)
-    shift = families.shifted(config, shift_logits)
-    if config.model_type in families.CAUSAL:
-        config.shift_logits = shift  # saved with the model, so the next script finds it
-    partitioned = contextlib.nullcontext()
-    if ds_config and ds_config["zero_optimization"]["stage"] == 3:
-        quantized.refuse_zero3(load_in_4bit, ds_config)
-        import deepspeed
-
-        partitioned = deepspeed.zero.Init(config_dict_or_path=ds_config)  # its own dtype argument is ignored on a CPU
-    with no_init_weights(), partitioned:
+    shift = families.settle(config, shift_logits, block_size)
+    with no_init_weights(), partitioned(ds_config, load_in_4bit):
         model = architecture.build(config, dtype, shift, trust_remote_code)
     if load_in_4bit:
         quantized.prepare(model, dtype)
@@ -60,6 +55,21 @@ def load_model(name, dtype, ds_config=None, trust_remote_code=False, shift_logit
         check_base(name, folder, adapter_base(adapter), load_in_4bit)
         model = lora.attach(model, adapter, writing)  # beside, not merged: bfloat16 would round most of it away
     return model.train()
+
+
+@contextlib.contextmanager
+def partitioned(ds_config, load_in_4bit):
+    """Context in which a model is built: partitioned under ZeRO-3. A CPU ignores the dtype argument of zero.Init."""
+    if not ds_config or ds_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    quantized.refuse_zero3(load_in_4bit, ds_config)
+    import deepspeed
+    from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+    # zero.Init alone makes what torch.arange returns bfloat16, and so rounds the frequencies of rotary positions
+    with prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=ds_config):
+        yield
 
 
 def without_dropout(config):

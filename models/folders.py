@@ -99,7 +99,7 @@ def weight_files(folder):
 def model_fingerprint(name):
     """Hex digest of config.json and, per weight file, header, size and 64 sampled blocks of 64 KiB: seconds at 8B."""
     folder, model = base_folder(name), model_folder(name)
-    config = read_json(folder / "config.json", "downloading the model again")
+    config = config_fields(folder)
     parts = [{key: value for key, value in config.items() if key not in VOLATILE}]
     files = weight_files(folder)
     if model != folder:  # an adapter: its numbers, and those of its base
@@ -138,7 +138,8 @@ def read_adapter(folder):
 
 
 def adapter_base(folder):
-    """What training noted of an adapter's base: is_folder, fingerprint, shift_logits, mask_token_id, load_in_4bit.
+    """What training noted of an adapter's base: is_folder, fingerprint, shift_logits, block_size, mask_token_id,
+    load_in_4bit.
 
     {} for an adapter that other software wrote.
     """
@@ -148,16 +149,24 @@ def adapter_base(folder):
 
 def noted_fields(name, model_type):
     """{field: value} of the configuration that an adapter's training noted of its base; {} for a model."""
-    noted = adapter_base(model_folder(name))
-    fields = ("mask_token_id", "shift_logits") if model_type in families.CAUSAL else ("mask_token_id",)
-    return {field: noted[field] for field in fields if field in noted}
+    noted, fields = adapter_base(model_folder(name)), {"mask_token_id": "mask_token_id"}
+    if model_type in families.CAUSAL:
+        fields["shift_logits"] = "shift_logits"
+    if model_type in families.WITH_BLOCKS:
+        fields["block_size"] = families.block_field(model_type)
+    return {field: noted[key] for key, field in fields.items() if key in noted}
+
+
+def config_fields(folder):
+    """The fields of a folder's config.json."""
+    return read_json(Path(folder) / "config.json", "downloading the model again")
 
 
 def plain_config(name):
-    """config.json's fields as attributes, with those noted of an adapter's base: what families.shifted() needs.
+    """config.json's fields as attributes, with those noted of an adapter's base: what families.py's functions need.
 
     Unlike architecture.load_config() it fills in no defaults and checks nothing.
     """
-    config = read_json(base_folder(name) / "config.json", "downloading the model again")
-    config["model_type"] = families.model_type(config)
-    return SimpleNamespace(**config | noted_fields(name, config["model_type"]))
+    config = config_fields(base_folder(name))
+    kind = families.model_type(config)
+    return SimpleNamespace(**config | {"model_type": kind} | noted_fields(name, kind))

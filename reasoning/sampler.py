@@ -106,6 +106,7 @@ def load(sample):
             trust_remote_code=sample.trust_remote_code,
             shift_logits=sample.shift_logits,
             load_in_4bit=sample.load_in_4bit,
+            block_size=sample.block_size,
         )
         return model.eval().to(sample.device), tokenizer
 

@@ -21,6 +21,7 @@ def key(packed, model_args):
         "dtype": model_args.use_mixed_precision,
         "load_in_4bit": model_args.load_in_4bit,
         "shift_logits": model_args.shift_logits,
+        "block_size": model_args.block_size,
     }
 
 

@@ -31,7 +31,7 @@ SAME = (
 def depends_on(packed, model_args, noise_args):
     """What reference scores depend on: only a run where all of this is the same may use them."""
     model_config = folders.plain_config(model_args.model_name_or_path)
-    blocks = families.blocks(model_config, model_args.block_size)
+    blocks = families.blocks(model_config, model_args.block_size, model_args.shift_logits)
     return {
         "data": packed.meta["fingerprint"],
         "model": folders.model_fingerprint(model_args.model_name_or_path),
@@ -66,7 +66,8 @@ def check(packed, model_args, noise_args):
     Raises InputError for arguments that make no score, and for arrays that another tokenizer made.
     """
     model_args.model_name_or_path = model_args.model_name_or_path or packed.meta["model_name_or_path"]
-    blocks = families.blocks(folders.plain_config(model_args.model_name_or_path), model_args.block_size)
+    model_config = folders.plain_config(model_args.model_name_or_path)
+    blocks = families.blocks(model_config, model_args.block_size, model_args.shift_logits)
     noise.settle(noise_args, blocks is not None)
     if noise_args.order == "blocks" and noise_args.diffusion_steps == "auto":
         raise InputError("--diffusion_steps auto is measured in random order; give --order blocks a number")

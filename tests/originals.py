@@ -42,6 +42,7 @@ ORIGINALS = {  # family: (class that makes it, its configuration, fields of the 
         {
             "model_type": "a2d-qwen3",
             "architectures": ["A2DQwen3LMHeadModel"],
+            "block_size": 0,
             "tie_word_embeddings": True,
             "rope_theta": 1e4,
         },
@@ -52,6 +53,7 @@ ORIGINALS = {  # family: (class that makes it, its configuration, fields of the 
         {
             "model_type": "a2d-llama",
             "architectures": ["A2DLlamaLMHeadModel"],
+            "block_size": 0,
             "tie_word_embeddings": False,
             "rope_theta": 1e4,
         },

@@ -53,7 +53,10 @@ def start_policy(model_args, args, ds_config, ranks):
         model_args.trust_remote_code,
         model_args.shift_logits,
         model_args.load_in_4bit,
+        model_args.block_size,
     )
+    if ranks.first:
+        print(families.attention_line(folders.plain_config(source), model_args.block_size), flush=True)
     if model_args.gradient_checkpointing and model.supports_gradient_checkpointing:  # ALBERT does not
         # Non-reentrant: the only kind that works under ZeRO-3 with several forwards a step
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -116,6 +119,7 @@ def save_final(job, run, model_args, arguments, evaluation, counts):
                 "fingerprint": folders.model_fingerprint(source),
                 "mask_token_id": mask_id,
                 "shift_logits": bool(getattr(model.config, "shift_logits", False)),
+                "block_size": families.block_size(model.config),
                 "load_in_4bit": model_args.load_in_4bit,
             }
             lora.save(run.final, model, weights, tokenizer, text, base)
@@ -136,7 +140,7 @@ def next_commands(run, model_args, is_small, streams):
     is_small: a model like the embedded one. streams: the weights may not fit the card, so that sampling streams them.
     """
     folder, final, base = (shlex.quote(str(each)) for each in (run.folder, run.final, model_args.model_name_or_path))
-    names = ["trust_remote_code", "use_mixed_precision", "load_in_4bit"]
+    names = ["trust_remote_code", "shift_logits", "block_size", "use_mixed_precision", "load_in_4bit"]
     sampling = "--gen_length 40 --block_length 8" if is_small else "--gen_length 256 --block_length 32"
     sampling = f"{sampling} {config.flags(names, model_args)}".rstrip()
     if streams:

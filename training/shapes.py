@@ -82,7 +82,7 @@ class Shape(NamedTuple):
 
 def model_shape(model_config, model_args):
     """The Shape of a model. Raises InputError for one without blocks."""
-    shifted = families.shifted(model_config, model_args.shift_logits)
+    shifted = families.settle(model_config, model_args.shift_logits, model_args.block_size)
     with torch.device("meta"), no_init_weights():
         model = architecture.build(model_config, torch.bfloat16, shifted, model_args.trust_remote_code)
     linears = architecture.block_linears(model)
@@ -121,7 +121,7 @@ def model_shape(model_config, model_args):
         key_width=key_heads * head_width,
         has_qk_norm=bool(re.search(QK_NORM, names)),
         packs_heads=bool(re.search(PACKED, names)),
-        blocks=families.blocks(model_config, model_args.block_size),
+        blocks=model.blocks,
     )
 
 

@@ -19,6 +19,7 @@ def load(model_args, ranks, name=None):
             model_args.trust_remote_code,
             model_args.shift_logits,
             model_args.load_in_4bit,
+            model_args.block_size,
         )
         if ds_config["zero_optimization"]["stage"] == 3:
             model.requires_grad_(False)  # a frozen embedding stays on the host

@@ -36,8 +36,8 @@ HOSTS = {"llada_8b_qlora_4080": 16, "llada_8b_full_192gb": 192, "llada_8b_full_n
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 96}
 MODERNBERT_IDS = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
 FAMILIES = {  # model_type: what its config.json has besides SMALL
-    "a2d-qwen3": {"num_key_value_heads": 1, "head_dim": 24},
-    "a2d-llama": {},
+    "a2d-qwen3": {"num_key_value_heads": 1, "head_dim": 24, "block_size": 0},
+    "a2d-llama": {"block_size": 0},
     "bert": {},
     "modernbert": MODERNBERT_IDS,
     "albert": {"num_hidden_layers": 3, "embedding_size": 16},
