@@ -130,18 +130,23 @@ def save_final(job, run, model_args, arguments, evaluation, counts):
             print(f"{run.final}: the aligned model, in Hugging Face format")
         parameters = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters())
         streams = job.policy.zero_optimization_stage() == 3 and job.ranks.device.type == "cuda"
-        print(next_commands(run, model_args, parameters < SMALL, streams), flush=True)
+        has_blocks = model.blocks is not None
+        print(next_commands(run, model_args, parameters < SMALL, streams, has_blocks), flush=True)
     dist.barrier()
 
 
-def next_commands(run, model_args, is_small, streams):
+def next_commands(run, model_args, is_small, streams, has_blocks):
     """The commands that follow a run, with the flags that they need.
 
     is_small: a model like the embedded one. streams: the weights may not fit the card, so that sampling streams them.
+    has_blocks: a block-causal model, which says itself how long a block is.
     """
     folder, final, base = (shlex.quote(str(each)) for each in (run.folder, run.final, model_args.model_name_or_path))
     names = ["trust_remote_code", "shift_logits", "block_size", "use_mixed_precision", "load_in_4bit"]
-    sampling = "--gen_length 40 --block_length 8" if is_small else "--gen_length 256 --block_length 32"
+    lengths = {"gen_length": 40, "block_length": 8} if is_small else {"gen_length": 256, "block_length": 32}
+    if has_blocks:
+        del lengths["block_length"]
+    sampling = " ".join(f"--{name} {value}" for name, value in lengths.items())
     sampling = f"{sampling} {config.flags(names, model_args)}".rstrip()
     if streams:
         sampling += f" --deepspeed {shlex.quote(runs.streaming_config(model_args.deepspeed) or runs.STREAMING)}"

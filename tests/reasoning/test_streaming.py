@@ -2,11 +2,13 @@
 
 import json
 
+import new_tiny
 import pytest
 from small import ROOT, ds_config, flags, make_model, refusal, run
 
 import generate
 
+PREFS = ROOT / "examples" / "prefs.jsonl"
 SAMPLE = flags(task="arithmetic", num=6, gen_length=12, block_length=4, use_mixed_precision="no", temperature=0.5)
 
 
@@ -19,14 +21,22 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_generate(tiny_dir, tmp_path, zero3):
+@pytest.mark.parametrize("family", ["llada", "nemotron_labs_diffusion"])
+def test_generate(tiny_dir, tmp_path, zero3, family):
+    """A bidirectional model, and a block-causal one, which reads from its cache between streamed layers."""
+    if family == "llada":
+        model = tiny_dir
+    else:
+        model = tmp_path / family
+        new_tiny.main(["--in", str(PREFS), "--out", str(model), "--family", family])
     plain, streamed = (
-        [ROOT / "generate.py", *flags(model=tiny_dir), *SAMPLE, "--out", tmp_path / name, *more]
+        [ROOT / "generate.py", *flags(model=model), *SAMPLE, "--out", tmp_path / name, *more]
         for name, more in (("plain.jsonl", []), ("streamed.jsonl", ["--deepspeed", zero3]))
     )
     run(plain)
     said = run(streamed)
     assert rows(tmp_path / "plain.jsonl") == rows(tmp_path / "streamed.jsonl") and "solved" in said
+    assert len({row["response"] for row in rows(tmp_path / "plain.jsonl")}) > 3
 
 
 def test_evaluate_compares_streamed_models(tiny_dir, tmp_path, zero3):

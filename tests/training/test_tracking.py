@@ -248,7 +248,7 @@ def test_next_commands_of_a_real_model(given, streams, flags, monkeypatch):
     """They can be run as they are: other commands accept every flag, and with them weights that fit the card."""
     monkeypatch.chdir(ROOT)
     model_args = config.ModelArguments(model_name_or_path="org/8B", **given)
-    lines = next_commands(runs.Run("runs/my night"), model_args, False, streams).splitlines()
+    lines = next_commands(runs.Run("runs/my night"), model_args, False, streams, False).splitlines()
     sampling = f"--gen_length 256 --block_length 32 {flags}".rstrip()
     assert lines == [
         "next: python report.py 'runs/my night'",
@@ -258,6 +258,8 @@ def test_next_commands_of_a_real_model(given, streams, flags, monkeypatch):
     _, script, *argv = shlex.split(lines[1].removeprefix("then: "))
     args, sample, _ = importlib.import_module(script.removesuffix(".py")).read_arguments(argv)
     assert args.compare == ["org/8B"] and sample.load_in_4bit == model_args.load_in_4bit
+    with_blocks = next_commands(runs.Run("runs/my night"), model_args, False, streams, True)
+    assert with_blocks.splitlines() == [line.replace(" --block_length 32", "") for line in lines]
     assert bool(sample.deepspeed) == streams and sample.gen_length == 256
 
 
