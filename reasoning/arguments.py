@@ -14,7 +14,7 @@ def check(sample):
     blocks = None
     if sample.model_name_or_path:
         config = folders.plain_config(sample.model_name_or_path)
-        blocks = families.blocks(config, sample.block_size)
+        blocks = families.blocks(config, sample.block_size, sample.shift_logits)
     if blocks:
         check_blocks(sample, blocks)
     else:

@@ -1,19 +1,25 @@
-"""Tests of the sampler of block-causal models: a naive sampler without a cache, its options.
+"""Tests of the sampler of block-causal models: the originals' tokens, a naive sampler without a cache, its options.
 
 bash tests/run.sh tests/reasoning/test_blockwise.py
 """
 
+import json
+import re
+
+import numpy as np
 import pytest
 import torch
-from small import settings
+from small import ROOT, settings
 
 from config import SampleArguments
 from files import InputError
+from models import checkpoint
 from models.cache import Cache
 from models.families import Blocks
 from models.moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from reasoning import arguments, blockwise, commits, sampler
 
+GOLDEN = ROOT.parent / "shared" / "data" / "golden"
 MASK = 3
 KINDS = {
     "SDAR": Blocks(4),
@@ -60,6 +66,59 @@ def sample_of(blocks, gen_length, block_length=None, **options):
 def generate(model, blocks, prompts, sample, **named):
     model.blocks = blocks
     return sampler.generate(model, prompts, sample, MASK, **named).tolist()
+
+
+# --- the originals' tokens --------------------------------------------------------------------------------
+
+
+def golden_runs():
+    runs = []
+    for folder in sorted(GOLDEN.glob("*")):
+        with np.load(folder / "ref.npz") as golden:
+            for key in golden.files:
+                if re.fullmatch("gen_.*/prompt", key):
+                    runs.append((folder.name, key.removesuffix("/prompt")))
+    return runs
+
+
+def golden_sample(kw, size):
+    """SampleArguments of an original sampler's arguments: of LLaDA's, or with blocks of `size` tokens."""
+    names = ("gen_length", "max_new_tokens")
+    gen_length = next(kw[name] for name in names if name in kw)
+    if size is None:
+        return settings(**{name: value for name, value in kw.items() if name != "mask_id"})
+    passes = kw.get("denoising_steps", kw.get("steps_per_block", kw.get("steps")))  # over a block
+    whole = -(-gen_length // size)
+    options = {} if passes is None else {"steps": whole * passes}
+    threshold = kw.get("threshold", kw.get("confidence_threshold", 1))
+    if threshold < 1:
+        options["threshold"] = threshold
+    if kw.get("remasking_strategy") == "sequential":
+        options["remasking"] = "sequential"
+    return sample_of(Blocks(size), whole * size, kw.get("small_block_size"), **options)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no {GOLDEN}: nothing to compare with the originals' samplers")
+@pytest.mark.parametrize("family, name", golden_runs())
+def test_tokens_of_the_original(family, name):
+    golden = np.load(GOLDEN / family / "ref.npz")
+    prompts, out = (golden[f"{name}/{part}"] for part in ("prompt", "out"))
+    kw = json.loads(str(golden[f"{name}/kw"]))
+    size = None if family in ("illada", "lladamoe") else kw.get("block_size", kw.get("block_length"))
+    said = size if family == "a2d_bd3lm" else "auto"  # its config.json does not say it
+    model = checkpoint.load_model(str(GOLDEN / family), torch.float32, block_size=said).eval()
+    if size:
+        model.blocks = model.blocks._replace(size=size)
+    sample, most = golden_sample(kw, size), out.shape[1]
+    if family == "a2d_bd3lm":
+        out = out[:, -prompts.shape[1] % size :]  # it pads the prompt on the left
+        most = prompts.shape[1] + kw["max_new_tokens"] // size * size  # and cuts its last block short
+    real = golden[f"{name}/mask"].astype(bool) if f"{name}/mask" in golden else np.ones_like(prompts, dtype=bool)
+    for prompt, theirs, is_real in zip(prompts, out, real):  # one by one: ours pads nothing
+        ours = sampler.generate(model, torch.from_numpy(prompt[is_real])[None], sample, kw["mask_id"])[0].tolist()
+        theirs = theirs[len(prompt) : most].tolist()
+        shared = min(len(ours), len(theirs))
+        assert ours[:shared] == theirs[:shared] and shared >= 11
 
 
 # --- a naive sampler --------------------------------------------------------------------------------------
