@@ -11,6 +11,7 @@ import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import new_tiny
 import pytest
 import torch
 from small import ENV, ROOT, call, flags, refusal, run
@@ -153,6 +154,35 @@ def test_likelihood_is_the_score(tiny):
                 total += float(logps[hidden].mean()) * revealed / R
     assert value == pytest.approx(total, abs=1e-3) and value < -0.1 and says is False
     assert tiny.loglikelihood([request(problem.prompt, problem.solution)], disable_tqdm=True) == [(value, False)]
+
+
+def sdar(folder, block_size):
+    """A new block-causal model as lm_eval reads it."""
+    new_tiny.main(["--in", str(ROOT / "examples" / "prefs.jsonl"), "--out", str(folder), "--family", "sdar"])
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"block_size": block_size}))
+    return lm(folder, block_length=block_size)
+
+
+def test_likelihood_of_a_block_causal_model(tmp_path):
+    """With blocks of one token it is that of each token after those before it, whatever the noise."""
+    model, response = sdar(tmp_path / "model", 1), "7 + 5 = 12"
+    [(value, _)] = model.loglikelihood([request("Answer:", response)], disable_tqdm=True)
+    ids = prompt_ids(model.tokenizer, {"prompt": "Answer:"}, "here", "none")
+    total = 0.0
+    for token in tokenization.encode(model.response_tokenizer, response):
+        seen = torch.ones(len(ids) + 1, len(ids) + 1).tril().bool()[None, None]
+        with torch.no_grad():
+            logits = model.model(torch.tensor([[*ids, model.masking.mask_id]]), attention_mask=seen).logits[0, -1]
+        total += float(logits.log_softmax(-1)[token])
+        ids.append(token)
+    assert value == pytest.approx(total, abs=1e-3)
+
+
+def test_lengths_of_a_block_causal_model(tmp_path):
+    """A response may have any length, because its last block may be cut."""
+    made = sdar(tmp_path / "model", 4).sampling({"max_gen_toks": 10})
+    assert (made.gen_length, made.block_length, made.steps) == (10, 4, 10)
 
 
 def test_right_solutions_are_likelier(tiny):
