@@ -3,8 +3,9 @@
     train_dpo.py --load_in_4bit true --lora_r 16 ... -> 8B of weights on a 16 GB card, nothing streamed
 
 The linear layers of the blocks are quantized one by one while the model is loaded, so memory never holds all of them in
-16 bits. Embedding, norms and head keep their dtype. The reference is the quantized base, too: score.py takes the same
-flag, and the first margin is 0.
+16 bits. Of experts it is a stack of one layer (gate, up or down), which a forward or backward pass unpacks whole, one
+stack at a time. Embedding, norms, routers and head keep their dtype. The reference is the quantized base, too: score.py
+takes the same flag, and the first margin is 0.
 """
 
 import logging
@@ -13,6 +14,7 @@ import torch
 
 from files import InputError
 from models import architecture
+from models.experts import ExpertLinear
 
 BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: its code, a byte for the scale of 64, a float32 for 256 of those
 
@@ -34,6 +36,15 @@ def refuse_zero3(load_in_4bit, ds):
         )
 
 
+class PackedExpertLinear(ExpertLinear):
+    """A linear layer of every expert in 4 bits; its matrices are unpacked each time that they are read."""
+
+    def matrices(self):
+        from bitsandbytes import functional
+
+        return functional.dequantize_4bit(self.weight, self.weight.quant_state)  # (E, out, in)
+
+
 def prepare(model, dtype):
     """Replace each linear layer of the blocks by one that computes in `dtype` and that pack() quantizes."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it warns of kernels that are missing there
@@ -52,6 +63,10 @@ def prepare(model, dtype):
         new.bias = old.bias
         new.support_avx512bf16_for_cpu = False  # on a CPU, sampling computes as training does, for any number of rows
         setattr(model.get_submodule(parent), leaf, new)
+    for module in model.modules():
+        if isinstance(module, ExpertLinear):
+            module.weight = bnb.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            module.__class__ = PackedExpertLinear
 
 
 def pack(parameter):
