@@ -1,14 +1,15 @@
 """What ZeRO-3 brings over the bus in a step: in models, how much of it on demand, and how much it holds at once.
 
     python bench/fetches.py [--blocks 32] [--ds_config ds_configs/zero3_offload_4080.json] [--json FILE]
+    python bench/fetches.py --family llada2_moe --blocks 20 [--recompute false] [--only full]
 
-It needs no card. The model is LLaDA-8B with the sizes of its tensors divided by 256, LoRA's rank 16 by 16, and the
-numbers of elements in the ds_config divided by 256, too. So DeepSpeed decides as it does at 8B, and its fetches are
-counted. A step is one pair: its forward and backward passes, and the optimizer's update.
+It needs no card. The model is LLaDA-8B, or LLaDA2-mini, with the sizes of its tensors divided by 256, LoRA's rank 16 by
+16, and the numbers of elements in the ds_config divided by 256, too. So DeepSpeed decides as it does at full size, and
+its fetches are counted. A step is one pair: its forward and backward passes, and the optimizer's update.
 
 models: one is all bytes of the weights, 16 GB at 8B. on demand: the share that is not fetched until a module needs it.
-GiB: of gathered weights, at 8B in bf16. lost: DeepSpeed's records of a pass that did not fit the next, which is then
-fetched on demand. The table is of the last of four steps.
+GiB: of gathered weights, at full size in bf16. lost: DeepSpeed's records of a pass that did not fit the next, which is
+then fetched on demand. The table is of the last of four steps.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import files
 import score
 from models import lora
 from models.llada import LLaDAConfig, LLaDAModelLM
+from models.moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from scoring.states import response_states
 from scoring.window import Piece
 from training import engine
@@ -122,21 +124,43 @@ def scaled(path, has_optimizer):
     return settings
 
 
-def build(kind, blocks, path):
-    """The engine of a small LLaDA. kind: lora, full or frozen."""
-    settings = scaled(path, kind != "frozen")
-    config = LLaDAConfig(
+def llada_8b(blocks):
+    return LLaDAModelLM, LLaDAConfig(
         d_model=4096 // WIDTHS,
         n_layers=blocks,
         n_heads=32 // 4,
         mlp_hidden_size=12288 // WIDTHS,
         vocab_size=126464 // WIDTHS,
     )
+
+
+def llada2_mini(blocks):
+    return LLaDA2MoeModelLM, LLaDA2MoeConfig(
+        hidden_size=2048 // WIDTHS,
+        num_hidden_layers=blocks,
+        num_attention_heads=16 // 4,
+        num_key_value_heads=4 // 4,
+        head_dim=128 // 4,
+        num_experts=256,
+        intermediate_size=5120 // WIDTHS,
+        moe_intermediate_size=512 // WIDTHS,
+        vocab_size=157184 // WIDTHS,
+    )
+
+
+MODELS = {"llada": llada_8b, "llada2_moe": llada2_mini}
+
+
+def build(kind, args):
+    """The engine of a small model. kind: lora, full or frozen."""
+    settings = scaled(args.ds_config, kind != "frozen")
+    model_class, config = MODELS[args.family](args.blocks)
     with deepspeed.zero.Init(config_dict_or_path=settings):
-        model = LLaDAModelLM(config)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+        model = model_class(config)
+    if args.recompute == "true":
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if kind == "lora":
-        lora.add(model, 16 // WIDTHS, 2, "auto", 0, "llada")
+        lora.add(model, 16 // WIDTHS, 2, "auto", 0, args.family)
     return engine.build(model.train().requires_grad_(False) if kind == "frozen" else model.train(), settings)
 
 
@@ -168,7 +192,7 @@ def step(policy, piece, tokens, ranks):
 
 def measure(what, kind, tokens, carrying, args, ranks):
     """The Row of one engine."""
-    policy, passes = build(kind, args.blocks, args.ds_config), {True: 0, False: 0}
+    policy, passes = build(kind, args), {True: 0, False: 0}
 
     def count(*_):
         passes[torch.is_grad_enabled()] += 1
@@ -199,12 +223,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--ds_config", default=Path(__file__).parent.parent / "ds_configs" / "zero3_offload_4080.json")
+    parser.add_argument("--family", choices=MODELS, default="llada")
+    parser.add_argument("--recompute", choices=("true", "false"), default="true", help="gradient checkpointing")
+    parser.add_argument("--only", default="", help="the cases whose name begins so")
     parser.add_argument("--json", help="write the table there")
     args = parser.parse_args(argv)
     ranks = engine.start()
     print(f"{'':24} {'passes':>6} {'with graph':>10} {'models':>7} {'on demand':>9} {'GiB':>5} {'lost':>4}")
     rows = []
-    for case in CASES:
+    for case in (each for each in CASES if each[0].startswith(args.only)):
         row = measure(*case, args, ranks)
         rows.append(row._asdict())
         print(
