@@ -17,7 +17,7 @@ PROBE = "A probe: 1234 + 5 = 1,239\n\n  caf\u00e9 \u6f22\u5b57 <x>\t'quoted'"  #
 def load_tokenizer(name, trust_remote_code=False, **kwargs):
     """The folder's tokenizer through AutoTokenizer (tokenizer.json, or a sentencepiece tokenizer.model)."""
     folder = model_folder(name)
-    load_config(name, trust_remote_code)  # refuses a model that cannot be loaded; AutoTokenizer reads the config, too
+    config = load_config(name, trust_remote_code)  # refuses a model that cannot be loaded
     settings = folder / "tokenizer_config.json"
     if (folder / "tokenizer.model").exists() and not settings.exists():
         raise InputError(
@@ -29,7 +29,8 @@ def load_tokenizer(name, trust_remote_code=False, **kwargs):
         if equivalent := TOKENIZERS.get(named.get("tokenizer_class")):
             tokenizer = getattr(transformers, equivalent).from_pretrained(folder, **kwargs)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
+            options = {"config": config, "trust_remote_code": trust_remote_code}
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options, **kwargs)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from None
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
