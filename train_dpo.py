@@ -239,13 +239,14 @@ def prepare(given):
     packed, masking, wanted, _ = reference.prepare(given.data, given.model, given.noise, sft=is_sft)
     check_start(given.model)
     quantized.check(given.model, deepspeed_config.read_ds_config(given.model.deepspeed))
+    sft = recipe.sft_recipe(given.model)
     if is_sft:
         check_row_lengths(packed, args, given.model)
-        return SFT(args, given.noise, packed, masking), wanted
+        return SFT(args, given.noise, packed, masking, sft), wanted
     flags = config.flags((*recipe.SAME, "deepspeed"), given.model, given.noise)
     mend = f"python score.py --data {given.data.data} {flags}"
     scored = reference.Reference(packed, wanted, given.noise.noise_sets, mend)
-    return Preference(args, given.noise, packed, scored, masking), wanted
+    return Preference(args, given.noise, packed, scored, masking, sft), wanted
 
 
 def make_job(given, objective, run, train_pairs, ds_config, ranks, checkpoint):

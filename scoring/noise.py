@@ -21,6 +21,7 @@ be hidden. docs/method.md has the derivation.
 """
 
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -236,11 +237,55 @@ def trajectory_weights(masked, T, R):
     return np.concatenate((reveal[:, 0].sum(0, keepdims=True), reveal[:, 1:].reshape(S - 1, n)))
 
 
-def sft_noise(n, rng):
-    """One draw of LLaDA's SFT noise: t ~ U(0, 1), p = (1 - eps) t + eps, tokens hidden independently.
+class SftRecipe(NamedTuple):
+    """How a family's SFT draws its noise: t ~ U(low, high), p = (1 - epsilon) t + epsilon, tokens hidden independently.
 
-    Returns masked (n,) bool and weight (n,) float32 = masked / (p n): sum(weight * -logp) is the NLL per token.
+    The loss of a row is sum over hidden tokens of -logp / p over its n tokens or, without is_weighted, their mean.
     """
-    p = (1 - EPSILON) * rng.random() + EPSILON
-    masked = rng.random(n) < p
-    return masked, masked.astype(np.float32) / np.float32(p * n)
+
+    low: float = 0.0
+    high: float = 1.0
+    is_weighted: bool = True
+    is_by_block: bool = False  # every block has its own t
+    hides_one: bool = False  # if none is hidden, one token is
+    is_doubled: bool = False  # a second copy hides what the first one shows
+    hides_prompt: bool = False
+    fills_block: bool = False  # end tokens that count fill the last block
+
+    @property
+    def states(self):
+        """S, the copies of a row."""
+        return 2 if self.is_doubled else 1
+
+
+LLADA_SFT = SftRecipe()  # GUIDELINES.md
+SFT_RECIPES = {  # by model_type, where it is not LLaDA's
+    "illada": SftRecipe(hides_prompt=True),
+    "sdar": SftRecipe(hides_one=True),
+    "llada2_moe": SftRecipe(low=0.3, high=0.8, is_weighted=False, fills_block=True),  # dFactory's
+    "a2d-qwen2": SftRecipe(fills_block=True),  # dllm's
+    "a2d-qwen3": SftRecipe(fills_block=True),
+    "a2d-llama": SftRecipe(fills_block=True),
+    "Fast_dLLM_Qwen": SftRecipe(is_weighted=False, is_by_block=True, is_doubled=True),
+}
+
+
+def sft_noise(n, rng, recipe=LLADA_SFT, block=None, fixed=None):
+    """One draw of a recipe's noise for n tokens: masked (S, n) bool and weight (S, n) float32; S is 2 if it is doubled.
+
+    block, fixed (n,): of a block-causal model. What is fixed counts as one token, predicted in every state.
+    sum(weight * -logp) is the NLL per token.
+    """
+    fixed = fixed_of(fixed, n)
+    first = np.unique(block, return_index=True, return_inverse=True) if recipe.is_by_block else None
+    u = rng.random(n)[first[1]][first[2]] if recipe.is_by_block else rng.random()
+    p = (1 - EPSILON) * (recipe.low + (recipe.high - recipe.low) * u) + EPSILON
+    masked = (rng.random((1, n)) < p) & ~fixed  # (1, n)
+    if recipe.hides_one and not masked.any() and not fixed.all():
+        masked[0, rng.choice(np.flatnonzero(~fixed))] = True
+    if recipe.is_doubled:
+        masked = np.concatenate((masked, ~masked & ~fixed))
+    counted = masked + fixed / len(masked)  # (S, n)
+    if recipe.is_weighted:
+        return masked, (np.where(masked, 1 / p, counted) / n).astype(np.float32)
+    return masked, (counted / max(counted.sum(), 1)).astype(np.float32)

@@ -14,7 +14,7 @@ import torch
 from files import InputError, fingerprint
 from scoring import noise, recipe
 from scoring.losses import LOSSES
-from scoring.states import States, response_states
+from scoring.states import response_states, tokens_of
 from scoring.window import Piece
 
 # TRL's names; SFT has the first alone
@@ -29,15 +29,15 @@ METRICS = (
 )
 
 
-def counts(args, states):
-    """(states of each response of a pair, those that carry the gradient); a third entry is the row of --sft_weight."""
+def counts(args, states, sft_states=1):
+    """(states of each response of a pair, those that carry the gradient); a third entry is --sft_weight's."""
     if not 0 <= args.backprop_steps <= states:
         raise InputError(
             f"--backprop_steps is {args.backprop_steps}, expected at most the {states} states of a response (0: all)"
         )
-    sft_row = [1] if args.sft_weight else []
+    sft = [sft_states] if args.sft_weight else []
     carrying = args.backprop_steps or states
-    return [states, states, *sft_row], [carrying, carrying, *sft_row]
+    return [states, states, *sft], [carrying, carrying, *sft]
 
 
 def split(packed, eval_fraction, seed):
@@ -84,19 +84,19 @@ class Stream:
 
 
 class Preference:
-    """A preference loss on pairs: a piece of work is (pair index, epoch)."""
+    """A preference loss on pairs: a piece of work is (pair index, epoch). sft: the noise of --sft_weight."""
 
     least_tokens = 0  # of a response
 
-    def __init__(self, args, noise_args, packed, reference, masking):
-        self.args, self.noise, self.masking = args, noise_args, masking
+    def __init__(self, args, noise_args, packed, reference, masking, sft=noise.LLADA_SFT):
+        self.args, self.noise, self.masking, self.sft = args, noise_args, masking, sft
         self.packed, self.reference = packed, reference
         self.metrics = METRICS
         self.lengths = None
         self.lines = packed.lines()
         self.loss_of_margin = LOSSES[args.loss_type]  # a name of config.py without a function fails here, at once
         self.is_per_token = args.loss_type == "ipo"  # whose target 1 / (2 beta) is meant for means over tokens
-        self.counts, self.carrying = counts(args, recipe.state_count(noise_args))
+        self.counts, self.carrying = counts(args, recipe.state_count(noise_args), sft.states)
 
     def work(self, batch):
         """The pieces of work of a micro-batch [(pair, epoch)], each with its share of the loss."""
@@ -115,7 +115,7 @@ class Preference:
         if self.carrying != self.counts:
             states = [self.with_gradient_states(side, masked, item) for side, masked in zip(states, masks)]
         if self.args.sft_weight:
-            states.append(sft_rows([item], self.packed, 0, self.noise.noise_seed, self.masking))
+            states += sft_rows([item], self.packed, 0, self.noise.noise_seed, self.masking, self.sft)
         return states
 
     def with_gradient_states(self, states, masked, item):
@@ -185,15 +185,19 @@ class Preference:
     def tokens(self):
         """(pairs,) through the model for each pair."""
         prompt, chosen, rejected = np.diff(self.packed.bounds.astype(np.int64), axis=1).T
-        tokens = self.counts[0] * (2 * prompt + chosen + rejected)
-        return tokens + prompt + chosen if self.args.sft_weight else tokens
+        states, *sft_states = self.counts[1:]
+        rows = [(chosen, states), (rejected, states), *((chosen, count) for count in sft_states)]
+        return sum(tokens_of(prompt, response, S, self.masking.blocks) for response, S in rows)
 
 
 class SFT:
-    """Masked-diffusion NLL of the chosen response: a piece of work is a micro-batch, whose rows are padded alike."""
+    """Masked-diffusion NLL of the chosen response: a piece of work is a micro-batch, whose rows are padded alike.
 
-    def __init__(self, args, noise_args, packed, masking):
-        self.args, self.noise, self.packed, self.masking = args, noise_args, packed, masking
+    sft: how the family draws its noise.
+    """
+
+    def __init__(self, args, noise_args, packed, masking, sft=noise.LLADA_SFT):
+        self.args, self.noise, self.packed, self.masking, self.sft = args, noise_args, packed, masking, sft
         self.metrics = METRICS[:1]
         # Rows of a micro-batch have prompts of similar length. Their responses must not matter: if rows were alike in
         # prompt and response together, the padding would tell the model how long its response is.
@@ -207,13 +211,13 @@ class SFT:
         return [(batch, 1.0)]
 
     def responses(self, item):
-        return [sft_rows(item, self.packed, self.args.sft_pad_to, self.noise.noise_seed, self.masking)]
+        return sft_rows(item, self.packed, self.args.sft_pad_to, self.noise.noise_seed, self.masking, self.sft)
 
     def piece(self, item, scale=1.0):
-        return Piece(self.responses(item), self.loss(item), scale, slopes=[-1 / len(item)])
+        return Piece(self.responses(item), self.loss(item), scale, slopes=[-1 / len(item)] * len(item))
 
     def loss(self, item):
-        return lambda scores: -scores[0] / len(item)
+        return lambda scores: -sum(scores) / len(item)
 
     def measure(self, item, loss, scores):
         return numbers(loss * len(item), torch.full_like(loss, len(item)))
@@ -221,7 +225,7 @@ class SFT:
     def tokens(self):
         """(pairs,) through the model for each row, before rows are padded to the longest of their micro-batch."""
         prompt, response, _ = np.diff(self.packed.bounds.astype(np.int64), axis=1).T
-        return prompt + np.maximum(response, self.args.sft_pad_to)
+        return tokens_of(prompt, np.maximum(response, self.args.sft_pad_to), self.sft.states, self.masking.blocks)
 
 
 def finite(array):
@@ -238,23 +242,24 @@ def numbers(*values):
     return torch.stack([value.detach().double() for value in values])
 
 
-def sft_rows(rows, packed, pad_to, noise_seed, masking):
-    """The States of SFT: a row per (pair, epoch) with its own draw of noise; a row's score is -NLL per response token.
+def sft_rows(rows, packed, pad_to, noise_seed, masking, sft=noise.LLADA_SFT):
+    """[States] of SFT, one of each row (pair, epoch), with its own draw of noise; their score is -NLL per token.
 
-    Responses are padded to `pad_to` tokens, and to the longest row, with end tokens that are masked and counted like
-    any other token, so that the model learns to stop (LLaDA's GUIDELINES.md).
+    Responses are padded to `pad_to` tokens with end tokens that are masked and counted like any other token, so that
+    the model learns to stop (LLaDA's GUIDELINES.md); rows of a bidirectional model all to the length of the longest.
     """
     pairs = [packed[index] for index, _ in rows]
-    length = max(len(prompt) + max(len(chosen), pad_to) for prompt, chosen, _ in pairs)
-    parts = []
+    longest = max(len(prompt) + max(len(chosen), pad_to) for prompt, chosen, _ in pairs)
+    made = []
     for (index, epoch), (prompt, chosen, _) in zip(rows, pairs):
-        padding = length - len(prompt) - len(chosen)
-        response = np.pad(chosen, (0, padding), constant_values=packed.meta["pad_token_id"])
+        n = max(len(chosen), pad_to) if masking.blocks else longest - len(prompt)
+        if masking.blocks and sft.fills_block:
+            n += -(len(prompt) + n) % masking.blocks.size
+        response = np.pad(chosen, (0, n - len(chosen)), constant_values=packed.meta["pad_token_id"])
+        if sft.hides_prompt:
+            prompt, response = prompt[:0], np.concatenate((prompt, response))
         rng = noise.generator(noise_seed, packed.content(index), "sft", epoch)
-        masked, weight = noise.sft_noise(len(response), rng)
-        parts.append(response_states(prompt, response, masked[None], weight[None], *masking))
-    return States(
-        inputs=np.concatenate([part.inputs for part in parts]),
-        targets=np.concatenate([part.targets for part in parts]),
-        weight=np.concatenate([part.weight for part in parts]),
-    )
+        divided = recipe.partition(len(prompt), len(response), masking.blocks)
+        masked, weight = noise.sft_noise(len(response), rng, sft, **divided)
+        made.append(response_states(prompt, response, masked, weight, *masking))
+    return made

@@ -102,6 +102,12 @@ def partition(prompt_tokens, n, blocks):
     return {"block": places // blocks.size, "fixed": is_first & blocks.first_from_clean}
 
 
+def sft_recipe(model_args):
+    """How the model's family draws the noise of SFT: noise.SftRecipe."""
+    model_type = folders.plain_config(model_args.model_name_or_path).model_type
+    return noise.SFT_RECIPES.get(model_type, noise.LLADA_SFT)
+
+
 def draw(packed, index, side, noise_args, noise_set, blocks=None):
     """masked (S, n) bool of one response of a pair; side 0 is chosen, 1 rejected."""
     name = noise.side_of(noise_args.estimator, side, blocks is not None)

@@ -287,11 +287,13 @@ def test_the_loss_is_that_of_lladas_guidelines(pad_to, model, tmp_path):
     sft, _ = prep(write_rows(tmp_path / "sft.jsonl", pairs_of(6)[1]), tmp_path / "sft", model)
     made = objective.SFT(config.TrainArguments(sft_pad_to=pad_to), config.NoiseArguments(), sft, Masking(MASK))
     batch = [(index, 0) for index in range(6)]
-    [states], policy = made.responses(batch), plain(model)
+    rows, policy = made.responses(batch), plain(model)
     longest = max(len(prompt) + max(len(response), pad_to) for prompt, response, _ in sft)
-    assert states.inputs.shape == (6, longest)
+    assert [states.inputs.shape for states in rows] == [(1, longest)] * 6
     want, hidden_eos = [], 0
-    for row, (prompt, response, _) in zip(torch.tensor(states.inputs), sft, strict=True):
+    for row, (prompt, response, _) in zip(
+        torch.tensor(np.concatenate([states.inputs for states in rows])), sft, strict=True
+    ):
         whole = torch.tensor([*prompt.tolist(), *response.tolist()] + [EOS] * (longest - len(prompt) - len(response)))
         hidden = row == MASK
         assert not hidden[: len(prompt)].any() and (row[~hidden] == whole[~hidden]).all()

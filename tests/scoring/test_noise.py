@@ -266,7 +266,7 @@ def test_noise_never_changes():
     rng = generator(7, np.array([5, 4000000000], np.uint32), "rejected", 2)
     assert rng.permutation(10).tolist() == [5, 3, 0, 1, 2, 9, 7, 4, 6, 8]
     assert rng.random(3).tolist() == [0.9305252408444894, 0.20554084288535968, 0.5677126724859032]
-    masked, weight = sft_noise(6, generator(0, [1], "sft"))
+    [masked], [weight] = sft_noise(6, generator(0, [1], "sft"))
     assert masked.tolist() == [True, True, False, True, False, True]
     np.testing.assert_allclose(weight, [0.20876758, 0.20876758, 0, 0.20876758, 0, 0.20876758], rtol=1e-6)
     for name, want in (
@@ -312,7 +312,7 @@ def test_keys():
 def test_sft_noise_formula():
     """weight = masked / (p n) with p = (1 - 1e-3) t + 1e-3 and t the first number drawn."""
     for key in range(20):
-        masked, weight = sft_noise(9, generator(0, [key], "sft"))
+        [masked], [weight] = sft_noise(9, generator(0, [key], "sft"))
         p = 0.999 * generator(0, [key], "sft").random() + 0.001
         assert masked.dtype == bool and weight.dtype == np.float32
         np.testing.assert_allclose(weight, masked / (p * 9), rtol=1e-6)
@@ -324,5 +324,5 @@ def test_sft_noise_expectations():
     assert abs(share.mean() - 0.5005) < 0.025  # E[p]; 5 sigma
     np.testing.assert_allclose(np.quantile(share, [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.05)  # t is uniform
     assert abs(np.mean([weight.sum() for _, weight in draws]) - 1) < 0.03  # unbiased: E[sum of weights] = 1
-    columns = np.mean([masked for masked, _ in draws], 0)
+    columns = np.mean([masked[0] for masked, _ in draws], 0)
     np.testing.assert_allclose(columns, 0.5005, atol=0.045)  # no position is favoured

@@ -261,23 +261,23 @@ def test_sft_rows(home):
     data = disk.Packed(home.data)
     rows = [(3, 0), (2, 0), (5, 1)]  # chosen of 2, 12 and 5 tokens after prompts of 6, 4 and 9
     for pad_to, longest in ((0, 16), (20, 29)):
-        states = objective.sft_rows(rows, data, pad_to, 0, Masking(MASK))
-        assert states.inputs.shape == (3, longest)
-        for row, (index, _) in enumerate(rows):
+        made = objective.sft_rows(rows, data, pad_to, 0, Masking(MASK))
+        assert [states.inputs.shape for states in made] == [(1, longest)] * 3
+        for states, (index, _) in zip(made, rows):
             prompt, chosen, _ = home.pairs[index]
             start = len(prompt)
             response = chosen + [EOS] * (longest - start - len(chosen))
-            assert states.targets[row].tolist() == prompt + response
-            assert states.inputs[row, :start].tolist() == prompt and not states.weight[row, :start].any()
-            masked = states.inputs[row, start:] == MASK
-            assert (states.inputs[row, start:][~masked] == np.array(response)[~masked]).all()
-            weights = set(states.weight[row, start:][masked].tolist())  # 1 / (p n), one p a row
+            assert states.targets[0].tolist() == prompt + response
+            assert states.inputs[0, :start].tolist() == prompt and not states.weight[0, :start].any()
+            masked = states.inputs[0, start:] == MASK
+            assert (states.inputs[0, start:][~masked] == np.array(response)[~masked]).all()
+            weights = set(states.weight[0, start:][masked].tolist())  # 1 / (p n), one p a row
             assert len(weights) <= 1 and all(1 / (longest - start) <= value for value in weights)
-            assert not states.weight[row, start:][~masked].any()
-    padded = [objective.sft_rows([(3, epoch)], data, 60, 0, Masking(MASK)) for epoch in range(20)]
+            assert not states.weight[0, start:][~masked].any()
+    padded = [objective.sft_rows([(3, epoch)], data, 60, 0, Masking(MASK))[0] for epoch in range(20)]
     assert any((states.inputs[0, 8:] == MASK).any() for states in padded)  # an end token is masked
     assert len({states.inputs.tobytes() for states in padded}) == 20  # each epoch draws its own noise
-    one, other = (objective.sft_rows([(3, 7)], data, 0, 0, Masking(MASK)).inputs for _ in range(2))
+    one, other = (objective.sft_rows([(3, 7)], data, 0, 0, Masking(MASK))[0].inputs for _ in range(2))
     assert (one == other).all()
 
 
@@ -293,7 +293,7 @@ def test_sft_does_not_give_the_length_away(home, tmp_path):
         stream = objective.Stream(np.arange(40), 0, 4, made.lengths)
         places = [stream[place] for place in range(40)]
         batches = [places[first : first + 4] for first in range(0, 40, 4)]
-        rooms.append([(batch, made.responses(batch)[0].inputs.shape) for batch in batches])
+        rooms.append([(batch, [states.inputs.shape for states in made.responses(batch)]) for batch in batches])
         prompts = np.array([len(each[index][0]) for index, _ in places]).reshape(-1, 4)
         assert np.ptp(prompts, axis=1).max() < 12  # little is padded
     assert rooms[0] == rooms[1]
@@ -315,7 +315,7 @@ def test_expected_nll(home):
     draws = []
     for epoch in range(4000):
         rows = objective.sft_rows([(4, epoch)], data, 32, 0, Masking(MASK))
-        [drawn] = score.state_scores(model, [rows], 64, ranks)
+        [drawn] = score.state_scores(model, rows, 64, ranks)
         draws.append(-float(drawn.sum()))
     assert np.mean(draws) == pytest.approx(want, abs=4 * np.std(draws) / 4000**0.5)
     assert np.std(draws) / 4000**0.5 < 0.02 * want

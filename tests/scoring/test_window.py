@@ -193,8 +193,9 @@ def test_sft_makes_no_pass_without_a_graph(home, tokens):
     weights = {name: parameter.detach().double().requires_grad_() for name, parameter in zip(names, parameters)}
     want = []
     for piece, item in zip(pieces, items):
-        [states], loss = piece.responses, 0.0
-        for row, targets, weight in zip(states.inputs.tolist(), states.targets, states.weight):
+        loss = 0.0
+        for states in piece.responses:
+            [row], [targets], [weight] = states.inputs.tolist(), states.targets, states.weight
             logp = plain.log_probs(weights, row)
             loss = loss - sum(float(weight[i]) * logp[i, targets[i]] for i in np.flatnonzero(weight))
         want.append(loss / len(item))
