@@ -221,7 +221,8 @@ def write_model(folder, vocab_size, family):
     """config.json and model.safetensors as the family's makers publish them; returns the number of parameters."""
     (folder / "config.json").write_text(json.dumps(FIELDS[family] | {"vocab_size": vocab_size}, indent=2) + "\n")
     config = architecture.load_config(str(folder))
-    config.block_size = getattr(config, "block_size", None) or 0  # A2D's does not say it; the weights are the same
+    if family.startswith("a2d"):
+        config.block_size = 0  # its config.json does not say it, and the weights do not depend on it
     model = architecture.build(config, torch.float32, families.settle(config))
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     tensors = experts.split(model, model.state_dict())

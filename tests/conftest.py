@@ -29,6 +29,7 @@ LONGEST = [
     "test_nvme.py",
     "test_full_card.py",
     "test_train.py",
+    "test_every_family.py",
     "test_launch.py",
     "test_kills.py",
     "test_world.py",
