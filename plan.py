@@ -310,7 +310,7 @@ def main(argv=None):
     # 3. What to know of it
     if noise_args.diffusion_steps == "auto":
         print("--diffusion_steps auto: planned with the default, before its calibration")
-    print(table(made))
+    print(table(made, families.attention_line(model_config, model_args.block_size)))
     states = disk_items(made.shape, ds, model_args)
     if states:
         print(ssd_lines(states, machine.ssd_gbs))

@@ -78,10 +78,13 @@ class Case(NamedTuple):
     lora_r: int
     checkpointing: bool
     precision: str  # of DTYPES
+    block_size: int | str = "auto"
 
     @property
     def model_config(self):
-        return architecture.load_config(str(self.folder))
+        found = architecture.load_config(str(self.folder))
+        families.settle(found, wanted=self.block_size)
+        return found
 
     @property
     def model_args(self):
@@ -187,8 +190,8 @@ def presets():
     """The models of configs/, trained as their preset says. Activations do not depend on the weights' 4 bits."""
     for path in sorted(ROOT.glob("configs/*_*.yaml")):  # all but tiny.yaml
         [args] = config.parse(["--config_file", str(path)], "", config.ModelArguments)
-        folder = model_folder(path.stem)
-        yield Case(path.stem, folder, args.lora_r, args.gradient_checkpointing, args.use_mixed_precision)
+        trained = args.lora_r, args.gradient_checkpointing, args.use_mixed_precision, args.block_size
+        yield Case(path.stem, model_folder(path.stem), *trained)
 
 
 def table(cases, counts, lengths):

@@ -9,8 +9,8 @@ GIB = 2**30
 RATED_TB = 600  # of writes: Samsung's 990 PRO of 1 TB
 
 
-def table(made):
-    """The items, and what a pair costs."""
+def table(made, attention=""):
+    """The items, and what a pair costs. attention: families.attention_line(), to be told too."""
     machine, lines = made.machine, []
     for place, available in (("card", machine.gpu_gib), ("host", machine.host_gib)):
         lines.append(f"{place:66}   GiB")
@@ -18,7 +18,7 @@ def table(made):
         lines.append(f"  {f'in all, of {available:.1f}':62}{made.total(place) / GIB:8.2f}")
     work, bus_gibs = made.work, machine.pcie_gbs * 1e9 / GIB
     plain_passes, graph_passes = map(len, work.divided)
-    lines += model_lines(made.shape) + row_lines(work)
+    lines += [model_line(made.shape), *filter(None, [attention]), *row_lines(work)]
     lines += [
         f"tokens in a forward pass: {work.tokens_per_forward}",
         f"passes of a step of {work.pairs} {work.noun}s: {plain_passes} without a graph, {graph_passes} with one",
@@ -34,14 +34,13 @@ def table(made):
     return "\n".join(lines)
 
 
-def model_lines(shape):
-    """How large a model is, and how its attention runs."""
+def model_line(shape):
+    """How large a model is."""
     active = ""
     if shape.experts:
         chosen = max(layer.chosen for layer in shape.layers)
         active = f"{shape.active:,} active ({chosen} of {shape.experts} experts for each token), "
-    attention = f"block-causal, blocks of {shape.blocks.size} tokens" if shape.blocks else "bidirectional"
-    return [f"{shape.parameters:,} parameters, {active}{sum(shape.trained):,} trained", f"attention: {attention}"]
+    return f"{shape.parameters:,} parameters, {active}{sum(shape.trained):,} trained"
 
 
 def row_lines(work):
