@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import config
 import files
-from models import architecture, experts, lora
+from models import architecture, experts, families, lora
 from models.attention import BlockRows
 from training import deepspeed_config, footprint
 from training.activations import Graph

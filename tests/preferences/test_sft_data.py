@@ -254,9 +254,10 @@ def plain(model):
 
 @torch.no_grad()
 def loss_of(made, policy, batch):
-    [states] = made.responses(batch)
-    [scores] = score.state_scores(policy, [states], states.inputs.size, engine.Ranks(0, 1, torch.device("cpu")))
-    return made.loss(batch)([scores.sum()])
+    rows = made.responses(batch)
+    tokens = sum(states.tokens for states in rows)
+    scores = score.state_scores(policy, rows, tokens, engine.Ranks(0, 1, torch.device("cpu")))
+    return made.loss(batch)([each.sum() for each in scores])
 
 
 def test_the_same_ids_and_losses_as_the_chosen_of_preferences(model, tmp_path, monkeypatch):

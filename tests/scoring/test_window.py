@@ -106,9 +106,8 @@ def true_loss(home, weights, item, smoothing, sft_weight):
     reference, reveal = plain.load(home.model), home.reveal[epoch % 2][index]
     loss = plain.pair_loss(weights, reference, home.pairs[index], reveal, T, 0.05, smoothing)
     if sft_weight:
-        masked, weight = noise.sft_noise(
-            len(chosen), noise.generator(0, np.concatenate(home.pairs[index]), "sft", epoch)
-        )
+        rng = noise.generator(0, np.concatenate(home.pairs[index]), "sft", epoch)
+        masked, weight = (each[0] for each in noise.sft_noise(len(chosen), rng))
         logp = plain.log_probs(weights, plain.hidden(masked, prompt, chosen))
         for i in range(len(chosen)):
             loss = loss - sft_weight * float(weight[i]) * logp[len(prompt) + i, chosen[i]]
