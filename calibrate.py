@@ -6,8 +6,9 @@
 
 Every design (estimator, T, R) is drawn several times for some pairs, and scored by the reference and by a policy under
 the same noise: --policy, or the reference with each weight moved a little. The truth is the score in steps of one
-token, by elbo_stratified with up to 64 levels. Of the designs with a small bias, it recommends the one with the least
-noise at equal cost: variance of the margin times forward passes. scoring/calibration.py defines a small bias.
+token, by elbo_stratified with up to 64 levels (of each block, where the model is block-causal). Of the designs with a
+small bias, it recommends the one with the least noise at equal cost: variance of the margin times forward passes.
+scoring/calibration.py defines a small bias.
 
 n response tokens, T denoising steps, R trajectories, S states, D draws.
 """
@@ -96,6 +97,8 @@ DESIGNS = [Design("spread", T, R) for T, R in SPREAD]
 DESIGNS += [Design("elbo", N, 1) for N in (4, 8, 16)]
 DESIGNS += [Design("elbo_stratified", N, 1) for N in (4, 8, 16)]
 DESIGNS += [Design("stepwise", 4, 5), Design("stepwise", 20, 1)]
+BLOCK_DESIGNS = [Design("elbo_stratified", N, 1) for N in (2, 3, 4, 6, 8, 16)]  # of block-causal models
+BLOCK_DESIGNS += [Design("elbo", N, 1) for N in (4, 8, 16)]
 LEVELS, MASKS, TRUTH_DRAWS = 64, 4, 2  # of the truth
 MOVED = 0.02  # how far a weight is moved without a policy, in standard deviations of its tensor
 
@@ -103,19 +106,25 @@ MOVED = 0.02  # how far a weight is moved without a policy, in standard deviatio
 # --- what is scored ---------------------------------------------------------------------------------------
 
 
-def truth_design(n):
+def designs_of(masking):
+    """The designs to measure, for a model of this Masking."""
+    return BLOCK_DESIGNS if masking.blocks else DESIGNS
+
+
+def truth_design(n, blocks):
     """The design that stands for the truth, for a response of n tokens."""
-    return Design("elbo_stratified", min(n, LEVELS), MASKS)
+    return Design("elbo_stratified", min(n, blocks.size if blocks else n, LEVELS), MASKS)
 
 
-def draws_of(packed, index, side, design, draws, noise_seed):
+def draws_of(packed, index, side, design, draws, noise_seed, blocks=None):
     """Yields (masked (S, n), weight (S, n)) of one response, `draws` times."""
-    n, name = len(packed[index][1 + side]), noise.side_of(design.estimator, side)
+    n, name = len(packed[index][1 + side]), noise.side_of(design.estimator, side, blocks is not None)
+    divided = recipe.partition(len(packed[index][0]), n, blocks)
     for draw in range(draws):
         stream = f"{name} calibration {tuple(design)}"
         rng = noise.generator(noise_seed, packed.content(index), stream, draw)
-        masked = noise.state_masks(n, *design, rng)
-        yield masked, noise.state_weights(masked, *design)
+        masked = noise.state_masks(n, *design, rng, **divided)
+        yield masked, noise.state_weights(masked, *design, **divided)
 
 
 @torch.no_grad()
@@ -156,9 +165,10 @@ class Scored(NamedTuple):
 def score_designs(model, scorer, description):
     """[Scored] of every design and, last, of the truth."""
     found = []
-    total = len(scorer.pairs) * (len(DESIGNS) + 1)
+    designs = designs_of(scorer.masking)
+    total = len(scorer.pairs) * (len(designs) + 1)
     with progress(total, "design", description, disable=not scorer.ranks.first) as bar:
-        for design in DESIGNS:
+        for design in designs:
             found.append(score_design(model, scorer, design, scorer.draws, bar))
         found.append(score_design(model, scorer, None, TRUTH_DRAWS, bar))
     return found
@@ -170,10 +180,10 @@ def score_design(model, scorer, design, draws, bar):
     passes, began = 0, time.time()
     for p, index in enumerate(scorer.pairs):
         prompt, *responses = scorer.packed[index]
-        drawn = []
+        drawn, noise_of = [], (scorer.noise_seed, scorer.masking.blocks)
         for side, response in enumerate(responses):
-            mine = design or truth_design(len(response))
-            for masked, weight in draws_of(scorer.packed, index, side, mine, draws, scorer.noise_seed):
+            mine = design or truth_design(len(response), scorer.masking.blocks)
+            for masked, weight in draws_of(scorer.packed, index, side, mine, draws, *noise_of):
                 drawn.append(response_states(prompt, response, masked, weight, *scorer.masking))
         passes += sum(len(states.live) for states in drawn)
         found = score.state_scores(model, drawn, scorer.tokens_per_forward, scorer.ranks)
@@ -186,10 +196,10 @@ def score_design(model, scorer, design, draws, bar):
 # --- what is measured -------------------------------------------------------------------------------------
 
 
-def measured_rows(policy, reference):
+def measured_rows(designs, policy, reference):
     """The table: a dictionary of plain values per design. policy, reference: [Scored], the truth last."""
     rows = []
-    for design, by_policy, by_reference in zip(DESIGNS, policy, reference):
+    for design, by_policy, by_reference in zip(designs, policy, reference):
         found = measure(by_policy.scores, by_reference.scores, policy[-1].scores, reference[-1].scores)
         found = {name: float(value) for name, value in found.items()}
         cost = {"passes": by_reference.passes, "seconds": by_reference.seconds}
@@ -219,7 +229,7 @@ def run(packed, model_args, noise_args, args, masking, ranks):
     policy = score_designs(model, scorer, "calibration, policy")
 
     # 3. The table
-    rows = measured_rows(policy, reference)
+    rows = measured_rows(designs_of(masking), policy, reference)
     if not all(0 < row["noise_x_cost"] < float("inf") for row in rows):
         raise InputError(
             f"the scores of {args.policy or 'the moved model'} are those of the reference, or not finite; "
