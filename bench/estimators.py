@@ -153,8 +153,8 @@ class Tally:
     def __init__(self):
         self.scores, self.sum, self.squares, self.passes, self.heads = [], 0.0, 0.0, 0, 0
 
-    def add(self, policy, reference, packed, index, design, number):
-        made = draw(packed, index, design, number)
+    def add(self, policy, reference, made):
+        """made: [Drawn] of both responses."""
         policy.zero_grad()
         responses = [each.states for each in made]
         [(_, policy_scores)] = add_gradient(policy, [Piece(responses, difference)], TOKENS)
@@ -306,7 +306,7 @@ class Measuring(NamedTuple):
         tallies, began = [Tally() for _ in self.pairs], time.time()
         for tally, index in zip(tallies, self.pairs):
             for number in range(draws):
-                tally.add(self.policy, self.reference, self.packed, index, design, number)
+                tally.add(self.policy, self.reference, draw(self.packed, index, design, number))
         return [tally.finish() for tally in tallies], (time.time() - began) / (2 * draws * len(self.pairs))
 
 

@@ -12,6 +12,7 @@ import torch
 from small import LENGTHS, ROOT, make_model, make_pairs, pack, refusal
 
 sys.path.insert(0, str(ROOT / "bench"))
+import block_estimators
 import estimators
 
 
@@ -78,3 +79,21 @@ def test_too_few_pairs(home, capsys):
     models = ["--data", data, "--model_name_or_path", model, "--policy", policy]
     said = refusal(estimators.main, capsys, *models, "--lengths", 500, 600)
     assert "0 pairs have responses" in said
+
+
+def test_block_models(tmp_path):
+    """Every way is unbiased but for its noise, and with the levels of a block enumerated there is none in the level."""
+    path = tmp_path / "table.json"
+    few = ["--blocks", 4, "--copies", 4, "--ways", "row", "block", "stratified", "--pairs", 2, "--draws", 2]
+    block_estimators.main(list(map(str, [*few, "--steps", 2, "--work", tmp_path, "--json", path])))
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["way"] for row in rows] == ["row", "block", "stratified"]
+    assert rows[1]["score_ratio"] == 1 and all(row["gradient_variance"] > 0 for row in rows)
+
+
+def test_every_subset_is_the_exact_score():
+    """By hand, of a block of two tokens: f(1) is the mean of both alone, f(2) that of both together."""
+    masked, weight = block_estimators.every_subset(np.array([0, 0]), 2)
+    logps = {(True, False): (-1.0, 0), (False, True): (0, -3.0), (True, True): (-5.0, -7.0)}
+    total = sum(float(np.dot(w, logps[tuple(m.tolist())])) for m, w in zip(masked, weight))
+    assert total == pytest.approx((-1 - 3) / 2 + (-5 - 7) / 2)

@@ -6,15 +6,19 @@ bash tests/run.sh tests/scoring/test_calibrate.py
 import json
 from types import SimpleNamespace
 
+import new_tiny
 import numpy as np
 import pytest
+from prepared import write_rows
 from small import LENGTHS, call, flags, make_model, make_pairs, pack, refusal, run_jobs
 
 import calibrate
 import config
+import data_prep
 import score
 import train_dpo
 from preferences import packed
+from reasoning import tasks
 from scoring import calibration
 
 FEW = [("spread", 2, 2), ("spread", 3, 2), ("stepwise", 4, 1), ("elbo", 4, 1), ("elbo_stratified", 4, 1)]
@@ -101,6 +105,22 @@ def test_command(few, home, capsys):
     model_args = config.ModelArguments(model_name_or_path=str(home.model), use_mixed_precision="no")
     calibration.settle(packed.Packed(data), model_args, noise)
     assert (noise.estimator, noise.diffusion_steps, noise.trajectories) == ("elbo", 4, 1)
+
+
+def test_a_block_causal_model(home, tmp_path, monkeypatch):
+    """Its designs draw levels by block, all are unbiased, and auto takes one of them."""
+    monkeypatch.setattr(calibrate, "BLOCK_DESIGNS", [calibrate.Design("elbo_stratified", 4, 1)])
+    rows = write_rows(tmp_path / "prefs.jsonl", tasks.preference_rows(12, "train", 0))
+    new_tiny.main(["--in", str(rows), *map(str, flags(out=tmp_path / "model", family="sdar"))])
+    data = ["--data", tmp_path / "packed"]
+    call(data_prep.main, "--in", rows, "--out", tmp_path / "packed", "--model_name_or_path", tmp_path / "model")
+    assert call(calibrate.main, *data, *SMALL) == 0 and call(score.main, *data, *AUTO) == 0
+    [path] = (tmp_path / "packed").glob("calibration-*.json")
+    [row] = json.loads(path.read_text())["rows"]
+    assert row["passes"] == 4 and row["margin_variance"] > 0
+    assert row["margin_bias"] ** 2 < row["between_pairs"] + row["margin_variance"]
+    [depends] = depends_of(tmp_path / "packed")
+    assert (depends["estimator"], depends["diffusion_steps"], depends["block_size"]) == ("elbo_stratified", 4, 4)
 
 
 def depends_of(data):
