@@ -75,9 +75,19 @@ def naming(path):
 
 def room_error(error):
     """The failed write for want of disk space that `error` is, or that a library wrapped into it; None if none is."""
-    while error and not isinstance(error, InputError) and not no_room(error):
+    return wrapped(error, no_room)
+
+
+def wrapped(error, is_wanted):
+    """`error`, or the error that a library wrapped into it, for which is_wanted(error); None if there is none.
+
+    An InputError ends the search: it was raised for its own reason.
+    """
+    while error and not isinstance(error, InputError):
+        if is_wanted(error):
+            return error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return error if error and no_room(error) else None
+    return None
 
 
 def no_room(error):

@@ -7,7 +7,7 @@ separate  a row for each state: the clean text up to the last block, and the res
 shared    one row a response: the clean text once, and a copy of the response's blocks for each state
 one by one  what a bidirectional model reads: each state as a row of prompt and response (counted, not run)
 
-Random pairs on a random Qwen3. Both ways fill passes of at most 8192 tokens. Seconds are the processor's, medians of
+Random pairs on a random SDAR. Both ways fill passes of at most 8192 tokens. Seconds are the processor's, medians of
 turns in which both ways are measured once; apart: the length of the gradient's difference as a share of its own.
 """
 
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from packed import gradient_of, loss, seconds
 from scaling import by_turns
 from step import add_gradient
@@ -71,8 +70,9 @@ def one_state(states, index):
 
 
 def build(width, layers, words):
-    """A random Qwen3."""
-    config = transformers.Qwen3Config(
+    """A random SDAR."""
+    config = architecture.SDARConfig(
+        block_size=4,
         vocab_size=words,
         hidden_size=width,
         intermediate_size=3 * width,
@@ -81,14 +81,8 @@ def build(width, layers, words):
         num_key_value_heads=width // 64 or 1,
         head_dim=32,
     )
-    config.is_causal = config.use_cache = False
     torch.manual_seed(0)
-    model = transformers.Qwen3ForCausalLM._from_config(config, attn_implementation=attention.NAME)
-    for module in model.modules():
-        if hasattr(module, "is_causal"):
-            module.is_causal = False
-    model.joins_rows = True
-    return architecture.adapt(model, shift=False)
+    return architecture.build(config, torch.float32, shift=False)
 
 
 def measure(prompt, response, size, S, args):

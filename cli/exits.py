@@ -12,7 +12,7 @@ import sys
 import traceback
 
 from cli import out_of_memory
-from files import InputError, quoted, room_error
+from files import InputError, quoted, room_error, wrapped
 
 
 def early(check):
@@ -42,11 +42,16 @@ def flushed(function):
     except BrokenPipeError:  # who reads our output has gone, such as `head`
         close_stdout()
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        sys.exit(130)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if wrapped(error, is_interrupt):
+            print("stopped", file=sys.stderr, flush=True)
+            sys.exit(130)
         end_with(error)
+
+
+def is_interrupt(error):
+    """Whether an error is Ctrl-C. Python 3.11 wraps one that comes while a class body runs __set_name__()."""
+    return isinstance(error, KeyboardInterrupt)
 
 
 def end_if(reason):

@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-from files import InputError
+from files import InputError, wrapped
 
 # "out of memory": torch.OutOfMemoryError, "CUDA error: out of memory", NCCL's "Cuda failure 'out of memory'"
 WORDS = ("out of memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "_ALLOC_FAILED")
@@ -58,9 +58,7 @@ def note_pass(tokens, least, device):
 
 def cause(error):
     """The lack of memory that `error` is, or that a library wrapped into it; None if it is none."""
-    while error and not isinstance(error, InputError) and not is_lack_of_memory(error):
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return None if isinstance(error, InputError) else error
+    return wrapped(error, is_lack_of_memory)
 
 
 def is_lack_of_memory(error):

@@ -11,6 +11,7 @@ import sys
 import pytest
 from small import ROOT
 
+from cli import exits
 from files import quoted
 
 COMMANDS = ["data_prep", "score", "train_dpo", "make_prefs", "generate", "evaluate", "report"]
@@ -119,3 +120,16 @@ def test_streams_that_are_closed(closed):
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert done.returncode == 0 or closed == "| true" and done.returncode == 1
+
+
+def test_ctrl_c_in_a_class_body(capsys):
+    class Field:
+        def __set_name__(self, owner, name):
+            raise KeyboardInterrupt
+
+    def main():
+        type("Holder", (), {"field": Field()})
+
+    with pytest.raises(SystemExit) as end:
+        exits.flushed(main)
+    assert end.value.code == 130 and capsys.readouterr().err == "stopped\n"

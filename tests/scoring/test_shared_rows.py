@@ -8,10 +8,9 @@ import functools
 import numpy as np
 import pytest
 import torch
-import transformers
 
 import score
-from models import architecture, attention
+from models import architecture
 from models.families import Blocks, Masking
 from scoring import noise, recipe, states
 from scoring.window import Piece
@@ -28,8 +27,9 @@ KINDS = {
 
 @functools.cache
 def model():
-    """Qwen3, tiny and random, bidirectional unless its rows say more. It does not shift its logits."""
-    config = transformers.Qwen3Config(
+    """A tiny random SDAR: bidirectional unless its rows or its mask say more. It does not shift its logits."""
+    config = architecture.SDARConfig(
+        block_size=4,
         vocab_size=WORDS,
         hidden_size=32,
         intermediate_size=48,
@@ -39,14 +39,8 @@ def model():
         head_dim=8,
         initializer_range=0.3,
     )
-    config.is_causal = config.use_cache = False
     torch.manual_seed(0)
-    made = transformers.Qwen3ForCausalLM._from_config(config, attn_implementation=attention.NAME)
-    for module in made.modules():
-        if hasattr(module, "is_causal"):
-            module.is_causal = False
-    made.joins_rows = True
-    return architecture.adapt(made, shift=False)
+    return architecture.build(config, torch.float32, shift=False)
 
 
 def text(P, n, seed=0):
