@@ -112,8 +112,14 @@ def test_launch_goes_on_with_less(home, tmp_path):
     "full, tokens, code, words",
     [
         (("train_dpo.py", 0, "forward", 60), LONGEST, 3, "A forward pass holds the longest row alone"),
-        (("train_dpo.py", 1, "forward", 30), TOKENS, 3, "error (rank 1): the card's memory ran out"),
-        (("train_dpo.py", 1, "kill", 30), TOKENS, 137, "error: killed (SIGKILL): most likely the host ran out"),
+        pytest.param(
+            *(("train_dpo.py", 1, "forward", 30), TOKENS, 3, "error (rank 1): the card's memory ran out"),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            *(("train_dpo.py", 1, "kill", 30), TOKENS, 137, "error: killed (SIGKILL): most likely the host ran out"),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_launch_stops(home, tmp_path, full, tokens, code, words):

@@ -76,6 +76,7 @@ def launch(command, **variables):
     return subprocess.run(command, env=shell_environment(**variables), capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_two_launchers_and_a_host_file(home, tmp_path):
     """Two hosts, here loopback addresses, started by hand, and by HOSTFILE through ssh (a stand-in that runs it here).
 
