@@ -81,6 +81,7 @@ def test_too_few_pairs(home, capsys):
     assert "0 pairs have responses" in said
 
 
+@pytest.mark.long
 def test_block_models(tmp_path):
     """Every way is unbiased but for its noise, and with the levels of a block enumerated there is none in the level."""
     path = tmp_path / "table.json"

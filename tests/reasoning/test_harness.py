@@ -334,6 +334,7 @@ def test_lm_eval_logiqa(lm_evaluated, tiny):
 
 
 @needs_lm_eval
+@pytest.mark.long
 def test_evaluate_runs_lm_evals_tasks_side_by_side(lm_evaluated, tiny_dir, monkeypatch, capsys):
     """The verdicts of lm_eval's command line; two models on the same documents beside a task of ours; resumed."""
     import datasets
