@@ -71,7 +71,7 @@ import numpy as np
 
 import files
 from models import architecture, families, folders, tokenization
-from preferences import forms, packed, rows, summary
+from preferences import forms, packed, rows, several, summary
 from preferences.encoding import encode_rows, make_encoder, refuse_ids_beyond
 from preferences.sources import LeftOut
 
@@ -141,6 +141,8 @@ def prepare(args, encoder):
     path, stop = args.preference_data_path, args.on_bad_row == "stop"
     table = sources.read_rows(path, args.split)
     columns, form = forms.find_columns(args.task, table, forms.parse_columns(args.columns, args.task), path)
+    if args.task == "preferences":
+        table, columns = several.one_pair_each(table, columns)
     read = rows.demonstration if args.task == "sft" else rows.preference
     no_template = "this tokenizer has none" if args.template != "none" else "--template none was given"
     for row in table:

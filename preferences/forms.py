@@ -1,53 +1,64 @@
 """Which form a file of rows has, recognised by its columns; rows.py reads the rows.
 
-FORMS has the forms of preferences and of SFT rows under the names that data_prep.py prints. A form that differs from
-these in its column names alone needs an entry there and nothing else. A/B forms have two responses and a column that
-says which one is preferred; their columns are put together from SIDES, PREFERENCE and ASKED.
+A form of preferences is a column of ASKED, or none, with two columns of ANSWERS; an A/B form has two responses of SIDES
+and what says which one is preferred; a ranked form has one list of responses with ranks. A form that differs from these
+in its column names alone needs an entry there and nothing else. The names of the columns are the name of the form,
+which data_prep.py prints.
 """
 
 import itertools
 import json
+import math
+import re
 
 from files import InputError, shorten
-from preferences.sources import kind
+from preferences.sources import as_text, kind
 
 COLUMNS = {"preferences": ("prompt", "chosen", "rejected"), "sft": ("prompt", "response")}  # what a row holds, by task
 
-# {task: {form: the columns that hold COLUMNS[task]}}; None: no prompt column, the responses are whole dialogues
-FORMS = {
-    "preferences": {
-        "OpenAI preference": ("input", "preferred_output", "non_preferred_output"),
-        "prompt, chosen, rejected": ("prompt", "chosen", "rejected"),
-        "LLaMA-Factory conversations": ("conversations", "chosen", "rejected"),
-        "LLaMA-Factory instruction": ("instruction", "chosen", "rejected"),
-        "question, chosen, rejected": ("question", "chosen", "rejected"),
-        "query, chosen, rejected": ("query", "chosen", "rejected"),
-        "input, chosen, rejected": ("input", "chosen", "rejected"),
-        "question, response_j over response_k": ("question", "response_j", "response_k"),
-        "implicit prompt": (None, "chosen", "rejected"),
-    },
-    "sft": {
-        "prompt, response": ("prompt", "response"),
-        "prompt, completion": ("prompt", "completion"),  # TRL's
-        "question, answer": ("question", "answer"),  # GSM8K's
-        "instruction, output": ("instruction", "output"),  # Alpaca's
-        "messages": (None, "messages"),
-        "conversations": (None, "conversations"),  # ShareGPT's
-    },
-}
+# names of the prompt's column, the first that a file has
+ASKED = ("prompt", "question", "instruction", "query", "input", "conversations", "conversation", "messages")
+ASKED += ("history", "context")
+# two columns of responses, the better first. None of ASKED may be there: the responses are whole dialogues
+ANSWERS = (
+    ("chosen", "rejected"),
+    ("preferred_output", "non_preferred_output"),  # OpenAI's
+    ("chosen_messages", "rejected_messages"),  # LLaMA-Factory's v1
+    ("chosen_response", "rejected_response"),  # Argilla's, axolotl's
+    ("response", "rejected_response"),  # ms-swift's
+    ("messages", "rejected_response"),  # ms-swift's: messages end in the better response
+    ("messages", "rejected_messages"),
+    ("response_j", "response_k"),  # stack-exchange-paired
+)
+# columns of SFT rows. None: no prompt column, the response is the last of the messages
+DEMONSTRATIONS = (
+    *itertools.product(("prompt", "question", "instruction", "query"), ("response", "completion", "answer", "output")),
+    ("input", "output"),
+    (None, "messages"),
+    (None, "conversations"),  # ShareGPT's
+    (None, "conversation"),
+)
 # columns that belong to the prompt where its column is named so: Alpaca's and LLaMA-Factory's
 PROMPT_PARTS = {"instruction": ("input", "history")}
 
-ASKED = ("prompt", "question", "instruction", "query", "input", "history", "context")  # prompt columns of A/B forms
 PREFERENCE = ("preference", "preferred", "winner", "choice", "better_response_id", "label", "labels")
+STRENGTH = ("preference_strength", "overall_preference")  # HelpSteer's: below 0 the first is better, above 0 the second
+WINNERS = ("winner_model_a", "winner_model_b")  # Chatbot Arena's: 1 in the column of the winner, 0 in both for a tie
 # two response columns, and what a preference column calls the first and the second (beside the columns' own names)
 SIDES = {}
 for _name in ("response", "answer", "completion", "output"):
     SIDES[f"{_name}_a", f"{_name}_b"] = SIDES[f"{_name}_A", f"{_name}_B"] = (("a", "model_a"), ("b", "model_b"))
-    SIDES[f"{_name}_0", f"{_name}_1"] = (("0",), ("1",))
-    SIDES[f"{_name}_1", f"{_name}_2"] = (("1",), ("2",))
+    SIDES[f"{_name}_0", f"{_name}_1"] = SIDES[f"{_name}0", f"{_name}1"] = (("0",), ("1",))
+    SIDES[f"{_name}_1", f"{_name}_2"] = SIDES[f"{_name}1", f"{_name}2"] = (("1",), ("2",))
 SIDES["human_ref_A", "human_ref_B"] = (("1",), ("0",))  # SHP: labels is 1 where A is preferred
 SIDES["conversation_a", "conversation_b"] = (("model_a", "a"), ("model_b", "b"))  # Chatbot Arena: whole dialogues
+RANKED = (
+    "answers",
+    "responses",
+    "completions",
+    "candidates",
+)  # lists of {TEXTS: text, "rank": 1 for the best}; Nectar's
+TEXTS = ("answer", "response", "completion", "text", "content")
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # turns of hh-rlhf's dialogues, which are strings
 
@@ -55,6 +66,7 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # turns of hh-rlhf's dialogue
 PROMPTS = {*ASKED, "user", "user_prompt", "messages", "conversation", "conversations", "problem", "text"}
 MORE = ("input", "history", "context")
 JUDGED = ("label", "score", "rating")
+WORSE = re.compile("reject|worse|dispreferred|disliked|bad", re.I)  # names of columns of rejected responses
 SINGLE = {"response", "completion", "answer", "output", "messages"}  # columns of SFT rows
 
 
@@ -73,20 +85,19 @@ def parse_columns(text, task):
 def find_columns(task, rows, given, path):
     """(columns, form): the file's column for each of COLUMNS[task], and the name of the form.
 
-    Without "prompt" the responses are whole dialogues. An A/B form has "first", "second" and "preference" in place of
-    "chosen" and "rejected". given: the columns that --columns names. Raises InputError where no form fits, and where a
+    Without "prompt" the responses are whole dialogues. In place of "chosen" and "rejected", an A/B form has "first",
+    "second" and "preference" (or "first_wins" and "second_wins"), and a ranked form has "ranked".
+
+    given: the columns that --columns names. Raises InputError where no form fits, and where a
     column that no one would read may matter.
     """
     present = list(dict.fromkeys(name for row in objects(rows) for name in row.value))
     for name in given.values():
         if present and name not in present:
             raise InputError(f"{path}: no column '{name}'; the columns are {listed(present)}")
-    candidates = []
-    for form, names in FORMS[task].items():
-        columns = {ours: theirs for ours, theirs in zip(COLUMNS[task], names) if theirs}
-        candidates.append((form, columns | given))
-    if task == "preferences" and present and not given:
-        candidates += ab_forms(set(present))
+    candidates = [(form, columns | given) for form, columns in forms_of(task)]
+    if task == "preferences" and not {"chosen", "rejected"} & given.keys():
+        candidates += [(form, columns | given) for form, columns in judged_forms(rows, given)]
     if not (found := choose(candidates, rows, set(present))):
         expected = ",".join(f"{name}=..." for name in COLUMNS[task])
         raise InputError(
@@ -94,8 +105,8 @@ def find_columns(task, rows, given, path):
             f"name yours with --columns {expected}, or rewrite the rows so"
         )
     form, columns = found
-    if "first" in columns:
-        refuse_zero(rows, columns, path)
+    if columns.get("preference") in PREFERENCE:
+        refuse_other_numbers(rows, columns, path)
     elif task == "preferences" and "prompt" not in columns:
         refuse_other_prompt(rows, present, columns, path)
     elif task == "sft" and not given:
@@ -113,15 +124,37 @@ def listed(names):
     return shorten(", ".join(name if name.isprintable() else json.dumps(name) for name in names), 300)
 
 
-def ab_forms(present):
-    """Yields (form, columns) of every A/B form that these columns may be."""
-    for (first, second), preference in itertools.product(SIDES, PREFERENCE):
-        form = f"A/B ({first}, {second}, preferred by {preference})"
-        columns = {"first": first, "second": second, "preference": preference}
-        prompts = [{}] if first == "conversation_a" else [{"prompt": name} for name in ASKED]
-        for prompt in prompts:
-            if present.issuperset([*prompt.values(), *columns.values()]):
-                yield form, prompt | columns
+def forms_of(task):
+    """Yields (form, columns) of the forms that their columns alone tell."""
+    several = DEMONSTRATIONS
+    if task == "preferences":
+        several = [(prompt, *pair) for pair in ANSWERS for prompt in (*ASKED, None) if prompt not in pair]
+    for names in several:
+        columns = {ours: theirs for ours, theirs in zip(COLUMNS[task], names) if theirs}
+        yield ", ".join(columns.values()), columns
+
+
+def judged_forms(rows, given):
+    """Yields (form, columns) of the A/B forms and ranked forms that the rows may have."""
+    present = {name for row in objects(rows) for name in row.value}
+    prompts = [{}] if "prompt" in given else [{"prompt": name} for name in ASKED if name in present]
+    for first, second in SIDES:
+        sides = {"first": first, "second": second}
+        if not present.issuperset(sides.values()):
+            continue
+        which = [{"preference": name} for name in (*PREFERENCE, *STRENGTH) if name in present]
+        if present.issuperset(WINNERS):
+            which.append(dict(zip(("first_wins", "second_wins"), WINNERS)))
+        for preference, prompt in itertools.product(which, [{}] if first == "conversation_a" else prompts):
+            yield f"A/B ({first}, {second}, preferred by {', '.join(preference.values())})", prompt | sides | preference
+    for name, prompt in itertools.product(RANKED, prompts):
+        if 2 * sum(is_ranked(row.value.get(name)) for row in objects(rows)) >= len(objects(rows)) > 0:
+            yield f"ranked ({name})", prompt | {"ranked": name}
+
+
+def is_ranked(answers):
+    """Whether a value is a list of responses with ranks."""
+    return isinstance(answers, list) and any(isinstance(each, dict) and "rank" in each for each in answers)
 
 
 def choose(candidates, rows, present):
@@ -146,20 +179,23 @@ def why_unknown(task, present):
     two_responses = any(present.issuperset(pair) for pair in SIDES)
     if present >= {"completion", "label"}:
         return "these are single judged responses, and DPO needs pairs (make_prefs.py --strategy label makes them)"
-    if not two_responses and not present & {"chosen", "rejected"} and present & SINGLE:
+    if not two_responses and present & SINGLE and not any(WORSE.search(name) for name in present):
         return "these look like single responses, which --task sft packs"
     if two_responses and present.intersection(ASKED):
-        return f"two responses, and no column that says which is preferred ({', '.join(PREFERENCE)})"
+        return f"two responses, and no column that says which is preferred ({', '.join((*PREFERENCE, *STRENGTH))})"
     return "no known form has these columns"
 
 
-def refuse_zero(rows, columns, path):
-    """Refuse 0 beside 1 and 2, which name the two responses: where there is a 0, 1 may be either of them."""
+def refuse_other_numbers(rows, columns, path):
+    """Refuse numbers beside the two that name the responses: 1 may be either of them then, or a strength."""
     first, second, preference = columns["first"], columns["second"], columns["preference"]
-    words = {word_of(row.value.get(preference)) for row in objects(rows)}
-    if SIDES[first, second] == (("1",), ("2",)) and "0" in words:
+    names = sorted(word for words in SIDES[first, second] for word in words if word.isdigit())
+    words = {word_of(row.value.get(preference)) for row in objects(rows)} - {"0.5", *names}
+    others = sorted(word for word in words if math.isfinite(number_or_nan(word)))
+    if names and others:
         raise InputError(
-            f"{path}: '{preference}' is 0 in some rows, which names neither {first} nor {second}; rewrite it as 1 or 2"
+            f"{path}: '{preference}' is {others[0]} in some rows, which names neither {first} nor {second}; write "
+            f"{' or '.join(names)}, or if numbers below 0 prefer {first}, call the column {STRENGTH[0]}"
         )
 
 
@@ -172,23 +208,36 @@ def word_of(preference):
     return str(preference).strip().lower()
 
 
+def number_or_nan(value):
+    """A preference as a number; NaN if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def refuse_other_prompt(rows, present, columns, path):
-    """Refuse responses that are not whole dialogues, without a prompt, beside a column that may hold the prompt."""
-    sides = [row.value.get(columns["chosen"]) for row in objects(rows)]
-    if all(is_dialogue(side) for side in sides if side and isinstance(side, (str, list))):
+    """Refuse rows without a prompt that are not whole dialogues: how two responses begin alike is no prompt."""
+    tables, sides = objects(rows), (columns["chosen"], columns["rejected"])
+    bare = [row for row in tables if not holds_prompt(*(row.value.get(name) for name in sides))]
+    if not bare or 2 * len(bare) < len(tables):
         return
-    for name in present:
-        if name.lower() in PROMPTS:
-            sentence = (
-                f"a column '{name}' beside {columns['chosen']} and {columns['rejected']}, which are not whole "
-                f"dialogues; if it holds the prompt: --columns prompt={name}; if not, leave it out of the file"
-            )
-            refuse_or_leave_out(rows, name, path, sentence)
+    length = {name: sum(len(as_text(row.value.get(name))) for row in tables) for name in present if name not in sides}
+    longest = max(length, key=length.get, default="")
+    way = f"if '{longest}' does: --columns prompt={longest}" if length else "write it into a column 'prompt'"
+    raise InputError(
+        f"{path}: {' and '.join(sides)} are not whole dialogues, and no known column holds the prompt; {way}"
+    )
 
 
-def is_dialogue(side):
-    """Whether a response holds the turns before it, too."""
-    return side.startswith(HUMAN) if isinstance(side, str) else len(side) > 1
+def holds_prompt(chosen, rejected):
+    """Whether two responses hold the turns before them, or are of no type that could."""
+    sides = [side.get("messages", [side]) if isinstance(side, dict) else side for side in (chosen, rejected)]
+    if not all(side and isinstance(side, (str, list)) for side in sides):
+        return True  # rows.py names what is wrong
+    if all(isinstance(side, str) for side in sides):
+        return all(side.startswith(HUMAN) for side in sides)
+    return any(isinstance(side, list) and len(side) > 1 for side in sides)
 
 
 def refuse_unread(rows, columns, path):

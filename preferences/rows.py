@@ -6,29 +6,52 @@
 A prompt is a string or a list of messages, a response a string. chat: the tokenizer has a chat template. In a column:
     strings             as they are
     messages            {role, content} or {from, value}, one or a list; the content a string or a list of text parts
-    whole dialogues     messages of which the last is the response; "\\n\\nHuman: ...\\n\\nAssistant: ..." strings;
-                        texts with a common beginning, which is the prompt
+    whole dialogues     messages of which the last is the response; "\\n\\nHuman: ...\\n\\nAssistant: ..." strings
+    lists of strings    the turns of an A/B row: questions in the prompt, answers in each response (Chatbot Arena)
     instruction         Alpaca's and LLaMA-Factory's: `input` is joined by a newline, `history` comes before it
 A `system` column comes before the prompt.
 """
 
+import itertools
 import json
+import math
 import os
 import re
 
 from files import shorten
-from preferences.forms import ASSISTANT, HUMAN, PROMPT_PARTS, SIDES, listed, word_of
+from preferences.forms import ASSISTANT, HUMAN, PROMPT_PARTS, SIDES, STRENGTH, listed, number_or_nan, word_of
 from preferences.sources import LeftOut, Malformed, as_text, kind
 
-TIES = {"", "none", "null", "nan", "tie", "both", "neither", "equal", "same", "0.5", "tie (bothbad)"}
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-ROLES |= {"system": "system", "developer": "system"}
+# preferences for neither, as letters alone: "tie (bothbad)" is "tiebothbad"
+TIES = {
+    "",
+    "none",
+    "null",
+    "nan",
+    "tie",
+    "tied",
+    "draw",
+    "both",
+    "neither",
+    "equal",
+    "same",
+    "05",
+    "bothbad",
+    "bothgood",
+}
+TIES |= {"tiebothbad", "bothequal", "equallygood", "equallybad", "nopreference", "notsure"}
+ROLES = dict.fromkeys(("user", "human", "prompter"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "bard", "bing", "model"), "assistant")
+ROLES |= dict.fromkeys(("system", "developer"), "system")
 
 
 def preference(row, columns, chat):
     """(prompt, [chosen, rejected]) of a row; raises LeftOut."""
     require(row, columns)
-    names = resolve(row, columns) if "first" in columns else (columns["chosen"], columns["rejected"])
+    if "first" in columns:
+        names, row = resolve(row, columns), with_turns(row, columns)
+    else:
+        names = columns["chosen"], columns["rejected"]
     prompt = question(row, columns["prompt"]) if "prompt" in columns else None
     sides = [conversation(row[name], name) for name in names]
     if not all(isinstance(side, str) for side in sides):
@@ -73,14 +96,61 @@ def require(row, columns):
 
 def resolve(row, columns):
     """(chosen, rejected): the columns of an A/B row; raises LeftOut where neither is preferred."""
-    first, second, preference = columns["first"], columns["second"], row[columns["preference"]]
-    word = word_of(preference)
-    if word in TIES:
-        raise LeftOut("no preference", f"'{columns['preference']}' is {shown(preference)}")
-    is_first, is_second = (word in {name.lower(), *words} for name, words in zip((first, second), SIDES[first, second]))
-    if is_first == is_second:
-        raise Malformed(f"expected '{columns['preference']}' to name {first} or {second}, found {shown(preference)}")
-    return (first, second) if is_first else (second, first)
+    first, second = columns["first"], columns["second"]
+    name = columns.get("preference") or columns["first_wins"]
+    preference, word = row[name], word_of(row[name])
+    # 1. Below 0 the first is better, above 0 the second; NaN where the preference does not say
+    if "first_wins" in columns:
+        strength = number_or_nan(row[columns["second_wins"]]) - number_or_nan(preference)
+    elif name in STRENGTH:
+        strength = number_or_nan(preference)
+    else:
+        sides = zip((first, second), SIDES[first, second])
+        is_first, is_second = (word in {side.lower(), *words} for side, words in sides)
+        strength = is_second - is_first if is_first != is_second else math.nan
+    # 2. What to do with it
+    if strength == 0 or math.isnan(strength) and re.sub(r"\W|_", "", word) in TIES:
+        raise LeftOut("no preference", f"'{name}' is {shown(preference)}")
+    if not math.isfinite(strength):
+        raise Malformed(f"expected '{name}' to name {first} or {second}, found {shown(preference)}")
+    return (first, second) if strength < 0 else (second, first)
+
+
+def with_turns(row, columns):
+    """An A/B row whose turns are lists of strings, questions in the prompt and answers in each response, as dialogues.
+
+    Chatbot Arena's three columns of winners come with such lists written as JSON.
+    """
+    names = [columns[name] for name in ("prompt", "first", "second") if name in columns]
+    turns = [row[name] for name in names]
+    if "first_wins" in columns:
+        turns = [strings_of(value) for value in turns]
+    if not all(isinstance(each, list) and each and all(isinstance(text, str) for text in each) for each in turns):
+        return row
+    asked, *answered = turns
+    if {len(each) for each in answered} != {len(asked)}:
+        raise Malformed(f"expected as many answers as questions in '{names[0]}', found {shown(turns)}")
+    if len(asked) == 1:
+        return row | dict(zip(names, (text for [text] in turns)))
+    sides = [list(itertools.chain(*zip(map(user, asked), map(assistant, each)))) for each in answered]
+    return row | dict(zip(names, ([user(text) for text in asked], *sides)))
+
+
+def strings_of(value):
+    """The list that a text of JSON holds, else the value."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, list) else value
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
 
 
 def question(row, name):
@@ -96,8 +166,8 @@ def question(row, name):
         raise Malformed(f"expected 'history' to be a list of [question, answer], found {shown(history)}")
     messages = []
     for asked, answered in history:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return conversation([*messages, {"role": "user", "content": prompt}], "history")
+        messages += [user(asked), assistant(answered)]
+    return conversation([*messages, user(prompt)], "history")
 
 
 def text_or_nothing(row, name):
@@ -138,16 +208,17 @@ def message(value, column):
         raise Malformed(
             f"expected messages with a string '{names[0]}' and '{names[1]}' in '{column}', found {shown(value)}"
         )
-    if role not in ROLES:
+    if role.lower() not in ROLES:
         raise Malformed(f"expected a role of system, user or assistant in '{column}', found {json.dumps(role)}")
-    return {"role": ROLES[role], "content": content}
+    return {"role": ROLES[role.lower()], "content": content}
 
 
 def joined_parts(content):
     """The text of a content given as a list of text parts; anything else as it is."""
     if not isinstance(content, list) or not content:
         return content
-    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [part.get("text", part.get("value")) for part in parts]  # LLaMA-Factory's have a value
     if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
         return content
     return "".join(texts)
@@ -160,24 +231,32 @@ def require_assistant(last, name):
 
 def split_messages(prompt, chosen, rejected):
     """Responses given as messages: the last of each is the response, the others, the same in both, are the prompt."""
-    chosen, rejected = (
-        [{"role": "assistant", "content": side}] if isinstance(side, str) else side for side in (chosen, rejected)
-    )
-    require_assistant(chosen[-1], "chosen")
-    require_assistant(rejected[-1], "rejected")
-    head = chosen[:-1]
-    if head != rejected[:-1]:
+    sides = [[assistant(side)] if isinstance(side, str) else side for side in (chosen, rejected)]
+    dialogues = [side for side in sides if len(side) > 1]
+    if len(dialogues) == 1:  # the other one is an answer to the same: ms-swift's
+        sides = [side if len(side) > 1 else [*dialogues[0][:-1], *side] for side in sides]
+    for side, name in zip(sides, ("chosen", "rejected")):
+        require_assistant(side[-1], name)
+    head = sides[0][:-1]
+    if head != sides[1][:-1]:
         raise Malformed("expected chosen and rejected to share all messages but the last, found other messages")
     if prompt is None and not head:
         raise Malformed("expected a prompt column or leading messages that chosen and rejected share, found neither")
     if prompt is not None and head:  # whole dialogues beside a prompt, as in ultrafeedback_binarized: they must agree
-        asked = [said["content"].strip() for said in head if said["role"] == "user"]
-        if prompt != head and not (isinstance(prompt, str) and prompt.strip() in asked):
+        if not repeats(prompt, head, sides):
             raise Malformed(
-                f"expected one assistant message in 'chosen', found {len(chosen)} messages that do not "
+                f"expected one assistant message in 'chosen', found {len(sides[0])} messages that do not "
                 "repeat the prompt"
             )
-    return head or prompt, [chosen[-1]["content"], rejected[-1]["content"]]
+    return head or prompt, [side[-1]["content"] for side in sides]
+
+
+def repeats(prompt, head, dialogues):
+    """Whether a prompt says nothing but what is in the dialogues: their beginning, a question, or one of them."""
+    asked = [said["content"].strip() for said in head if said["role"] == "user"]
+    if isinstance(prompt, str):
+        return prompt.strip() in asked
+    return prompt in [head, [said for said in head if said["role"] != "system"], *dialogues]
 
 
 def finished(row, prompt, responses, chat):
@@ -203,7 +282,7 @@ def with_system(prompt, system):
     """`prompt` with the text of a system column before it, unless it has a system message already."""
     if not system or not system.strip():
         return prompt
-    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    messages = prompt if isinstance(prompt, list) else [user(prompt)]
     return prompt if messages[0]["role"] == "system" else [{"role": "system", "content": system}, *messages]
 
 
@@ -211,20 +290,15 @@ def with_system(prompt, system):
 
 
 def split_text(chosen, rejected):
-    """(prompt, [chosen, rejected]) of whole dialogues as strings: their common beginning, and the rest of each."""
+    """(prompt, [chosen, rejected]) of hh-rlhf's dialogues: their common beginning, and the last answer of each."""
     shared = os.path.commonprefix([chosen, rejected])
-    if chosen.startswith(HUMAN) and rejected.startswith(HUMAN):
-        end = shared.rfind(ASSISTANT) + len(ASSISTANT)
-        rest = [chosen[end:], rejected[end:]]
-        if ASSISTANT not in shared or any(turn in side for turn in (HUMAN, ASSISTANT) for side in rest):
-            raise Malformed("expected dialogues that share all but the last assistant turn, found more that differs")
-        return chosen[:end], rest
-    end = len(shared)
-    if not all(side[end : end + 1].isspace() for side in (chosen, rejected)):  # in a word: back to the space before it
-        while end and not shared[end - 1].isspace():
-            end -= 1
-    end = len(shared[:end].rstrip())
-    return chosen[:end], [chosen[end:], rejected[end:]]
+    end = shared.rfind(ASSISTANT) + len(ASSISTANT)
+    rest = [chosen[end:], rejected[end:]]
+    if not shared.startswith(HUMAN) or ASSISTANT not in shared:
+        raise Malformed("expected a prompt column, or dialogues that share all but the last assistant turn")
+    if any(turn in side for turn in (HUMAN, ASSISTANT) for side in rest):
+        raise Malformed("expected dialogues that share all but the last assistant turn, found more that differs")
+    return chosen[:end], rest
 
 
 def dialogue(prompt):

@@ -1,9 +1,12 @@
-"""Where rows come from: a .jsonl, .json or .parquet file, or a data set of the Hub ("org/name"), through `datasets`.
+"""Where rows come from: .jsonl, .json, .parquet or .arrow files, or a data set of the Hub ("org/name").
 
 Every row of a source becomes a Row. A row that is not JSON is marked malformed, so that it can be listed with its line.
-A source that cannot be read is refused. forms.py and rows.py say what a row must hold.
+Messages that are written as JSON, in a column of texts or in a Json feature of `datasets`, are read. A source that
+cannot be read is refused. forms.py and rows.py say what a row must hold.
 """
 
+import ast
+import itertools
 import json
 import os
 import re
@@ -16,7 +19,7 @@ import jsonlines
 from files import InputError, each_once, file_sha256, no_room, shorten
 from models.folders import downloading
 
-ENDINGS = (".jsonl", ".json", ".parquet")
+ENDINGS = (".jsonl", ".json", ".parquet", ".arrow")
 KINDS = {
     type(None): "null",
     bool: "a boolean",
@@ -53,6 +56,8 @@ class Malformed(LeftOut):
 
 
 def kind(value):
+    if isinstance(value, Unlike):
+        return value.found
     return KINDS.get(type(value), f"a {type(value).__name__}")
 
 
@@ -71,48 +76,63 @@ def one_line(error, most=120):
 def read_rows(path, split="train"):
     """Every row of the source as a Row, those that are not JSON marked malformed. Blank lines are not rows."""
     if not is_file(path):
-        return numbered(hub_rows(path, split))
-    readers = {".parquet": read_parquet, ".json": read_json, ".jsonl": read_jsonl}
-    if (ending := next((each for each in ENDINGS if path.endswith(each)), None)) is None:
+        rows = numbered(hub_rows(path, split))
+    elif (ending := next((each for each in ENDINGS if path.endswith(each)), None)) is None:
         raise InputError(
-            f"{path}: expected a file that ends in .jsonl (one object per line), .json (a list) or .parquet"
+            f"{path}: expected a file that ends in .jsonl (one object per line), .json (a list), .parquet or .arrow"
         )
-    try:
-        return readers[ending](path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)})") from None
+    else:
+        try:
+            rows = read_json(path, ending) if ending.startswith(".json") else read_arrow(path, ending)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({one_line(error)})") from None
+    read_messages(rows)
+    return rows
 
 
 def numbered(values):
     return [Row(number, value) for number, value in enumerate(values, 1)]
 
 
-def read_parquet(path):
-    import pyarrow.parquet  # here, not above: data_prep --reuse does not need it
+# --- JSON ---
 
+
+def read_json(path, ending):
+    """The rows of a file of one object a line, or of one list. The first line tells which, whatever the name says."""
+    with open(path, "rb") as file:
+        lines = list(itertools.islice((line for line in file if line.strip()), 2))
+    begins_with_a_row = isinstance(parsed(*lines[:1]), dict)
+    if begins_with_a_row and (ending == ".jsonl" or len(lines) > 1):
+        return read_lines(path)
+    content = Path(path).read_bytes()
+    if ending == ".jsonl":
+        value = parsed(content)
+        return numbered(rows_in(value)) if isinstance(value, dict) or is_table(value) else read_lines(path)
     try:
-        return numbered(pyarrow.parquet.read_table(path).to_pylist())
-    # beside arrow's own errors: strings that are not UTF-8, dates beyond Python's, unknown time zones
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
-        raise InputError(f"{path}: not a parquet file that can be read ({one_line(error)})") from None
-
-
-def read_json(path):
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=each_once)
+        value = parse(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path}: not valid JSON ({one_line(error)}); if it holds one object per line, name it .jsonl"
+            f"{path}: not valid JSON ({one_line(error)}); expected a list of rows, or one object a line"
         ) from None
-    if isinstance(value, dict):  # {"data": [...]}
-        tables = [each for each in value.values() if isinstance(each, list) and each and isinstance(each[0], dict)]
-        value = tables[0] if len(tables) == 1 else value
-    if not isinstance(value, list):
+    if not isinstance(value, (list, dict)):
         raise InputError(f"{path}: expected a list of rows, or an object that holds one, found {kind(value)}")
-    return numbered(value)
+    return numbered(rows_in(value))
 
 
-def read_jsonl(path):
+def rows_in(value):
+    """The rows of a list, of an object such as {"version": 1, "data": [...]}, or of an object that is the only row."""
+    if isinstance(value, list):
+        return value
+    tables = [each for each in value.values() if is_table(each)]
+    return tables[0] if len(tables) == 1 else [value]
+
+
+def is_table(value):
+    """Whether a value is a list of rows, and not one of messages."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and not is_messages(value)
+
+
+def read_lines(path):
     rows = []
     with open(path, "rb") as file, jsonlines.Reader(file, loads=parse) as reader:
         for number in range(1, sys.maxsize):
@@ -131,6 +151,115 @@ def read_jsonl(path):
 
 def parse(text):
     return json.loads(text, object_pairs_hook=each_once)
+
+
+def parsed(content=b""):
+    """The value of JSON as bytes, None where it is none."""
+    try:
+        return parse(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+
+
+# --- messages in texts ---
+
+
+@dataclass
+class Unlike:
+    """A text that the others of its column do not allow to be read."""
+
+    text: str
+    found: str
+
+    def __str__(self):
+        return self.text
+
+
+def read_messages(rows):
+    """Read messages that are written as JSON, or as Python writes them, in the columns of texts that hold them.
+
+    Half of a column's texts decide for all: a text of the other kind becomes an Unlike, which no form allows.
+    """
+    tables = [row.value for row in rows if isinstance(row.value, dict)]
+    for name in dict.fromkeys(name for table in tables for name in table):
+        texts = [table for table in tables if isinstance(table.get(name), str) and table[name].strip()]
+        like = [table for table in texts if looks_like_messages(table[name])]
+        if not like:
+            continue
+        is_column_of_messages = 2 * len(like) >= len(texts)
+        for table in texts if is_column_of_messages else like:
+            messages = written_messages(table[name])
+            if is_column_of_messages:
+                table[name] = messages or Unlike(table[name], "a text that is no JSON of messages, as others are")
+            elif messages:
+                table[name] = Unlike(table[name], "messages written as JSON, where others are texts")
+
+
+def looks_like_messages(text):
+    return bool(re.match(r"\s*(\[\s*)?\{", text) and re.search(r"""["'](role|from)["']\s*:\s*["']""", text))
+
+
+def written_messages(text):
+    """The messages that a text writes as JSON or as Python does, None where it does not."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            continue
+        return value if is_messages(value) else None
+    return None
+
+
+def is_messages(value):
+    """Whether a value is a message or a list of messages, of role and content or from and value."""
+    if isinstance(value, dict):
+        value = value.get("messages", [value])
+    names = ({"role", "content"}, {"from", "value"})
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(each, dict) and any(each.keys() >= pair for pair in names) for each in value)
+    )
+
+
+# --- tables of Arrow ---
+
+
+def read_arrow(path, ending):
+    """The rows of a .parquet file, or of an .arrow file of `datasets`; Json features as load_dataset gives them."""
+    import pyarrow.parquet  # here, not above: data_prep --reuse does not need it
+
+    try:
+        if ending == ".parquet":
+            table = pyarrow.parquet.read_table(path)
+        else:
+            with open(path, "rb") as file:
+                begins = file.read(6)
+            open_arrow = pyarrow.ipc.open_file if begins == b"ARROW1" else pyarrow.ipc.open_stream
+            table = open_arrow(path).read_all()
+        rows = table.to_pylist()
+        has_json = "arrow.json" in str(table.schema)
+        return numbered(decoded(row, table.schema) for row in rows) if has_json else numbered(rows)
+    # beside arrow's own errors: strings that are not UTF-8, dates beyond Python's, unknown time zones
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
+        raise InputError(f"{path}: not a {ending[1:]} file that can be read ({one_line(error)})") from None
+
+
+def decoded(row, fields):
+    """A struct with its values of Arrow's JSON type read. fields: the struct's fields."""
+    return {field.name: decoded_value(row[field.name], field.type) for field in fields}
+
+
+def decoded_value(value, arrow_type):
+    if value is None:
+        return None
+    if str(arrow_type) == "extension<arrow.json>":
+        return json.loads(value)
+    if str(arrow_type).startswith("struct"):
+        return decoded(value, arrow_type)
+    if str(arrow_type).startswith(("list", "large_list")):
+        return [decoded_value(each, arrow_type.value_type) for each in value]
+    return value
 
 
 def is_file(path):

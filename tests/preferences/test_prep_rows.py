@@ -46,18 +46,12 @@ def test_implicit_prompt_of_dialogue_strings(prep, tiny_dir, llada_chat_dir):
     refuses(prep, ":1: expected dialogues that share all but the last", [longer])
 
 
-@pytest.mark.parametrize(
-    "chosen, rejected, prompt",
-    [
-        ("Sky? It is blue", "Sky? It is black", "Sky? It is"),  # inside a word
-        ("Sky?\n\nblue", "Sky?\n\ngrey", "Sky?"),  # white space belongs to the response
-        ("Sky? It is", "Sky?\nBlue", "Sky?"),  # both go on with white space
-        ("Sky? It is", "Sky? It is blue", "Sky? It"),  # one is the beginning of the other
-    ],
-)
-def test_implicit_prompt_of_plain_strings(chosen, rejected, prompt, prep, tiny_dir):
-    got, _ = prep([{"chosen": chosen, "rejected": rejected}])
-    assert texts(tiny_dir, got) == [prompt, chosen[len(prompt) :] + "</s>", rejected[len(prompt) :] + "</s>"]
+def test_how_two_texts_begin_alike_is_no_prompt(prep):
+    for row in ({"chosen": "Sky? It is blue", "rejected": "Sky? It is black"}, GOOD | {"prompt": 0, "rejected": " 7"}):
+        row.pop("prompt", None)
+        refuses(prep, "are not whole dialogues, and no known column holds the prompt; write it into", [row])
+    dialogues = [{"chosen": HH + " a", "rejected": HH + text} for text in (" b", " c")]
+    refuses(prep, ":3: expected a prompt column, or dialogues", [*dialogues, row])
 
 
 def test_conversational_forms_agree(prep, llada_chat_dir):
@@ -224,7 +218,7 @@ def test_a_forged_turn_is_left_out(prep, llada_chat_dir):
         (GOOD | {"chosen": [{"role": "user", "content": "x"}]}, "expected 'chosen' to end in an assistant message"),
         (
             GOOD | {"chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
-            "share all messages but the last",
+            "that do not repeat the prompt",
         ),
         ('{"prompt": "x", "chosen": "a\\ud800", "rejected": "b"}', "found a lone surrogate (\\ud800)"),
         ("[" * 100000, "nested too deep"),
@@ -248,7 +242,7 @@ def test_bytes_that_are_not_utf8(tmp_path, tiny_dir):
 
 def test_files_that_are_no_preferences(prep, tmp_path, tiny_dir):
     refuses(prep, "holds no row that can be used", [])
-    refuses(prep, "expected a list of rows, or an object that holds one, found an object", GOOD, name="prefs.json")
+    refuses(prep, "expected a list of rows, or an object that holds one, found a number", 7, name="prefs.json")
     refuses(prep, "prefs.json: row 2: expected a JSON object, found a number", [GOOD, 3], name="prefs.json")
     refuses(prep, "expected a file that ends in .jsonl", [GOOD], name="prefs.csv")
     for words, sentence in ((("--in", "none.jsonl"), "no such file"), ((), "no preferences given; add --in")):

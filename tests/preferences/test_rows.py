@@ -28,7 +28,7 @@ def said(text):
 
 FORMS = {  # name in what is printed: (row, (prompt, [chosen, rejected]))
     "prompt, chosen, rejected": ({"prompt": "Q", "chosen": "good", "rejected": "bad"}, ("Q", ["good", "bad"])),
-    "LLaMA-Factory conversations": (
+    "conversations, chosen, rejected": (  # LLaMA-Factory
         {
             "conversations": [{"from": "human", "value": "Q"}],
             "chosen": {"from": "gpt", "value": "good"},
@@ -36,11 +36,11 @@ FORMS = {  # name in what is printed: (row, (prompt, [chosen, rejected]))
         },
         WANTED,
     ),
-    "LLaMA-Factory instruction": (
+    "instruction, chosen, rejected": (  # LLaMA-Factory
         {"instruction": "Add.", "input": "1 2", "chosen": "good", "rejected": "bad"},
         ("Add.\n1 2", ["good", "bad"]),
     ),
-    "OpenAI preference": (
+    "input, preferred_output, non_preferred_output": (  # OpenAI
         {
             "input": {"messages": USER, "tools": []},
             "preferred_output": said("good"),
@@ -52,7 +52,7 @@ FORMS = {  # name in what is printed: (row, (prompt, [chosen, rejected]))
         {"system": "S", "question": "Q", "chosen": "good", "rejected": "bad"},
         (SYSTEM, ["good", "bad"]),
     ),
-    "question, response_j over response_k": (
+    "question, response_j, response_k": (
         {"question": "Q", "response_j": "good", "response_k": "bad"},
         ("Q", ["good", "bad"]),
     ),
@@ -60,7 +60,7 @@ FORMS = {  # name in what is printed: (row, (prompt, [chosen, rejected]))
         {"system": "S", "input": "Q", "chosen": "good", "rejected": "bad"},
         (SYSTEM, ["good", "bad"]),
     ),
-    "implicit prompt": ({"chosen": USER + said("good"), "rejected": USER + said("bad")}, WANTED),
+    "chosen, rejected": ({"chosen": USER + said("good"), "rejected": USER + said("bad")}, WANTED),
     "A/B (response_a, response_b, preferred by preference)": ({**AB, "preference": "B"}, ("Q", ["second", "first"])),
     "A/B (output_1, output_2, preferred by preference)": (  # AlpacaFarm
         {"instruction": "Sort.", "input": "2 1", "output_1": "first", "output_2": "second", "preference": 1.0},
@@ -159,7 +159,7 @@ def test_history_is_part_of_the_prompt():
     }
     columns, form = forms.find_columns("preferences", [Row(1, row)], {}, "x")
     prompt, *_ = rows.preference(row, columns, True)
-    assert form == "LLaMA-Factory instruction"
+    assert form == "instruction, chosen, rejected"
     assert [each["content"] for each in prompt] == ["1?", "one", "2?", "two", "And 3?"] and prompt[-1]["role"] == "user"
     with pytest.raises(rows.Malformed) as error:
         rows.preference(row | {"history": [["1?"]]}, columns, True)
@@ -167,11 +167,13 @@ def test_history_is_part_of_the_prompt():
 
 
 def test_a_prompt_under_another_name_is_not_thrown_away(tmp_path, tiny_dir, capsys):
-    """Chosen and rejected that happen to begin alike are no dialogues: the question is not lost."""
+    """Chosen and rejected that happen to begin alike are no dialogues: how they begin is no prompt."""
     row = {"user_prompt": "Q", "chosen": " 7 + 5 = 12", "rejected": " 7 + 5 = 13"}
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
     argv = ["--in", tmp_path / "x.jsonl", "--out", tmp_path / "out", "--model_name_or_path", tiny_dir]
-    assert "a column 'user_prompt' beside" in refusal(data_prep.main, capsys, *argv)
+    said = refusal(data_prep.main, capsys, *argv)
+    assert "chosen and rejected are not whole dialogues, and no known column holds the prompt" in said
+    assert said.endswith("if 'user_prompt' does: --columns prompt=user_prompt")
     call(data_prep.main, *argv, "--columns", "prompt=user_prompt")
     assert packed.Packed(tmp_path / "out").meta["form"] == "--columns"
     beside = {
@@ -179,7 +181,7 @@ def test_a_prompt_under_another_name_is_not_thrown_away(tmp_path, tiny_dir, caps
         "chosen": "\n\nHuman: Q\n\nAssistant: good",
         "rejected": "\n\nHuman: Q\n\nAssistant: bad",
     }
-    assert forms.find_columns("preferences", [Row(1, beside)], {}, "x")[1] == "implicit prompt"
+    assert forms.find_columns("preferences", [Row(1, beside)], {}, "x")[1] == "chosen, rejected"
 
 
 def test_dates_beside_a_row_that_is_left_out(tiny_dir, tmp_path):
