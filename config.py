@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, Optional
 
+import losses
 from cli.parser import Parser, arg, names, number_or_auto
 from cli.yaml_file import yaml_as_flags
 from files import InputError
@@ -138,10 +139,15 @@ class TrainArguments:
     output_dir: str = arg(
         "runs/default", "folder of the run: log.jsonl, checkpoints/, final/", metavar="FOLDER", heading="Run"
     )
-    loss_type: Literal["sigmoid", "ipo", "hinge", "sft"] = arg(
+    loss_type: losses.loss_names = arg(
         "sigmoid",
-        "sigmoid: DPO; ipo; hinge; sft: masked-diffusion NLL of the chosen responses, or of rows of --task sft",
+        f"one of {', '.join(losses.LOSSES)}, or a sum of several with commas; sigmoid: DPO; sft: masked-diffusion NLL "
+        "of the chosen responses, or of rows of --task sft",
+        metavar="NAME,...",
         heading="Loss",
+    )
+    loss_weights: Optional[losses.loss_weights] = arg(
+        None, "weight of each loss of --loss_type, such as 1,0.1; default: 1 for each", metavar="X,..."
     )
     beta: float = arg(0.1, "DPO's beta: a larger value keeps the policy nearer to the reference")
     label_smoothing: float = arg(0.0, "probability that a preference is wrong (conservative DPO), from 0 to below 0.5")
@@ -327,13 +333,26 @@ def check(args):
             f"--num_train_epochs is {args.num_train_epochs} and --max_steps is {args.max_steps}, "
             "expected one of them more than 0"
         )
-    if args.label_smoothing and args.loss_type != "sigmoid":
+    check_losses(args, args.loss_type.split(","))
+
+
+def check_losses(args, chosen):
+    """Refuse arguments of a loss that is not `chosen`, a list of names."""
+    smoothing = [name for name, loss in losses.LOSSES.items() if loss.smooths]
+    if args.label_smoothing and not set(chosen) & set(smoothing):
         raise InputError(
-            f"--label_smoothing {args.label_smoothing} belongs to --loss_type sigmoid, not {args.loss_type}"
+            f"--label_smoothing {args.label_smoothing} belongs to --loss_type {', '.join(smoothing)}, "
+            f"not {args.loss_type}"
         )
-    if args.sft_weight and args.loss_type == "sft":
+    if args.sft_weight and "sft" in chosen:
         raise InputError(
-            f"--sft_weight {args.sft_weight} adds SFT to a preference loss; leave it out with --loss_type sft"
+            f"--sft_weight {args.sft_weight} adds SFT to a preference loss; leave it out with --loss_type "
+            f"{args.loss_type}"
+        )
+    count = len(args.loss_weights.split(",")) if args.loss_weights else len(chosen)
+    if count != len(chosen):
+        raise InputError(
+            f"--loss_weights {args.loss_weights}: {count} weights, --loss_type {args.loss_type} has {len(chosen)}"
         )
 
 

@@ -24,6 +24,7 @@ from files import InputError
 USED_DATA = {"max_length"}
 USED_TRAINING = {
     "loss_type",
+    "loss_weights",
     "backprop_steps",
     "sft_weight",
     "sft_pad_to",

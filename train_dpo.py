@@ -7,7 +7,7 @@
 
 L = -log sigmoid(beta * margin),  margin = (S(w) - S(l)) - (S_ref(w) - S_ref(l))   (Rafailov et al., arXiv 2305.18290)
 
-The loop is here: train(), optimizer_step(), evaluate(). The loss is in scoring/losses.py, the score S and its exact
+The loop is here: train(), optimizer_step(), evaluate(). The loss is in losses.py, the score S and its exact
 gradient in score.py, DeepSpeed's engine in training/engine.py. Policy and reference score the same masked states, so
 that the first step has margin 0 and loss ln 2; a run in which they differ is refused.
 """

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from fetches import Fetches
 from step import BETA, flops, wait
+from torch.nn.functional import logsigmoid
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -29,7 +30,7 @@ import config
 import score
 from models import lora, quantized
 from models.llada import LLaDAConfig, LLaDAModelLM
-from scoring import losses, noise, passes
+from scoring import noise, passes
 from scoring.states import States, response_states
 from scoring.window import Piece
 from training import deepspeed_config, engine, memory
@@ -124,7 +125,7 @@ def zero_loss(scores):
 
 
 def dpo_loss(scores):
-    return losses.sigmoid(scores[0] - scores[1], BETA)
+    return -logsigmoid(BETA * (scores[0] - scores[1]))
 
 
 class Work:

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from scaling import by_turns
 from step import BETA, MASK, add_gradient, build
+from torch.nn.functional import logsigmoid
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import files
 import score
 from models import checkpoint, tokenization
-from scoring import losses, noise
+from scoring import noise
 from scoring.states import response_states
 from scoring.window import Piece
 from training.engine import Ranks
@@ -46,7 +47,7 @@ class Work(NamedTuple):
 
 
 def loss(scores):
-    return losses.sigmoid(scores[0] - scores[1], BETA)
+    return -logsigmoid(BETA * (scores[0] - scores[1]))
 
 
 def states_of(prompt, sides, rng):

@@ -23,11 +23,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from step import BETA, MASK, PER_FORWARD, add_gradient, build, flops, wait
+from torch.nn.functional import logsigmoid
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import files
-from scoring import losses, noise
+from scoring import noise
 from scoring.states import response_states
 from scoring.window import Piece
 
@@ -66,7 +67,7 @@ def gradient_seconds(model, states, device):
 
 
 def loss(scores):
-    return losses.sigmoid(scores[0] - scores[1], BETA)
+    return -logsigmoid(BETA * (scores[0] - scores[1]))
 
 
 def by_turns(cases, run, turns, warm):

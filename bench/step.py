@@ -29,12 +29,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import logsigmoid
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import files
 import score
 from models.llada import LLaDAConfig, LLaDAModelLM
-from scoring import losses, noise
+from scoring import noise
 from scoring.states import response_states
 from scoring.window import Piece
 from training.engine import Ranks
@@ -152,7 +153,7 @@ def add_gradient(model, pieces, tokens_per_forward):
 
 def loss_of(scores, refs):
     """DPO's loss of the scores of chosen and rejected, and those of the reference."""
-    return losses.sigmoid((scores[0] - refs[0]) - (scores[1] - refs[1]), BETA)
+    return -logsigmoid(BETA * ((scores[0] - refs[0]) - (scores[1] - refs[1])))
 
 
 def matrix_rate(device, size=2048):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
+import losses
 from files import InputError, read_sealed
 from preferences.packed import Packed
 from reporting import jsonl, scored_pairs
@@ -50,9 +51,14 @@ class History:
         return args["loss_type"] == "sigmoid" and not args["label_smoothing"] and not args["sft_weight"]
 
     @property
+    def loss(self):
+        """The row of losses.LOSSES that rewards are shown for."""
+        return losses.leading(self.arguments["loss_type"])
+
+    @property
     def unit(self):
-        """What rewards are measured in: beta * (policy - reference), for ipo per token."""
-        return "nats per token" if self.arguments["loss_type"] == "ipo" else "nats"
+        """What rewards are measured in: beta * gain (losses.py)."""
+        return "nats per token" if self.loss.is_per_token else "nats"
 
     @property
     def reward_axis(self):

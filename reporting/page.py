@@ -100,7 +100,7 @@ def header(runs):
         return f"<header><h1>{len(runs)} runs</h1></header>"
     [run] = runs
     args = run.arguments
-    kind = "SFT" if run.sft else f"DPO ({args['loss_type']}, beta {args['beta']:g})"
+    kind = "SFT" if run.sft else f"{run.loss.label} ({args['loss_type']}, beta {args['beta']:g})"
     started = run.record["starts"][0]["time"][:16].replace("T", " ")
     about = f"{kind}, model {args['model_name_or_path']}, started {started}"
     return f"<header><h1>{say(run.name)}</h1>{soft(say(about))}</header>"

@@ -110,10 +110,10 @@ def scored(run, is_held_out, step, rows):
     tokens = None
     if run.packed and pair.max() < len(run.packed):
         tokens = np.diff(run.packed.bounds[pair, 1:], axis=1)  # (n, 2)
-    if run.arguments["loss_type"] == "ipo":  # whose rewards are per token
+    if run.loss.is_per_token:
         if tokens is None:
             run.missing.append(
-                "There are no margins of pairs: rewards of ipo are per token, and the packed arrays are gone."
+                "There are no margins of pairs: rewards of this loss are per token, and the packed arrays are gone."
             )
             return None
         rewards /= tokens[:, :, None]

@@ -1,7 +1,7 @@
 """What a training step scores, and the loss of those scores: a preference loss on a pair, SFT on a batch of rows.
 
 margin = (S(w) - S_ref(w)) - (S(l) - S_ref(l)),  L = -log sigmoid(beta * margin)     (Rafailov et al., arXiv 2305.18290,
-with S the stepwise denoising score of score.py). Noise and S_ref are replayed from disk. The losses: scoring/losses.py.
+with S the stepwise denoising score of score.py). Noise and S_ref are replayed from disk. The losses: losses.py.
 
 n response tokens, S states.
 """
@@ -11,9 +11,9 @@ import math
 import numpy as np
 import torch
 
+import losses
 from files import InputError, fingerprint
 from scoring import noise, recipe
-from scoring.losses import LOSSES
 from scoring.states import response_states, tokens_of
 from scoring.window import Piece
 
@@ -30,12 +30,12 @@ METRICS = (
 
 
 def counts(args, states, sft_states=1):
-    """(states of each response of a pair, those that carry the gradient); a third entry is --sft_weight's."""
+    """(states of each response of a pair, those that carry the gradient); a third entry is of the chosen's SFT row."""
     if not 0 <= args.backprop_steps <= states:
         raise InputError(
             f"--backprop_steps is {args.backprop_steps}, expected at most the {states} states of a response (0: all)"
         )
-    sft = [sft_states] if args.sft_weight else []
+    sft = [sft_states] if losses.has_nll(args) else []
     carrying = args.backprop_steps or states
     return [states, states, *sft], [carrying, carrying, *sft]
 
@@ -84,7 +84,7 @@ class Stream:
 
 
 class Preference:
-    """A preference loss on pairs: a piece of work is (pair index, epoch). sft: the noise of --sft_weight."""
+    """A preference loss on pairs: a piece of work is (pair index, epoch). sft: the noise of the chosen's SFT row."""
 
     least_tokens = 0  # of a response
 
@@ -94,8 +94,8 @@ class Preference:
         self.metrics = METRICS
         self.lengths = None
         self.lines = packed.lines()
-        self.loss_of_margin = LOSSES[args.loss_type]  # a name of config.py without a function fails here, at once
-        self.is_per_token = args.loss_type == "ipo"  # whose target 1 / (2 beta) is meant for means over tokens
+        self.terms, self.has_nll = losses.terms(args), losses.has_nll(args)
+        self.leading = losses.leading(args.loss_type)
         self.counts, self.carrying = counts(args, recipe.state_count(noise_args), sft.states)
 
     def work(self, batch):
@@ -107,14 +107,14 @@ class Preference:
         return Piece(self.responses(item), self.loss(item), scale)
 
     def responses(self, item):
-        """The States of chosen and rejected and, under sft_weight, the chosen's SFT row."""
+        """The States of chosen and rejected and, where a loss has_nll, the chosen's SFT row."""
         index, epoch = item
         prompt, *sides = self.packed[index]
         masks = self.reference.masks(index, epoch % self.noise.noise_sets)
         states = [recipe.replay(prompt, side, masked, self.noise, self.masking) for side, masked in zip(sides, masks)]
         if self.carrying != self.counts:
             states = [self.with_gradient_states(side, masked, item) for side, masked in zip(states, masks)]
-        if self.args.sft_weight:
+        if self.has_nll:
             states += sft_rows([item], self.packed, 0, self.noise.noise_seed, self.masking, self.sft)
         return states
 
@@ -133,37 +133,37 @@ class Preference:
         index, epoch = item
         return self.reference.scores[epoch % self.noise.noise_sets][index].sum(-1)
 
-    def divisors(self, item):
-        """What the scores of chosen and rejected are divided by: 1, or their numbers of tokens for a loss per token."""
-        return [len(side) for side in self.packed[item[0]][1:]] if self.is_per_token else [1, 1]
+    def response_tokens(self, item):
+        """The numbers of tokens of chosen and rejected."""
+        return [len(side) for side in self.packed[item[0]][1:]]
 
     def chosen_tokens(self, pairs):
         """Mean number of tokens of the chosen responses of `pairs`; 1 if rewards are per token."""
-        return 1 if self.is_per_token else float(np.diff(self.packed.bounds[pairs, 1:3]).mean())
+        return 1 if self.leading.is_per_token else float(np.diff(self.packed.bounds[pairs, 1:3]).mean())
 
     def loss(self, item):
         """The function from the pair's scores [S(w), S(l)(, -NLL)] to its loss."""
-        ref_scores, tokens = [float(score) for score in self.ref_scores(item)], self.divisors(item)
+        ref, tokens = [float(score) for score in self.ref_scores(item)], self.response_tokens(item)
 
         def loss_of(scores):
-            chosen, rejected = ((score - ref) / n for score, ref, n in zip(scores, ref_scores, tokens))
-            loss = self.loss_of_margin(chosen - rejected, self.args.beta, self.args.label_smoothing)
-            if self.args.sft_weight:
-                loss = loss - self.args.sft_weight * scores[2]
-            return loss
+            nll = -scores[2] if self.has_nll else None
+            total = 0.0
+            for loss, weight in self.terms:
+                gains = map(loss.gain, scores, ref, tokens)
+                total = total + weight * loss.function(losses.Pair(*gains, nll), self.args)
+            return total
 
         return loss_of
 
     def measure(self, item, loss, scores):
         """The pair's METRICS, and 1 for the pair, (metrics + 1,) float64.
 
-        rewards = beta * (policy - reference), of the scores that the loss takes (ipo: per token); logps are sums over
+        rewards = beta * gain, of the loss, or of the first in a sum that is about both responses; logps are sums over
         the response.
         """
-        chosen, rejected = (states.sum().double() for states in scores[:2])
-        ref, tokens, beta = self.ref_scores(item), self.divisors(item), self.args.beta
-        chosen_reward = beta * (chosen - float(ref[0])) / tokens[0]
-        rejected_reward = beta * (rejected - float(ref[1])) / tokens[1]
+        chosen, rejected = policy = [states.sum().double() for states in scores[:2]]
+        ref, tokens = map(float, self.ref_scores(item)), self.response_tokens(item)
+        chosen_reward, rejected_reward = (self.args.beta * gain for gain in map(self.leading.gain, policy, ref, tokens))
         return numbers(
             loss,
             chosen_reward,

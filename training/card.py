@@ -11,24 +11,19 @@ from pathlib import Path
 import yaml
 from huggingface_hub import metadata_load
 
+import losses
 from models import folders
 
-# How a card names a loss. A loss that is not listed here is called by its --loss_type.
-METHODS = {
-    "sigmoid": "Direct Preference Optimization (arXiv 2305.18290)",
-    "ipo": "IPO (arXiv 2310.12036)",
-    "hinge": "a hinge loss on the preference margin (SLiC, arXiv 2305.10425)",
-    "sft": "supervised fine-tuning by the masked-diffusion loss (arXiv 2502.09992)",
-}
 # The run's arguments that shape the result
 SHOWN = """
-    loss_type beta label_smoothing sft_weight sft_pad_to estimator diffusion_steps trajectories order block_length
-    backprop_steps noise_sets noise_seed learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm
-    use_mixed_precision lora_r lora_alpha lora_targets load_in_4bit seed
+    loss_type loss_weights beta label_smoothing sft_weight sft_pad_to estimator diffusion_steps trajectories order
+    block_length backprop_steps noise_sets noise_seed learning_rate lr_scheduler_type warmup_ratio weight_decay
+    max_grad_norm use_mixed_precision lora_r lora_alpha lora_targets load_in_4bit seed
     """.split()
 # Those that SFT does not use
 OF_PAIRS = """
-    beta label_smoothing sft_weight estimator diffusion_steps trajectories order block_length backprop_steps noise_sets
+    loss_weights beta label_smoothing sft_weight estimator diffusion_steps trajectories order block_length
+    backprop_steps noise_sets
     """.split()
 AUTO = {"llada": "llada", "smdm": "smdm"}  # model_type -> the file in models/ that registers it with transformers
 
@@ -81,8 +76,9 @@ def text(run_name, arguments, packed, counts, evaluation, model_type):
     front = metadata(source, arguments, data_source)
     loss, is_sft = arguments["loss_type"], arguments["loss_type"] == "sft"
     rows = {"base": base, "data": f"{data} (fingerprint {packed.meta['fingerprint']})", **counts}
-    rows |= {name: arguments[name] for name in SHOWN if not (is_sft and name in OF_PAIRS)}
-    method = METHODS.get(loss, f"training with --loss_type {loss}")
+    listed = [name for name in SHOWN if not (is_sft and name in OF_PAIRS) and arguments[name] is not None]
+    rows |= {name: arguments[name] for name in listed}
+    method = " plus ".join(losses.LOSSES[name].method for name in loss.split(","))
     lines = [f"# {run_name}", "", f"{base} after {method}, trained with train_dpo.py."]
     lines += ["", "## Training", "", *table(rows)]
     if evaluation:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import losses
 from models import quantized
 from models.families import Masking
 from models.rows import SharedRow
@@ -179,7 +180,7 @@ def work_of(lengths, noise_args, train_args, diffusion_steps, blocks=None):
     drawn = drawn_states(lengths, noise_args, diffusion_steps, blocks)
     counts, carrying = objective.counts(train_args, len(drawn.inputs))
     responses = [[first_of(drawn, count) for count in each[:2]] for each in (counts, carrying)]
-    if train_args.sft_weight:
+    if losses.has_nll(train_args):
         responses = [[*each, sft_states(lengths, blocks)] for each in responses]
     return Work(lengths, pairs, pairs, *responses, is_linear=False)
 

@@ -57,7 +57,7 @@ def parse(argv):
         ("seed: 1e3", "invalid int value"),
         ("beta: 1 2", "invalid float value"),
         ("trust_remote_code: maybe", "expected one of yes/no"),
-        ("loss_type: ipoo", "invalid choice: 'ipoo'"),
+        ("loss_type: ipoo", "no loss is called 'ipoo'"),
         ("diffusion_steps: many", "neither a number nor auto"),
         ("beta: [1]", "beta holds a list"),
         ("beta: {a: 1}", "beta holds a mapping"),

@@ -98,10 +98,10 @@ def test_sft(base):
     assert "| beta" not in text and "sft" in metadata(text)["tags"]
 
 
-def test_a_loss_without_a_description(base):
-    """A new loss that nobody described here is called by its name; the run has ended by then, and must be saved."""
-    text = write(base, loss_type="my_loss")
-    assert "after training with --loss_type my_loss, trained" in text and "dpo" in metadata(text)["tags"]
+def test_a_sum_names_its_losses(base):
+    text = write(base, loss_type="ipo,sft", loss_weights="1,0.1")
+    assert "after IPO (arXiv 2310.12036) plus supervised" in text and "| loss_weights | 1,0.1 |" in text
+    assert "dpo" in metadata(text)["tags"] and "loss_weights" not in write(base)
 
 
 def test_the_use_it_shows_works(base, tiny_dir):
