@@ -24,10 +24,10 @@ class DataArguments:
         "what a row is: a preference, or a prompt with one response (for --loss_type sft)",
         heading="Data",
     )
-    preference_data_path: Optional[str] = arg(
+    preference_data_path: Optional[list[str]] = arg(
         None,
-        "the rows: a .jsonl, .json or .parquet file, or a data set of the Hub, org/name; "
-        "default: the arrays in --data are used as they are",
+        "the rows: .jsonl, .json, .parquet or .arrow files (several, or data-*.parquet, are one data set), or a data "
+        "set of the Hub, org/name; default: the arrays in --data are used as they are",
         "--in",
         metavar="FILE",
     )

@@ -48,7 +48,7 @@ def read_arguments(argv=None):
     if os.path.exists(args.data) and not os.path.isdir(args.data):
         raise InputError(f"{args.data}: expected a folder for the packed arrays, found a file")
     if args.preference_data_path:
-        sources.is_file(args.preference_data_path)
+        args.preference_data_path = sources.find(args.preference_data_path)
     return groups
 
 
@@ -85,12 +85,12 @@ def main(argv=None):
         return print(reason)
 
     # 1. What the arrays depend on
-    source, folder, name = args.preference_data_path, Path(args.data), model_args.model_name_or_path
+    paths, folder, name = args.preference_data_path, Path(args.data), model_args.model_name_or_path
     tokenizer_files = folders.tokenizer_files(name)  # before they are read: they may change meanwhile
     tokenizer = tokenization.load_tokenizer(name, model_args.trust_remote_code)
     attention = families.attention_line(folders.plain_config(name), model_args.block_size)
     meta = reuse.depends_on(args, reuse.known(tokenizer))
-    meta["source_sha256"] = sources.source_sha256(source, args.split)  # likewise
+    meta["source_sha256"] = sources.source_sha256(paths, args.split)  # likewise
 
     # 2. Rows to ids
     encoder = make_encoder(args, model_args, tokenizer)
@@ -98,12 +98,12 @@ def main(argv=None):
     kept, left_out = [row for row in table if not row.reason], [row for row in table if row.reason]
     dropped = dict(Counter(row.reason for row in left_out).most_common())
     if not kept:
-        raise no_usable_row(source, left_out, dropped)
+        raise no_usable_row(sources.described(paths), left_out, dropped)
     refuse_ids_beyond(architecture.load_config(name, model_args.trust_remote_code), encoder, kept, name)
 
     # 3. Ids to disk, by one process at a time
     meta |= {
-        "source": source,
+        "source": sources.described(paths),
         "tokenizer_files": tokenizer_files,
         "has_chat_template": bool(tokenizer.chat_template),
         "model_name_or_path": name,
@@ -115,6 +115,9 @@ def main(argv=None):
         "pad_token_id": tokenizer.eos_token_id,
         "mask_token_id": encoder.mask,
     }
+    if len(paths) > 1:
+        kept_of = Counter(row.source for row in kept)
+        meta["files"] = {path: kept_of[path] for path in paths}
     folder.mkdir(parents=True, exist_ok=True)
     with files.wait_for(folder / ".lock", f"{folder}"):
         if reason := nothing_to_pack(args, model_args, own):  # the process that we waited for has made the same
@@ -138,9 +141,10 @@ def main(argv=None):
 
 def prepare(args, encoder):
     """(rows, form): all rows of the source, each with its ids or with the reason to leave it out."""
-    path, stop = args.preference_data_path, args.on_bad_row == "stop"
-    table = sources.read_rows(path, args.split)
-    columns, form = forms.find_columns(args.task, table, forms.parse_columns(args.columns, args.task), path)
+    paths, stop = args.preference_data_path, args.on_bad_row == "stop"
+    source, given = sources.described(paths), forms.parse_columns(args.columns, args.task)
+    table = sources.read_rows(paths, args.split)
+    columns, form = forms.find_columns(args.task, table, given, source)
     if args.task == "preferences":
         table, columns = several.one_pair_each(table, columns)
     read = rows.demonstration if args.task == "sft" else rows.preference
@@ -157,7 +161,7 @@ def prepare(args, encoder):
     elif usable:
         encode_rows(encoder, usable, args.num_proc)
     if stop:
-        refuse_malformed(table, path)
+        refuse_malformed(table, source)
     leave_out_duplicates(table)
     return table, form
 
@@ -170,17 +174,16 @@ def judge(row, function, *arguments):
         row.leave_out(*left_out.args)
 
 
-def refuse_malformed(table, path):
-    """Refuse malformed rows: count all of them, name the first ten."""
+def refuse_malformed(table, source):
+    """Refuse malformed rows: count all of them, name the first ten. source: what messages call the files."""
     malformed = [row for row in table if row.reason == "malformed"]
     skip = "(--on_bad_row skip leaves such rows out)"
     if len(malformed) == 1:
-        place = ":" if path.endswith(".jsonl") else ": row "
-        raise InputError(f"{path}{place}{malformed[0].number}: {malformed[0].detail} {skip}")
+        raise InputError(f"{malformed[0].place}: {malformed[0].detail} {skip}")
     if malformed:
-        sentence = f"{path}: {len(malformed)} rows are malformed {skip}; the first {min(len(malformed), NAMED)}:"
-        place = "line" if path.endswith(".jsonl") else "row"
-        named = [f"{place} {row.number}: {row.detail}" for row in malformed[:NAMED]]
+        sentence = f"{source}: {len(malformed)} rows are malformed {skip}; the first {min(len(malformed), NAMED)}:"
+        is_one_file = len({row.source for row in table}) == 1
+        named = [f"{row.spot if is_one_file else row.place}: {row.detail}" for row in malformed[:NAMED]]
         raise InputError("\n  ".join([sentence, *named]))
 
 
@@ -189,14 +192,14 @@ def leave_out_duplicates(table):
     seen = {}
     for row in table:
         if not row.reason:
-            first = seen.setdefault(files.fingerprint(*row.ids), row.number)
-            if first != row.number:
-                row.leave_out("duplicate", f"of {first}")
+            first = seen.setdefault(files.fingerprint(*row.ids), row)
+            if first is not row:
+                row.leave_out("duplicate", f"of {first.number if first.source == row.source else first.place}")
 
 
 def no_usable_row(path, left_out, dropped):
     why = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-    first = next((f"; the first, {row.number}: {row.detail}" for row in left_out if row.detail), "")
+    first = next((f"; the first, {row.place}: {row.detail}" for row in left_out if row.detail), "")
     return InputError(f"{path}: holds no row that can be used ({why or 'it is empty'}){first}")
 
 
@@ -211,7 +214,8 @@ def write(folder, kept, left_out, meta):
     with files.replacing(folder / "rejects.jsonl") as file:
         for row in left_out:
             text = row.value if isinstance(row.value, str) else sources.as_text(row.value)
-            reject = {"line": row.number, "reason": row.reason, "detail": row.detail, "text": files.shorten(text, 500)}
+            reject = {"file": row.source, "line": row.number, "reason": row.reason, "detail": row.detail}
+            reject["text"] = files.shorten(text, 500)
             file.write(json.dumps(reject) + "\n")
     packed.write_packed(folder, (row.ids for row in kept), {**meta, "lines": files.fingerprint(lines)})
 

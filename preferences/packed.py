@@ -2,7 +2,7 @@
 
 tokens.npy      uint32 (tokens,): all pairs, prompt, chosen, rejected
 bounds.npy      int64 (pairs, 4): start, prompt end, chosen end, rejected end; the rejected of an SFT row is empty
-lines.npy       int64 (pairs,): the line of the source that a pair came from, or its place in the list of a .json
+lines.npy       int64 (pairs,): the line of its file that a pair came from, or its place in the list of a .json
 meta.json       what they were made of
 rejects.jsonl   the rows left out, with reasons
 
@@ -19,11 +19,11 @@ from files import InputError, fingerprint, open_array, read_json, sealed, unharm
 FORMAT = 2
 
 
-def command(folder, task="preferences", source=None, model=None):
-    """The command that packs `source` into `folder`."""
+def command(folder, task="preferences", sources=(), model=None):
+    """The command that packs `sources` into `folder`."""
     sft = task == "sft"
     words = ["python", "data_prep.py", *(["--task", "sft"] if sft else [])]
-    words += ["--in", source or ("sft.jsonl" if sft else "prefs.jsonl"), "--out", folder]
+    words += ["--in", *(sources or ["sft.jsonl" if sft else "prefs.jsonl"]), "--out", folder]
     return shlex.join(map(str, words + (["--model_name_or_path", model] if model else [])))
 
 
@@ -86,7 +86,17 @@ class Packed:
     @property
     def remake(self):
         """The command that packs the same source again."""
-        return command(self.folder, self.task, self.meta["source"])
+        return command(self.folder, self.task, list(self.files))
+
+    @property
+    def files(self):
+        """{file: pairs kept of it}, in the order of the pairs. meta.json lists the files if there are several."""
+        return self.meta.get("files") or {self.meta["source"]: self.meta["pairs"]}
+
+    def file_of(self, index):
+        """The file that a pair came from."""
+        ends = np.cumsum(list(self.files.values()))
+        return list(self.files)[np.searchsorted(ends, index, side="right")]
 
     def need_pairs(self):
         """Refuse SFT data where preferences are needed."""

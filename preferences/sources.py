@@ -6,6 +6,7 @@ cannot be read is refused. forms.py and rows.py say what a row must hold.
 """
 
 import ast
+import glob
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import jsonlines
 
-from files import InputError, each_once, file_sha256, no_room, shorten
+from files import InputError, each_once, file_sha256, fingerprint, no_room, shorten
 from models.folders import downloading
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".arrow")
@@ -39,6 +40,18 @@ class Row:
     detail: str = ""
     parts: tuple = ()  # prompt (a string or messages), list of responses
     ids: tuple = ()  # prompt, chosen, rejected as arrays of ids, uint32
+    source: str = ""  # the file
+    is_line: bool = False  # whether number is a line of it
+
+    @property
+    def place(self):
+        """Where the row is, with its file."""
+        return f"{self.source}:{self.number}" if self.is_line else f"{self.source}: row {self.number}"
+
+    @property
+    def spot(self):
+        """Where the row is in its file."""
+        return f"{'line' if self.is_line else 'row'} {self.number}"
 
     def leave_out(self, reason, detail=""):
         self.reason, self.detail = reason, detail
@@ -73,21 +86,49 @@ def one_line(error, most=120):
     return shorten(" ".join(str(error).split()), most)
 
 
-def read_rows(path, split="train"):
-    """Every row of the source as a Row, those that are not JSON marked malformed. Blank lines are not rows."""
+def find(words):
+    """The files and data sets that the words of --in name; data-*.parquet is a pattern unless it is a file's name."""
+    paths = []
+    for word in words:
+        matching = sorted(glob.glob(word)) if glob.has_magic(word) and not os.path.exists(word) else [word]
+        if not matching:
+            raise InputError(f"{word}: no file matches this pattern")
+        paths += matching
+    if twice := next((path for path in paths if paths.count(path) > 1), None):
+        raise InputError(f"{twice}: named twice by --in, and each of its rows would be a duplicate")
+    for path in paths:
+        is_file(path)
+    return paths
+
+
+def described(paths):
+    """What messages call several sources."""
+    return paths[0] if len(paths) == 1 else shorten(f"{len(paths)} files ({', '.join(paths)})", 300)
+
+
+def read_rows(paths, split="train"):
+    """Every row of the sources as a Row, those that are not JSON marked malformed. Blank lines are not rows."""
+    rows = []
+    for path in paths:
+        found = read_source(path, split)
+        for row in found:
+            row.source = path
+        rows += found
+    read_messages(rows)
+    return rows
+
+
+def read_source(path, split):
     if not is_file(path):
-        rows = numbered(hub_rows(path, split))
-    elif (ending := next((each for each in ENDINGS if path.endswith(each)), None)) is None:
+        return numbered(hub_rows(path, split))
+    if (ending := next((each for each in ENDINGS if path.endswith(each)), None)) is None:
         raise InputError(
             f"{path}: expected a file that ends in .jsonl (one object per line), .json (a list), .parquet or .arrow"
         )
-    else:
-        try:
-            rows = read_json(path, ending) if ending.startswith(".json") else read_arrow(path, ending)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({one_line(error)})") from None
-    read_messages(rows)
-    return rows
+    try:
+        return read_json(path, ending) if ending.startswith(".json") else read_arrow(path, ending)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error)})") from None
 
 
 def numbered(values):
@@ -137,16 +178,18 @@ def read_lines(path):
     with open(path, "rb") as file, jsonlines.Reader(file, loads=parse) as reader:
         for number in range(1, sys.maxsize):
             try:
-                rows.append(Row(number, reader.read(allow_none=True)))
+                rows.append(Row(number, reader.read(allow_none=True), is_line=True))
             except EOFError:
                 return rows
             except RecursionError:
-                rows.append(Row(number, "", "malformed", "expected a JSON object, found one nested too deep"))
+                too_deep = "expected a JSON object, found one nested too deep"
+                rows.append(Row(number, "", "malformed", too_deep, is_line=True))
             except jsonlines.InvalidLineError as error:
                 text = error.line if isinstance(error.line, str) else error.line.decode("utf-8", "replace")
                 if text.strip():
                     found = one_line(error.__cause__)
-                    rows.append(Row(number, text, "malformed", f"expected a JSON object, found invalid JSON ({found})"))
+                    detail = f"expected a JSON object, found invalid JSON ({found})"
+                    rows.append(Row(number, text, "malformed", detail, is_line=True))
 
 
 def parse(text):
@@ -271,12 +314,16 @@ def is_file(path):
     if os.path.isfile(path):
         return True
     if os.path.isdir(path):
-        raise InputError(f"{path}: is a folder; expected one file of rows, .jsonl, .json or .parquet")
+        raise InputError(
+            f"{path}: is a folder; expected files of rows, such as '{os.path.join(path, '*.jsonl')}' (.json, .parquet, "
+            ".arrow)"
+        )
     if os.path.exists(path):
         raise InputError(f"{path}: is a pipe or a device, and rows are read twice; write them to a file")
     if path.endswith(ENDINGS) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise InputError(
-            f"{path}: no such file; expected rows as .jsonl, .json or .parquet, or a data set of the Hub, org/name"
+            f"{path}: no such file; expected rows as .jsonl, .json, .parquet or .arrow, "
+            "or a data set of the Hub, org/name"
         )
     return False
 
@@ -289,8 +336,13 @@ def hub_rows(name, split):
         return datasets.load_dataset(name, split=split)
 
 
-def source_sha256(path, split="train"):
-    """A value that changes when a source does: a file's hash, or a data set's fingerprint."""
+def source_sha256(paths, split="train"):
+    """A value that changes when the sources do: a file's hash, a data set's fingerprint, or the hash of several."""
+    values = [sha256_of(path, split) for path in paths]
+    return values[0] if len(values) == 1 else fingerprint(*values)
+
+
+def sha256_of(path, split):
     try:
         return file_sha256(path) if is_file(path) else hub_rows(path, split)._fingerprint
     except OSError as error:

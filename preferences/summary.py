@@ -6,6 +6,7 @@ import numpy as np
 
 from models import tokenization
 from preferences.forms import COLUMNS
+from preferences.sources import described
 
 
 def summary(args, kept, left_out, tokenizer):
@@ -13,7 +14,11 @@ def summary(args, kept, left_out, tokenizer):
     # 1. Counts
     listed = f", listed in {args.data}/rejects.jsonl" if left_out else ""
     rows = len(kept) + len(left_out)
-    lines = [f"{args.preference_data_path}: {rows} rows, {len(kept)} kept, {len(left_out)} dropped{listed}"]
+    source = described(args.preference_data_path)
+    lines = [f"{source}: {rows} rows, {len(kept)} kept, {len(left_out)} dropped{listed}"]
+    if len(args.preference_data_path) > 1:
+        of_file, kept_of = Counter(row.source for row in [*kept, *left_out]), Counter(row.source for row in kept)
+        lines += [f"  {path}: {of_file[path]} rows, {kept_of[path]} kept" for path in args.preference_data_path]
     for reason, count in Counter(row.reason for row in left_out).most_common():
         lines.append(f"  {count:6d}  {reason}")
 
@@ -25,7 +30,8 @@ def summary(args, kept, left_out, tokenizer):
         lines.append(f"{name:<10}" + "".join(f"{length:8d}" for length in percentiles))
 
     # 3. An example
-    lines.append(f"example, line {kept[0].number}:")
+    example = kept[0].spot if len(args.preference_data_path) == 1 else kept[0].place
+    lines.append(f"example, {example}:")
     lines += [f"  {name:<9}{pieces(tokenizer, ids)}" for name, ids in zip(COLUMNS[args.task], kept[0].ids)]
 
     # 4. A warning if one side is a quarter longer than the other

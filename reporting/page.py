@@ -161,7 +161,8 @@ def wrong_pairs(run):
     places = np.argsort(margin, kind="stable")[: min(WORST_PAIRS, wrong or WORST_PAIRS)]
     pairs = "".join(pair_of(run, place, is_open=place == places[0]) for place in places)
     title = "Pairs that the model gets most wrong" if wrong else "Pairs of the lowest margins"
-    source = without_home(run.packed.meta.get("source", "the source")) if run.packed else "the source"
+    is_one_file = run.packed and len(run.packed.files) == 1
+    source = without_home(run.packed.meta["source"]) if is_one_file else "its file"
     about = f"{run.name}: the lowest margins of {len(margin)} {scored.description}; not above 0: {wrong}"
     if scored.unusable:
         about += f"; without a finite score: {scored.unusable}"
@@ -177,6 +178,8 @@ def pair_of(run, place, is_open):
     if scored.tokens is not None:
         titles = [f"{title}, {count} tokens" for title, count in zip(titles, scored.tokens[place])]
     summary = f"<b>{scored.margin[place]:+.3f}</b> &middot; line {scored.line[place]}"
+    if run.packed and len(run.packed.files) > 1:
+        summary += f" of {say(without_home(run.packed.file_of(int(scored.pair[place]))))}"
     if run.tokenizer:
         text = texts.of_pair(run, int(scored.pair[place]))
         summary += f" &middot; {say(opening(text.prompt))}"

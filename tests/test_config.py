@@ -74,7 +74,7 @@ def test_guide_names(parse):
     assert got["learning_rate"] == 5e-6 and got["num_train_epochs"] == 3.0 and got["beta"] == 0.2
     assert got["gradient_checkpointing"] is True and got["resume_from_checkpoint"] is None
     assert (got["per_device_train_batch_size"], got["save_steps"], got["seed"]) == (2, 500, 7)
-    assert (got["model_name_or_path"], got["preference_data_path"]) == ("GSAI-ML/LLaDA-8B-Instruct", "prefs.jsonl")
+    assert (got["model_name_or_path"], got["preference_data_path"]) == ("GSAI-ML/LLaDA-8B-Instruct", ["prefs.jsonl"])
 
 
 def test_command_line_wins(parse):
@@ -119,7 +119,7 @@ def test_groups():
     data, noise = config.parse(
         ["--in", "x.jsonl", "--out", "y", "--beta", "9"], "x", config.DataArguments, config.NoiseArguments
     )
-    assert (data.preference_data_path, data.data) == ("x.jsonl", "y") and noise.noise_sets == 1
+    assert (data.preference_data_path, data.data) == (["x.jsonl"], "y") and noise.noise_sets == 1
 
 
 def test_help_shows_the_groups_used(capsys):

@@ -49,7 +49,7 @@ def short(name):
     return name if is_hub(name) else Path(name).name
 
 
-def metadata(source, arguments, data_source):
+def metadata(source, arguments, data_sources):
     """What the Hub reads, as a dictionary. If the base is a folder, its own card may say what it is on the Hub."""
     base_card, lora = card_of_base(source), bool(arguments["lora_r"])
     base = source if is_hub(source) else base_card.get("base_model")
@@ -60,7 +60,7 @@ def metadata(source, arguments, data_source):
         "base_model": base,
         "base_model_relation": relation if base else None,
         **{name: base_card.get(name) for name in ("license", "license_name", "license_link", "language")},
-        "datasets": [data_source] if is_hub(data_source) else None,
+        "datasets": [each for each in data_sources if is_hub(each)] or None,
         "tags": ["diffusion-language-model", "sft" if arguments["loss_type"] == "sft" else "dpo"],
     }
     return {name: value for name, value in found.items() if value}
@@ -71,9 +71,9 @@ def text(run_name, arguments, packed, counts, evaluation, model_type):
 
     packed: the Packed that it trained on. counts: {what: number}. evaluation: the metrics of the last one, or {}.
     """
-    source, data_source = arguments["model_name_or_path"], packed.meta["source"]
-    base, data = short(source), short(data_source)
-    front = metadata(source, arguments, data_source)
+    source, data_sources = arguments["model_name_or_path"], list(packed.files)
+    base, data = short(source), ", ".join(map(short, data_sources))
+    front = metadata(source, arguments, data_sources)
     loss, is_sft = arguments["loss_type"], arguments["loss_type"] == "sft"
     rows = {"base": base, "data": f"{data} (fingerprint {packed.meta['fingerprint']})", **counts}
     listed = [name for name in SHOWN if not (is_sft and name in OF_PAIRS) and arguments[name] is not None]

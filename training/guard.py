@@ -77,7 +77,7 @@ class Skips:
             loss, sums = float(loss), [float(each.sum()) for each in scores]
             rows = item if isinstance(item, list) else [item]  # SFT: a micro-batch at once
             for index, _ in rows:
-                entry = {"step": step, "pair": index, "line": int(lines[index]), "source": packed.meta.get("source")}
+                entry = {"step": step, "pair": index, "line": int(lines[index]), "source": packed.file_of(index)}
                 entry |= {"loss": plain(loss), "scores": [plain(each) for each in sums]}
                 entries.append(entry | {"finite": all(map(math.isfinite, [loss, *sums]))})
         return entries

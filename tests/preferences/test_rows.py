@@ -13,7 +13,7 @@ import data_prep
 import files
 from files import InputError
 from preferences import forms, packed, rows
-from preferences.sources import Row, read_rows
+from preferences.sources import Row, find, read_rows
 
 USER = [{"role": "user", "content": "Q"}]
 AB = {"question": "Q", "response_a": "first", "response_b": "second"}
@@ -262,8 +262,8 @@ def test_text_parts(chat_dir, tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "no/such.parquet", "nowhere", "a/b/c"])
 def test_no_such_source(name):
-    with pytest.raises(InputError, match="no such file; expected rows as .jsonl, .json or .parquet, or a data set"):
-        read_rows(name)
+    with pytest.raises(InputError, match="no such file; expected rows as .jsonl, .json, .parquet or .arrow, or"):
+        find([name])
 
 
 def test_hub(chat_dir, tmp_path, monkeypatch):
@@ -283,9 +283,9 @@ def test_hub(chat_dir, tmp_path, monkeypatch):
     prep("org/prefs", tmp_path / "out", chat_dir, "--reuse")
     assert (tmp_path / "out" / "tokens.npy").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="with split 'nothing'"):
-        read_rows("org/prefs", "nothing")
+        read_rows(["org/prefs"], "nothing")
     with pytest.raises(InputError, match="is not a file and could not be loaded from the Hub"):
-        read_rows("org/absent")
+        read_rows(["org/absent"])
 
 
 def test_a_disk_that_fills_while_a_data_set_downloads(chat_dir, tmp_path, monkeypatch, capsys):

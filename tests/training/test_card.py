@@ -23,7 +23,7 @@ COUNTS = {"trained on": 300, "held out": 100, "steps": 75, "pairs a step": 8}
 
 
 def write(source, data="prefs.jsonl", model_type="llada", **arguments):
-    packed = SimpleNamespace(meta={"source": data, "fingerprint": "f00d"})
+    packed = SimpleNamespace(meta={"fingerprint": "f00d"}, files={data: 400})
     return card.text(
         "night-1", ARGUMENTS | {"model_name_or_path": str(source)} | arguments, packed, COUNTS, EVALUATION, model_type
     )
