@@ -28,6 +28,9 @@ ANSWERS = (
     ("response", "rejected_response"),  # ms-swift's
     ("messages", "rejected_response"),  # ms-swift's: messages end in the better response
     ("messages", "rejected_messages"),
+    ("conversation", "rejected_response"),
+    ("conversations", "rejected_response"),
+    ("chosen_conversations", "rejected_conversations"),  # XTuner's
     ("response_j", "response_k"),  # stack-exchange-paired
 )
 # columns of SFT rows. None: no prompt column, the response is the last of the messages

@@ -133,7 +133,7 @@ def with_turns(row, columns):
     if len(asked) == 1:
         return row | dict(zip(names, (text for [text] in turns)))
     sides = [list(itertools.chain(*zip(map(user, asked), map(assistant, each)))) for each in answered]
-    return row | dict(zip(names, ([user(text) for text in asked], *sides)))
+    return row | dict(zip(names, (sides[0][:-1], *sides)))
 
 
 def strings_of(value):
@@ -193,7 +193,12 @@ def conversation(value, column):
         raise Malformed(f"expected '{column}' to be a string or a list of messages, found {found}")
     if isinstance(value, dict):
         value = value.get("messages", value)  # OpenAI's input
-    messages = [message(each, column) for each in (value if isinstance(value, list) else [value])]
+    messages = []
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, dict) and each.keys() >= {"human", "assistant"}:  # ms-swift's turns
+            messages += [message(user(each["human"]), column), message(assistant(each["assistant"]), column)]
+        else:
+            messages.append(message(each, column))
     if not messages:
         raise Malformed(f"expected messages in '{column}', found an empty list")
     return messages

@@ -51,7 +51,7 @@ def are_several(responses):
     if all(isinstance(each, str) for each in responses) or all(isinstance(each, list) for each in responses):
         return True
     roles = [each.get("role", each.get("from")) for each in responses if isinstance(each, dict)]
-    return len(roles) == len(responses) > 1 and len(set(map(str, roles))) == 1
+    return len(roles) == len(responses) > 1 and None not in roles and len(set(map(str, roles))) == 1
 
 
 def ranked_pairs(row, columns):
