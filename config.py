@@ -151,6 +151,9 @@ class TrainArguments:
     )
     beta: float = arg(0.1, "DPO's beta: a larger value keeps the policy nearer to the reference")
     label_smoothing: float = arg(0.0, "probability that a preference is wrong (conservative DPO), from 0 to below 0.5")
+    simpo_gamma: float = arg(0.5, "simpo: margin that beta times the scores per token should have")
+    cpo_alpha: float = arg(1.0, "cpo: weight of the chosen response's masked-diffusion NLL per token")
+    discopop_tau: float = arg(0.05, "discopop: temperature of the mixture of its two losses")
     backprop_steps: int = arg(
         0,
         "k, states of a response that carry the gradient (unbiased); the others only add to the score, at a third "
@@ -313,10 +316,10 @@ def check_scoring(model_args, noise_args):
 
 def check(args):
     """Refuse training arguments that have no meaning, such as not-a-number."""
-    for name in ("learning_rate", "beta", "per_device_train_batch_size", "gradient_accumulation_steps"):
+    for name in ("learning_rate", "beta", "discopop_tau", "per_device_train_batch_size", "gradient_accumulation_steps"):
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} is {getattr(args, name)}, expected more than 0")
-    for name in ("sft_weight", "sft_pad_to", "max_grad_norm", "weight_decay"):
+    for name in ("sft_weight", "simpo_gamma", "cpo_alpha", "sft_pad_to", "max_grad_norm", "weight_decay"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} is {getattr(args, name)}, expected 0 or more")
     for name, most in (
@@ -338,12 +341,12 @@ def check(args):
 
 def check_losses(args, chosen):
     """Refuse arguments of a loss that is not `chosen`, a list of names."""
-    smoothing = [name for name, loss in losses.LOSSES.items() if loss.smooths]
-    if args.label_smoothing and not set(chosen) & set(smoothing):
-        raise InputError(
-            f"--label_smoothing {args.label_smoothing} belongs to --loss_type {', '.join(smoothing)}, "
-            f"not {args.loss_type}"
-        )
+    for item in fields(args):
+        value, readers = getattr(args, item.name), losses.readers(item.name)
+        if value != item.default and readers and not set(readers) & set(chosen):
+            raise InputError(f"--{item.name} {value} belongs to --loss_type {', '.join(readers)}, not {args.loss_type}")
+    if "exo_pair" in chosen and not args.label_smoothing:
+        raise InputError("--loss_type exo_pair needs --label_smoothing above 0, such as its paper's 0.001")
     if args.sft_weight and "sft" in chosen:
         raise InputError(
             f"--sft_weight {args.sft_weight} adds SFT to a preference loss; leave it out with --loss_type "

@@ -54,6 +54,91 @@ def ipo(pair, args):
     return (pair.margin - 1 / (2 * args.beta)) ** 2
 
 
+def sigmoid_norm(pair, args):
+    """DPO's loss of a margin of scores per token, as Tulu 3 trains (arXiv 2411.15124, section 5.1.2)."""
+    return sigmoid(pair, args)
+
+
+def robust(pair, args):
+    """((1 - e) L(margin) - e L(-margin)) / (1 - 2e), L = DPO's loss: arXiv 2403.00409, equation 6.
+
+    Unbiased where a share e = label_smoothing of the preferences is flipped; it may be negative.
+    """
+    e, logit = args.label_smoothing, args.beta * pair.margin
+    return (e * logsigmoid(-logit) - (1 - e) * logsigmoid(logit)) / (1 - 2 * e)
+
+
+def exo_pair(pair, args):
+    """KL(p || [1 - e, e]) with p = sigmoid(beta * [margin, -margin]): EXO, arXiv 2402.00856, equation 16."""
+    e, logit = args.label_smoothing, args.beta * pair.margin
+    won = logit.sigmoid() * (logsigmoid(logit) - math.log1p(-e))
+    return won + (-logit).sigmoid() * (logsigmoid(-logit) - math.log(e))
+
+
+def nca_pair(pair, args):
+    """-log s(w) - (log s(-w) + log s(-l)) / 2, s = sigmoid, w and l beta times the gains: NCA, arXiv 2402.05369."""
+    chosen, rejected = args.beta * pair.chosen, args.beta * pair.rejected
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+def bco_pair(pair, args):
+    """-log s(w) - log s(-l), s = sigmoid, w and l beta times the gains: BCO, arXiv 2404.04656, without its shift.
+
+    The quality loss of MPO (arXiv 2411.10442): --loss_type sigmoid,bco_pair,sft --loss_weights 0.8,0.2,1
+    """
+    return -logsigmoid(args.beta * pair.chosen) - logsigmoid(-args.beta * pair.rejected)
+
+
+def sppo_hard(pair, args):
+    """(w - 1 / (2 beta))^2 + (l + 1 / (2 beta))^2 of the gains: SPPO, arXiv 2405.00675, equation 4.7.
+
+    With the probability of winning 1 for chosen and 0 for rejected. Its targets are sums, as in TRL, so beta is larger.
+    """
+    target = 1 / (2 * args.beta)
+    return (pair.chosen - target) ** 2 + (pair.rejected + target) ** 2
+
+
+def apo_zero(pair, args):
+    """1 - s(w) + s(l), s = sigmoid, w and l beta times the gains: arXiv 2408.06266, equation 7.
+
+    Chosen responses rise and rejected ones fall: for chosen ones that are better than the model's own.
+    """
+    return (-args.beta * pair.chosen).sigmoid() + (args.beta * pair.rejected).sigmoid()
+
+
+def apo_down(pair, args):
+    """s(w) + 1 - s(beta * margin), s = sigmoid, w = beta times the gain: arXiv 2408.06266, equation 8.
+
+    Chosen responses fall and rejected ones more: for chosen ones that are worse than the model's own.
+    """
+    return (args.beta * pair.chosen).sigmoid() + (-args.beta * pair.margin).sigmoid()
+
+
+def discopop(pair, args):
+    """(1 - m) * -log s(x) + m exp(-x), x = beta * margin, m = s(x / tau), s = sigmoid: arXiv 2406.08414, equation 5."""
+    logit = args.beta * pair.margin
+    modulated = logit / args.discopop_tau
+    exponential = (logsigmoid(modulated) - logit).exp()  # m exp(-x), where m is 0 and exp(-x) infinite too
+    return -logsigmoid(logit) * (-modulated).sigmoid() + exponential
+
+
+def simpo(pair, args):
+    """-log sigmoid(beta * margin - gamma) of scores per token, without a reference: arXiv 2405.14734, equation 6.
+
+    With label smoothing e, (1 - e) of it and e of -log sigmoid(gamma - beta * margin), as in TRL.
+    """
+    e, logit = args.label_smoothing, args.beta * pair.margin - args.simpo_gamma
+    return -(1 - e) * logsigmoid(logit) - e * logsigmoid(-logit)
+
+
+def cpo(pair, args):
+    """DPO's loss without a reference, and the chosen response's NLL: arXiv 2401.08417, equation 5.
+
+    The NLL is per token and counts cpo_alpha, as in TRL.
+    """
+    return sigmoid(pair, args) + args.cpo_alpha * pair.nll
+
+
 def sft(pair, _):
     """-log p per token of the chosen response: the masked-diffusion NLL, arXiv 2502.09992, equation 5."""
     return pair.nll
@@ -71,7 +156,7 @@ class Loss(NamedTuple):
     is_per_token: bool = False  # gains are means over the tokens of a response
     has_reference: bool = True  # gains are less the reference's scores
     has_nll: bool = False  # SFT's row of the chosen response is scored, too
-    smooths: bool = False  # reads --label_smoothing
+    reads: tuple = ()  # the arguments of TrainArguments that it alone, or few, read
 
     def gain(self, score, ref, tokens):
         """The gain of responses with these scores. ref: their scores under the reference. tokens: their lengths."""
@@ -79,10 +164,33 @@ class Loss(NamedTuple):
         return gain / tokens if self.is_per_token else gain
 
 
+SMOOTHED = ("label_smoothing",)
 LOSSES = {
-    "sigmoid": Loss(sigmoid, "DPO", "Direct Preference Optimization (arXiv 2305.18290)", smooths=True),
-    "ipo": Loss(ipo, "IPO", "IPO (arXiv 2310.12036)", is_per_token=True),
+    "sigmoid": Loss(sigmoid, "DPO", "Direct Preference Optimization (arXiv 2305.18290)", reads=SMOOTHED),
     "hinge": Loss(hinge, "hinge", "a hinge loss on the preference margin (SLiC, arXiv 2305.10425)"),
+    "ipo": Loss(ipo, "IPO", "IPO (arXiv 2310.12036)", is_per_token=True),
+    "sigmoid_norm": Loss(
+        sigmoid_norm, "DPO per token", "length-normalized DPO (arXiv 2411.15124)", is_per_token=True, reads=SMOOTHED
+    ),
+    "robust": Loss(robust, "robust DPO", "robust DPO (arXiv 2403.00409)", reads=SMOOTHED),
+    "exo_pair": Loss(exo_pair, "EXO", "EXO (arXiv 2402.00856)", reads=SMOOTHED),
+    "nca_pair": Loss(nca_pair, "NCA", "NCA (arXiv 2402.05369)"),
+    "bco_pair": Loss(bco_pair, "BCO", "BCO (arXiv 2404.04656)"),
+    "sppo_hard": Loss(sppo_hard, "SPPO", "SPPO with hard labels (arXiv 2405.00675)"),
+    "apo_zero": Loss(apo_zero, "APO-zero", "APO-zero (arXiv 2408.06266)"),
+    "apo_down": Loss(apo_down, "APO-down", "APO-down (arXiv 2408.06266)"),
+    "discopop": Loss(discopop, "DiscoPOP", "DiscoPOP (arXiv 2406.08414)", reads=("discopop_tau",)),
+    "simpo": Loss(
+        simpo,
+        "SimPO",
+        "SimPO (arXiv 2405.14734)",
+        is_per_token=True,
+        has_reference=False,
+        reads=("label_smoothing", "simpo_gamma"),
+    ),
+    "cpo": Loss(
+        cpo, "CPO", "CPO (arXiv 2401.08417)", has_reference=False, has_nll=True, reads=("label_smoothing", "cpo_alpha")
+    ),
     "sft": Loss(
         sft,
         "SFT",
@@ -147,3 +255,8 @@ def leading(loss_type):
 def has_reference(loss_type):
     """Whether a --loss_type needs reference scores."""
     return any(LOSSES[name].has_reference for name in loss_type.split(","))
+
+
+def readers(argument):
+    """The names of the losses that read an argument; [] for one that all read, such as beta."""
+    return [name for name, loss in LOSSES.items() if argument in loss.reads]

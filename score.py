@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import config
+import losses
 from cli import exits, out_of_memory
 from cli.parser import names
 from scoring import reference
@@ -36,7 +37,11 @@ def read_arguments(argv=None):
     return groups
 
 
-NO_SCORES = "loss_type sft needs no reference scores"  # printed instead of scoring
+def nothing_to_score(train_args):
+    """What to say, instead of scoring, of a loss without a reference; else None."""
+    if losses.has_reference(train_args.loss_type):
+        return None
+    return f"loss_type {train_args.loss_type} needs no reference scores"
 
 
 def up_to_date(prepared, noise_sets):
@@ -50,7 +55,7 @@ def up_to_date(prepared, noise_sets):
 def early():
     """Read the arguments; end the process if there is nothing to score."""
     data_args, model_args, noise_args, train_args = read_arguments()
-    exits.end_if(NO_SCORES if train_args.loss_type == "sft" else None)
+    exits.end_if(nothing_to_score(train_args))
     exits.end_if(up_to_date(reference.prepare(data_args, model_args, noise_args), noise_args.noise_sets))
 
 
@@ -314,8 +319,8 @@ def main(argv=None):
     # 1. What is to be scored
     data_args, model_args, noise_args, train_args = read_arguments(argv)
     deepspeed_config.read_ds_config(model_args.deepspeed)  # a mistake in it is reported before hours of work
-    if train_args.loss_type == "sft":
-        print(NO_SCORES, flush=True)
+    if reason := nothing_to_score(train_args):
+        print(reason, flush=True)
         return 0
     prepared = packed, masking, wanted, folder = reference.prepare(data_args, model_args, noise_args)
     if reason := up_to_date(prepared, noise_args.noise_sets):

@@ -19,6 +19,7 @@ import time
 from typing import Any, NamedTuple
 
 import config
+import losses
 from cli import exits, out_of_memory
 from cli.parser import names
 from training import runs
@@ -243,9 +244,11 @@ def prepare(given):
     if is_sft:
         check_row_lengths(packed, args, given.model)
         return SFT(args, given.noise, packed, masking, sft), wanted
-    flags = config.flags((*recipe.SAME, "deepspeed"), given.model, given.noise)
-    mend = f"python score.py --data {given.data.data} {flags}"
-    scored = reference.Reference(packed, wanted, given.noise.noise_sets, mend)
+    scored = None
+    if losses.has_reference(args.loss_type):
+        flags = config.flags((*recipe.SAME, "deepspeed"), given.model, given.noise)
+        mend = f"python score.py --data {given.data.data} {flags}"
+        scored = reference.Reference(packed, wanted, given.noise.noise_sets, mend)
     return Preference(args, given.noise, packed, scored, masking, sft), wanted
 
 
@@ -278,6 +281,7 @@ def make_job(given, objective, run, train_pairs, ds_config, ranks, checkpoint):
 def begin(job, run, given, arguments, wanted, held_out_pairs, checkpoint):
     """Start the run, or resume it from a checkpoint. Returns its Progress and its Record."""
     precision, is_sft = given.model.use_mixed_precision, given.train.loss_type == "sft"
+    has_reference = losses.has_reference(given.train.loss_type)
     progress = resume.load(job, checkpoint, precision) if checkpoint else resume.Progress()
     record = tracking.new_record(job, run, held_out_pairs, progress.step)
     if job.ranks.first:
@@ -289,7 +293,7 @@ def begin(job, run, given, arguments, wanted, held_out_pairs, checkpoint):
             f"{job.pairs_per_step} {noun}, {job.tokens_per_forward} tokens in a forward pass{place}",
             flush=True,
         )
-    if not checkpoint and not is_sft:
+    if not checkpoint and has_reference:
         gap = guard.check_reference(job, micro_batch(job, 0, 0), precision)
         if job.ranks.first:
             print(f"policy and reference agree to {gap:.1e} per token", flush=True)

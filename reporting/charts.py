@@ -32,6 +32,10 @@ def every_chart(runs):
     clips = {run.arguments["max_grad_norm"] for run in runs} - {0}
     clipped = Level(clips.pop(), "clipped here") if len(clips) == 1 else None
     reward_axis, margin_axis = runs[0].reward_axis, runs[0].margin_axis
+    rewards_show, zero = "Beta times the score of a response.", None
+    if all(run.sft or run.loss.has_reference for run in runs):
+        rewards_show = "How much more likely than under the reference a response has become."
+        zero = Level(0, "the reference")
     return [
         loss_chart(runs),
         StepChart(
@@ -57,8 +61,8 @@ def every_chart(runs):
             "Rewards, chosen and rejected",
             y_axis=reward_axis,
             columns={"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
-            shows="How much more likely than under the reference a response has become.",
-            level=Level(0, "the reference"),
+            shows=rewards_show,
+            level=zero,
         ),
         StepChart(
             "logps",

@@ -231,7 +231,8 @@ def chance(run):
 
 def both_fall(run):
     chosen, rejected = latest(run, "rewards/chosen"), latest(run, "rewards/rejected")
-    if chosen.value is None or rejected.value is None or chosen.value > -SEEN:
+    known = chosen.value is not None and rejected.value is not None
+    if not (run.loss.has_reference and known) or chosen.value > -SEEN:
         return
     start = f"Chosen responses fell below the reference: their reward is {chosen.value:+.3f} ({chosen.pairs})"
     if rejected.value < chosen.value:

@@ -62,7 +62,8 @@ class History:
 
     @property
     def reward_axis(self):
-        return "reward (nats per token)" if self.unit == "nats per token" else "reward (beta \u00d7 log-ratio, nats)"
+        of = "log-ratio" if self.loss.has_reference else "log-likelihood"
+        return "reward (nats per token)" if self.loss.is_per_token else f"reward (beta \u00d7 {of}, nats)"
 
     @property
     def margin_axis(self):
@@ -113,7 +114,12 @@ def read(folder):
             f"{folder}: holds no run.json; expected the --output_dir of a run that has started, such as runs/tiny "
             "(train with bash launch.sh)"
         )
-    run = runs.Run(folder)
+    run, record = runs.Run(folder), read_sealed(folder / "run.json", "training again")
+    loss_type = record["arguments"]["loss_type"]
+    if unknown := set(loss_type.split(",")) - losses.LOSSES.keys():
+        raise InputError(
+            f"{folder}: a run of --loss_type {loss_type}, and losses.py has no {', '.join(sorted(unknown))}"
+        )
     state = "stopped"
     if run.finished:
         state = "finished"
@@ -123,7 +129,7 @@ def read(folder):
     found = History(
         folder=folder,
         name=runs.without_home(os.path.normpath(folder)),
-        record=read_sealed(folder / "run.json", "training again"),
+        record=record,
         log=log,
         intervals=intervals,
         unread=unread,

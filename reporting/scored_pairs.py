@@ -21,7 +21,7 @@ class Scored(NamedTuple):
     step: int
     pair: np.ndarray  # (n,) place in packed
     line: np.ndarray  # (n,) line of the source
-    rewards: np.ndarray  # (n, 2, S) beta * (policy - reference) by state, of chosen and rejected
+    rewards: np.ndarray  # (n, 2, S) beta * gain (losses.py) by state, of chosen and rejected
     tokens: Optional[np.ndarray]  # (n, 2) of the responses, if the packed arrays are there
     unusable: int  # pairs without a finite score
 
@@ -51,15 +51,16 @@ class ScoreRow(NamedTuple):
     split: str  # eval or train
     pair: int
     line: int
-    gain: np.ndarray  # (2, S) policy - reference, of chosen and rejected
+    gain: np.ndarray  # (2, S) of chosen and rejected, not yet per token
 
 
-def score_row(text):
-    """The ScoreRow of a line, None if it is not one."""
+def score_row(text, loss):
+    """The ScoreRow of a line, None if it is not one. loss: the row of losses.LOSSES that rewards are shown for."""
     row = jsonl.parsed(text) or {}
     try:
         policy, ref = (np.array(row[name], np.float64) for name in ("policy", "ref"))
-        found = ScoreRow(int(row["step"]), row.get("split"), int(row["pair"]), int(row["line"]), policy - ref)
+        gain = loss.gain(policy, ref, 1)
+        found = ScoreRow(int(row["step"]), row.get("split"), int(row["pair"]), int(row["line"]), gain)
     except (KeyError, TypeError, ValueError):
         return None
     return found if found.gain.ndim == 2 and len(found.gain) == 2 else None
@@ -76,7 +77,7 @@ def read(run):
     split = "eval" if is_held_out else "train"
     latest = {}  # {pair: its last ScoreRow}
     for text in jsonl.lines_backwards(runs.Run(run.folder).scores_path):
-        row = score_row(text)
+        row = score_row(text, run.loss)
         if row is None:
             continue
         if row.step < first_step or (len(latest) == MOST_TRAINING_PAIRS and not is_held_out):

@@ -84,7 +84,11 @@ class Stream:
 
 
 class Preference:
-    """A preference loss on pairs: a piece of work is (pair index, epoch). sft: the noise of the chosen's SFT row."""
+    """A preference loss on pairs: a piece of work is (pair index, epoch).
+
+    reference: the stored masks and scores, or None for a loss without them, whose masks are drawn here. sft: the noise
+    of the chosen's SFT row.
+    """
 
     least_tokens = 0  # of a response
 
@@ -110,13 +114,20 @@ class Preference:
         """The States of chosen and rejected and, where a loss has_nll, the chosen's SFT row."""
         index, epoch = item
         prompt, *sides = self.packed[index]
-        masks = self.reference.masks(index, epoch % self.noise.noise_sets)
+        masks = self.masks(index, epoch % self.noise.noise_sets)
         states = [recipe.replay(prompt, side, masked, self.noise, self.masking) for side, masked in zip(sides, masks)]
         if self.carrying != self.counts:
             states = [self.with_gradient_states(side, masked, item) for side, masked in zip(states, masks)]
         if self.has_nll:
             states += sft_rows([item], self.packed, 0, self.noise.noise_seed, self.masking, self.sft)
         return states
+
+    def masks(self, index, noise_set):
+        """masked (S, n) of chosen and of rejected, bool."""
+        if self.reference:
+            return self.reference.masks(index, noise_set)
+        blocks = self.masking.blocks
+        return [recipe.draw(self.packed, index, side, self.noise, noise_set, blocks) for side in (0, 1)]
 
     def with_gradient_states(self, states, masked, item):
         """`states` of which --backprop_steps carry the gradient.
@@ -129,7 +140,9 @@ class Preference:
         return states.carrying(noise.gradient_states(masked, states.weight, k, rng))
 
     def ref_scores(self, item):
-        """S_ref of chosen and rejected, (2,) float32."""
+        """S_ref of chosen and rejected, (2,) float32; 0 without a reference."""
+        if not self.reference:
+            return np.zeros(2, np.float32)
         index, epoch = item
         return self.reference.scores[epoch % self.noise.noise_sets][index].sum(-1)
 
@@ -138,7 +151,12 @@ class Preference:
         return [len(side) for side in self.packed[item[0]][1:]]
 
     def chosen_tokens(self, pairs):
-        """Mean number of tokens of the chosen responses of `pairs`; 1 if rewards are per token."""
+        """Mean number of tokens of the chosen responses of `pairs`; 1 if rewards are per token.
+
+        None where rewards have no reference, and so do not say how far the policy has moved.
+        """
+        if not self.leading.has_reference:
+            return None
         return 1 if self.leading.is_per_token else float(np.diff(self.packed.bounds[pairs, 1:3]).mean())
 
     def loss(self, item):
@@ -176,11 +194,15 @@ class Preference:
         )
 
     def entry(self, item, scores):
-        """A pair's line of scores.jsonl: its index, its line in the source, each state's score of both responses."""
-        index, epoch = item
+        """A pair's line of scores.jsonl: its index, its line in the source, each state's score of both responses.
+
+        ref is None without a reference.
+        """
+        (index, epoch), ref = item, None
         policy = torch.stack(scores[:2]).double().cpu().numpy()  # (2, S)
-        ref = self.reference.scores[epoch % self.noise.noise_sets][index].astype(np.float64)  # (2, S)
-        return {"pair": index, "line": int(self.lines[index]), "policy": finite(policy), "ref": finite(ref)}
+        if self.reference:
+            ref = finite(self.reference.scores[epoch % self.noise.noise_sets][index].astype(np.float64))  # (2, S)
+        return {"pair": index, "line": int(self.lines[index]), "policy": finite(policy), "ref": ref}
 
     def tokens(self):
         """(pairs,) through the model for each pair."""

@@ -16,14 +16,13 @@ from models import folders
 
 # The run's arguments that shape the result
 SHOWN = """
-    loss_type loss_weights beta label_smoothing sft_weight sft_pad_to estimator diffusion_steps trajectories order
-    block_length backprop_steps noise_sets noise_seed learning_rate lr_scheduler_type warmup_ratio weight_decay
-    max_grad_norm use_mixed_precision lora_r lora_alpha lora_targets load_in_4bit seed
+    loss_type loss_weights beta label_smoothing simpo_gamma cpo_alpha discopop_tau sft_weight sft_pad_to estimator
+    diffusion_steps trajectories order block_length backprop_steps noise_sets noise_seed learning_rate lr_scheduler_type
+    warmup_ratio weight_decay max_grad_norm use_mixed_precision lora_r lora_alpha lora_targets load_in_4bit seed
     """.split()
 # Those that SFT does not use
 OF_PAIRS = """
-    loss_weights beta label_smoothing sft_weight estimator diffusion_steps trajectories order block_length
-    backprop_steps noise_sets
+    loss_weights beta sft_weight estimator diffusion_steps trajectories order block_length backprop_steps noise_sets
     """.split()
 AUTO = {"llada": "llada", "smdm": "smdm"}  # model_type -> the file in models/ that registers it with transformers
 
@@ -76,8 +75,7 @@ def text(run_name, arguments, packed, counts, evaluation, model_type):
     front = metadata(source, arguments, data_sources)
     loss, is_sft = arguments["loss_type"], arguments["loss_type"] == "sft"
     rows = {"base": base, "data": f"{data} (fingerprint {packed.meta['fingerprint']})", **counts}
-    listed = [name for name in SHOWN if not (is_sft and name in OF_PAIRS) and arguments[name] is not None]
-    rows |= {name: arguments[name] for name in listed}
+    rows |= {name: arguments[name] for name in SHOWN if is_used(name, arguments)}
     method = " plus ".join(losses.LOSSES[name].method for name in loss.split(","))
     lines = [f"# {run_name}", "", f"{base} after {method}, trained with train_dpo.py."]
     lines += ["", "## Training", "", *table(rows)]
@@ -91,6 +89,14 @@ def text(run_name, arguments, packed, counts, evaluation, model_type):
         licence = f"That of its base, {base}, whose files came with no card that names it: add it before sharing this."
     lines += ["", "## Licence", "", licence]
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n" + "\n".join(lines) + "\n"
+
+
+def is_used(name, arguments):
+    """Whether an argument of SHOWN shaped the result."""
+    chosen, readers = arguments["loss_type"].split(","), losses.readers(name)
+    if arguments[name] is None or (readers and not set(readers) & set(chosen)):
+        return False
+    return chosen != ["sft"] or name not in OF_PAIRS
 
 
 def table(rows):

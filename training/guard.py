@@ -92,7 +92,7 @@ def falling(now, before, tokens, beta):
     """Warnings about an evaluation's metrics, as sentences.
 
     now, before: metrics of this evaluation and of the one before it ({} if there is none). tokens: mean length of the
-    chosen responses, or 1 where rewards are per token.
+    chosen responses, 1 where rewards are per token, None where they have no reference.
     """
     warnings = []
     accuracy, interval = now.get("eval_rewards/accuracies"), now.get("eval_rewards/accuracies_ci95")
@@ -104,7 +104,7 @@ def falling(now, before, tokens, beta):
             "try a lower --learning_rate or a larger --beta"
         )
     chosen = now.get("eval_rewards/chosen")
-    nats = 0.0 if chosen is None else -chosen / beta / tokens
+    nats = 0.0 if chosen is None or tokens is None else -chosen / beta / tokens
     if nats > UNLEARNED:
         warnings.append(
             f"held-out chosen responses are {nats:.2f} nats per token less likely than under the reference: "

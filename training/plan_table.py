@@ -5,6 +5,8 @@ plan.Plan -> table(), hours(), ssd_lines()
 
 import math
 
+import losses
+
 GIB = 2**30
 RATED_TB = 600  # of writes: Samsung's 990 PRO of 1 TB
 
@@ -70,7 +72,7 @@ def hours(made, pairs, train_args, noise_sets):
     training = steps * pairs_a_step * made.seconds + evaluations * held_out * scoring
     trained = f"{training / ranks / 3600:.1f} h of training ({steps} steps of {pairs_a_step}, {held_out} held out)"
     scored = f"{noise_sets * pairs * scoring / ranks / 3600:.1f} h of reference scores, "
-    if train_args.loss_type == "sft":
+    if not losses.has_reference(train_args.loss_type):
         scored = ""
     return f"{pairs} {made.work.noun}s (prompt and response {made.work.lengths.row} tokens): {scored}{trained}"
 

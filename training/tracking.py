@@ -2,7 +2,8 @@
 
     runs/NAME/log.jsonl         a line for each step: TRL's metrics, times, memory
     runs/NAME/scores.jsonl      a line for each scored pair: {"step", "split": train or eval, "pair", "line" in the
-                                source, "policy" and "ref": scores of each state of [chosen, rejected]}
+                                source, "policy" and "ref": scores of each state of [chosen, rejected]; null for a
+                                ref that the loss does not have}
     runs/NAME/events.out.*      TensorBoard's:  tensorboard --logdir runs
 
 TensorBoard and W&B get the names that transformers' callbacks give to TRL's ("train/rewards/margins", "eval/loss"), so
