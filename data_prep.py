@@ -146,7 +146,9 @@ def prepare(args, encoder):
     table = sources.read_rows(paths, args.split)
     columns, form = forms.find_columns(args.task, table, given, source)
     if args.task == "preferences":
+        count = len(table)
         table, columns = several.one_pair_each(table, columns)
+        form += f" ({count} rows hold {len(table)} pairs)" if len(table) > count else ""
     read = rows.demonstration if args.task == "sft" else rows.preference
     no_template = "this tokenizer has none" if args.template != "none" else "--template none was given"
     for row in table:

@@ -21,6 +21,7 @@ import re
 from files import shorten
 from preferences.forms import ASSISTANT, HUMAN, PROMPT_PARTS, SIDES, STRENGTH, listed, number_or_nan, word_of
 from preferences.sources import LeftOut, Malformed, as_text, kind
+from preferences.written import ROLES
 
 # preferences for neither, as letters alone: "tie (bothbad)" is "tiebothbad"
 TIES = {
@@ -40,9 +41,6 @@ TIES = {
     "bothgood",
 }
 TIES |= {"tiebothbad", "bothequal", "equallygood", "equallybad", "nopreference", "notsure"}
-ROLES = dict.fromkeys(("user", "human", "prompter"), "user")
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "bard", "bing", "model"), "assistant")
-ROLES |= dict.fromkeys(("system", "developer"), "system")
 
 
 def preference(row, columns, chat):

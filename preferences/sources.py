@@ -5,7 +5,6 @@ Messages that are written as JSON, in a column of texts or in a Json feature of 
 cannot be read is refused. forms.py and rows.py say what a row must hold.
 """
 
-import ast
 import glob
 import itertools
 import json
@@ -19,6 +18,7 @@ import jsonlines
 
 from files import InputError, each_once, file_sha256, fingerprint, no_room, shorten
 from models.folders import downloading
+from preferences.written import Unlike, is_messages, read_messages
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".arrow")
 KINDS = {
@@ -114,7 +114,7 @@ def read_rows(paths, split="train"):
         for row in found:
             row.source = path
         rows += found
-    read_messages(rows)
+    read_messages([row.value for row in rows if isinstance(row.value, dict)])
     return rows
 
 
@@ -202,67 +202,6 @@ def parsed(content=b""):
         return parse(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
-
-
-# --- messages in texts ---
-
-
-@dataclass
-class Unlike:
-    """A text that the others of its column do not allow to be read."""
-
-    text: str
-    found: str
-
-    def __str__(self):
-        return self.text
-
-
-def read_messages(rows):
-    """Read messages that are written as JSON, or as Python writes them, in the columns of texts that hold them.
-
-    Half of a column's texts decide for all: a text of the other kind becomes an Unlike, which no form allows.
-    """
-    tables = [row.value for row in rows if isinstance(row.value, dict)]
-    for name in dict.fromkeys(name for table in tables for name in table):
-        texts = [table for table in tables if isinstance(table.get(name), str) and table[name].strip()]
-        like = [table for table in texts if looks_like_messages(table[name])]
-        if not like:
-            continue
-        is_column_of_messages = 2 * len(like) >= len(texts)
-        for table in texts if is_column_of_messages else like:
-            messages = written_messages(table[name])
-            if is_column_of_messages:
-                table[name] = messages or Unlike(table[name], "a text that is no JSON of messages, as others are")
-            elif messages:
-                table[name] = Unlike(table[name], "messages written as JSON, where others are texts")
-
-
-def looks_like_messages(text):
-    return bool(re.match(r"\s*(\[\s*)?\{", text) and re.search(r"""["'](role|from)["']\s*:\s*["']""", text))
-
-
-def written_messages(text):
-    """The messages that a text writes as JSON or as Python does, None where it does not."""
-    for read in (json.loads, ast.literal_eval):
-        try:
-            value = read(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            continue
-        return value if is_messages(value) else None
-    return None
-
-
-def is_messages(value):
-    """Whether a value is a message or a list of messages, of role and content or from and value."""
-    if isinstance(value, dict):
-        value = value.get("messages", [value])
-    names = ({"role", "content"}, {"from", "value"})
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(each, dict) and any(each.keys() >= pair for pair in names) for each in value)
-    )
 
 
 # --- tables of Arrow ---

@@ -188,6 +188,25 @@ READ = {  # what it is: (row, form, pairs)
         None,
         MALFORMED,
     ),
+    "an answer that is JSON of other things": (
+        {"prompt": "Q", "chosen": '{"from": "USD", "value": "5"}', "rejected": '[{"name": "A", "role": "user"}]'},
+        None,
+        [("Q", ['{"from": "USD", "value": "5"}', '[{"name": "A", "role": "user"}]'])],
+    ),
+    "JSON of a tool's turn": (
+        {"prompt": json.dumps([ASKED, {"role": "tool", "content": "x"}]), "chosen": "5", "rejected": "6"},
+        None,
+        MALFORMED,
+    ),
+    "as numpy prints it": (
+        {
+            "prompt": "[{'role': 'user', 'content': 'Hi'}\n {'role': 'user', 'content': 'Q'}]",
+            "chosen": "5",
+            "rejected": "6",
+        },
+        None,
+        MALFORMED,
+    ),
     "an answer that is JSON": (
         {"prompt": "Q", "chosen": '{"role": 5}', "rejected": '["5", "6"]'},
         None,
