@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import config
 from files import InputError, file_sha256, hold, naming, owner, read_json, read_sealed, replacing, sealed, write_json
 from scoring import reference
 
@@ -123,7 +124,9 @@ class Run:
         if record["arguments"].get("ranks", 1) != arguments.get("ranks", 1):
             free.add(ACCUMULATION)
         fixed = {name: value for name, value in without_home(arguments).items() if name not in free}
-        for there, here in ((record["arguments"], fixed), (record["inputs"], inputs)):
+        # An argument that is newer than the run had no other value than its default
+        defaults = {item.name: item.default for group in config.GROUPS for item in dataclasses.fields(group)}
+        for there, here in ((defaults | record["arguments"], fixed), (record["inputs"], inputs)):
             for name, value in here.items():
                 if there.get(name) != value:
                     raise InputError(

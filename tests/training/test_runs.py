@@ -123,6 +123,14 @@ def test_other_run_is_refused(run, change, inputs, words):
     refused(lambda: run.check_same(ARGUMENTS | change, INPUTS | inputs), str(run.folder), "--output_dir", *words)
 
 
+def test_an_argument_that_is_newer_than_the_run(run):
+    """A run that an older version began can be resumed, with the default alone."""
+    write_checkpoint(run, 3)
+    assert "simpo_gamma" not in ARGUMENTS
+    run.check_same(ARGUMENTS | {"simpo_gamma": 0.5}, INPUTS)
+    refused(lambda: run.check_same(ARGUMENTS | {"simpo_gamma": 0.4}, INPUTS), "simpo_gamma = 0.5, this one 0.4")
+
+
 def test_free_arguments(run):
     """Where things are, how often it prints, how work is divided: these may differ. Every one is a real argument."""
     from dataclasses import fields
