@@ -16,6 +16,17 @@ from cli.parser import Parser, arg, names, number_or_auto
 from cli.yaml_file import yaml_as_flags
 from files import InputError
 
+COLUMNS = (
+    "names of the columns, such as prompt=question,chosen=response_j,rejected=response_k, or with --task sft "
+    "prompt=question,response=solution; system, history, context and input name what comes before the prompt; default: "
+    "the usual names are recognised"
+)
+IGNORE_COLUMNS = "columns, or fields of messages, to leave unread; others that hold text stop the job"
+REASONING = (
+    "reasoning_content or thinking in messages: drop it, or write it inline as <think> before the answer; auto: refuse "
+    "it where the chat template does not render it"
+)
+
 
 @dataclass
 class DataArguments:
@@ -38,12 +49,9 @@ class DataArguments:
         "--out",
         metavar="FOLDER",
     )
-    columns: Optional[str] = arg(
-        None,
-        "names of the columns, such as prompt=question,chosen=response_j,rejected=response_k, or with --task sft "
-        "prompt=question,response=solution; default: the usual names are recognised",
-        metavar="NAME=COLUMN,...",
-    )
+    columns: Optional[str] = arg(None, COLUMNS, metavar="NAME=COLUMN,...")
+    ignore_columns: Optional[str] = arg(None, IGNORE_COLUMNS, metavar="COLUMN,...")
+    reasoning: Literal["auto", "drop", "inline"] = arg("auto", REASONING)
     max_length: int = arg(
         1024, "longest prompt and response together, in tokens; longer rows are dropped and listed in rejects.jsonl"
     )

@@ -71,7 +71,7 @@ import numpy as np
 
 import files
 from models import architecture, families, folders, tokenization
-from preferences import forms, packed, rows, several, summary
+from preferences import columns, forms, packed, rows, several, summary
 from preferences.encoding import encode_rows, make_encoder, refuse_ids_beyond
 from preferences.sources import LeftOut
 
@@ -94,7 +94,7 @@ def main(argv=None):
 
     # 2. Rows to ids
     encoder = make_encoder(args, model_args, tokenizer)
-    table, form = prepare(args, encoder)
+    table, form, about_columns = prepare(args, encoder)
     kept, left_out = [row for row in table if not row.reason], [row for row in table if row.reason]
     dropped = dict(Counter(row.reason for row in left_out).most_common())
     if not kept:
@@ -126,7 +126,8 @@ def main(argv=None):
 
     # 4. What was made
     mask, end = (summary.token(tokenizer, number) for number in (encoder.mask, encoder.end))
-    print(f"form: {form}\ntemplate: {encoder.template}; mask: {mask}; end of a response: {end}\n{attention}")
+    print("\n".join([f"form: {form}", *about_columns]))
+    print(f"template: {encoder.template}; mask: {mask}; end of a response: {end}\n{attention}")
     if encoder.turn and encoder.turn.opening:
         print(f"the template begins every response with {encoder.turn.opening!r}")
     if encoder.max_length < args.max_length:
@@ -140,22 +141,9 @@ def main(argv=None):
 
 
 def prepare(args, encoder):
-    """(rows, form): all rows of the source, each with its ids or with the reason to leave it out."""
-    paths, stop = args.preference_data_path, args.on_bad_row == "stop"
-    source, given = sources.described(paths), forms.parse_columns(args.columns, args.task)
-    table = sources.read_rows(paths, args.split)
-    columns, form = forms.find_columns(args.task, table, given, source)
-    if args.task == "preferences":
-        count = len(table)
-        table, columns = several.one_pair_each(table, columns)
-        form += f" ({count} rows hold {len(table)} pairs)" if len(table) > count else ""
-    read = rows.demonstration if args.task == "sft" else rows.preference
-    no_template = "this tokenizer has none" if args.template != "none" else "--template none was given"
-    for row in table:
-        if not row.reason:
-            row.parts = judge(row, read, row.value, columns, encoder.template == "chat")
-        if not row.reason and encoder.template == "none" and isinstance(row.parts[0], list):
-            row.leave_out("malformed", f"conversational rows need a chat template, and {no_template}")
+    """(rows, form, lines to print): all rows of the source, each with its ids or with the reason to leave it out."""
+    stop = args.on_bad_row == "stop"
+    table, form, lines = read(args, encoder)
     usable = [row for row in table if not row.reason]
     if stop and any(row.reason == "malformed" for row in table):
         for row in usable:
@@ -163,9 +151,43 @@ def prepare(args, encoder):
     elif usable:
         encode_rows(encoder, usable, args.num_proc)
     if stop:
-        refuse_malformed(table, source)
+        refuse_malformed(table, sources.described(args.preference_data_path))
     leave_out_duplicates(table)
-    return table, form
+    return table, form, lines
+
+
+def read(args, encoder):
+    """(rows, form, lines to print): all rows, each with its texts or the reason to leave it out; what is not read."""
+    # 1. Columns
+    names, given = columns.parse_names(args.ignore_columns), columns.parse_columns(args.columns, forms.roles(args.task))
+    source, table = (
+        sources.described(args.preference_data_path),
+        sources.read_rows(args.preference_data_path, args.split),
+    )
+    columns.leave_out(table, names, source)
+    found, form = forms.find_columns(args.task, table, given, source)
+    of_a_pair = found
+    if args.task == "preferences":
+        count = len(table)
+        table, of_a_pair = several.one_pair_each(table, found)
+        form += f" ({count} rows hold {len(table)} pairs)" if len(table) > count else ""
+
+    # 2. Texts
+    texts_of = rows.demonstration if args.task == "sft" else rows.preference
+    no_template = "this tokenizer has none" if args.template != "none" else "--template none was given"
+    for row in table:
+        if not row.reason:
+            row.parts = judge(row, texts_of, row.value, of_a_pair, encoder.template == "chat", args.reasoning)
+        if not row.reason and encoder.template == "none" and isinstance(row.parts[0], list):
+            row.leave_out("malformed", f"conversational rows need a chat template, and {no_template}")
+
+    # 3. What is not read
+    if args.reasoning != "auto":
+        names = [*names, *columns.REASONING]
+    elif encoder.turn:
+        names = [*names, *tokenization.rendered_fields(encoder.tokenizer, columns.REASONING)]
+    others = columns.refuse_unread(table, found | of_a_pair, given, names, source, (*forms.TEXTS, "rank"))
+    return table, form, columns.lines(found, [*columns.parse_names(args.ignore_columns), *others])
 
 
 def judge(row, function, *arguments):

@@ -111,9 +111,19 @@ def assistant_turn(tokenizer):
     return Turn(opening, closing, strips)
 
 
+def rendered_fields(tokenizer, names):
+    """The fields `names` of an assistant's last message that the chat template renders beside its content."""
+    said = {"role": "assistant", "content": "y"}
+    prompt = [{"role": "user", "content": "x"}]
+    return [
+        name for name in names if ANSWER.strip() in render(tokenizer, [*prompt, said | {name: ANSWER}], header=False)
+    ]
+
+
 def response_text(tokenizer, turn, prompt, response):
     """The text that follows prompt_text() for `response`, as the template renders the assistant's last message.
 
+    response: a text, or a message that has reasoning beside its content.
     turn: assistant_turn()'s, without which the text is `response` itself. A <think> block that the response holds is
     rendered by the template's own rule. Where the rendered conversation does not begin with the rendered prompt (the
     header of DeepSeek-R1's templates opens a <think> block, and their last message has none), it is the response.
@@ -121,10 +131,13 @@ def response_text(tokenizer, turn, prompt, response):
     if turn is None:
         return response
     messages = as_messages(prompt)
-    whole = render(tokenizer, [*messages, {"role": "assistant", "content": response}], header=False)
+    last = response if isinstance(response, dict) else {"role": "assistant", "content": response}
+    whole = render(tokenizer, [*messages, last], header=False)
     before = render(tokenizer, messages)
     if whole.startswith(before) and whole.endswith(turn.closing):
         return whole[len(before) : len(whole) - len(turn.closing)]
+    if isinstance(response, dict):
+        raise InputError("the chat template does not render the reasoning after its own header; add --reasoning inline")
     return response.strip() if turn.strips else response
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from cli import exits
 from files import InputError
 from models import architecture, families, tokenization
-from preferences.rows import contents
+from preferences.messages import contents
 from preferences.sources import LeftOut, Malformed
 
 SMALL = 2000  # rows; below this, starting processes costs more than it saves
@@ -39,7 +39,7 @@ class Encoder:
 
     def __call__(self, prompt, responses):
         """[prompt, chosen, rejected], lists of ids; of an SFT row, rejected is empty. Raises LeftOut."""
-        self.refuse_texts(contents(prompt), responses)
+        self.refuse_texts(contents(prompt), [contents(response) for response in responses])
         try:
             prompt_ids = tokenization.prompt_ids(self.tokenizer, prompt, self.template)
             texts = [tokenization.response_text(self.tokenizer, self.turn, prompt, each) for each in responses]
@@ -56,14 +56,15 @@ class Encoder:
         return [prompt_ids, *sides] if len(sides) == 2 else [prompt_ids, *sides, []]
 
     def refuse_texts(self, prompt_texts, responses):
-        """Raise LeftOut for texts that are empty or spell a special token."""
+        """Raise LeftOut for texts that are empty or spell a special token. responses: [text, reasoning...] of each."""
         if not "".join(prompt_texts).strip():
             raise LeftOut("empty prompt", "")
-        blank = [name for name, response in zip(("chosen", "rejected"), responses) if not response.strip()]
+        blank = [name for name, texts in zip(("chosen", "rejected"), responses) if not texts[0].strip()]
         if blank:
             raise LeftOut("empty response", " and ".join(blank) if len(responses) == 2 else "")
         # the tokenizer would read it as the token: a mask, an end, a forged turn
-        if found := next(filter(None, map(self.special.search, (*prompt_texts, *responses))), None):
+        texts = itertools.chain(prompt_texts, *responses)
+        if found := next(filter(None, map(self.special.search, texts)), None):
             raise LeftOut("special token in the text", found.group())
 
 

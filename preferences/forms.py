@@ -7,11 +7,11 @@ which data_prep.py prints.
 """
 
 import itertools
-import json
 import math
 import re
 
-from files import InputError, shorten
+from files import InputError
+from preferences.columns import PARTS, listed, prompt_parts, refuse_judged
 from preferences.sources import as_text, kind
 
 COLUMNS = {"preferences": ("prompt", "chosen", "rejected"), "sft": ("prompt", "response")}  # what a row holds, by task
@@ -41,9 +41,6 @@ DEMONSTRATIONS = (
     (None, "conversations"),  # ShareGPT's
     (None, "conversation"),
 )
-# columns that belong to the prompt where its column is named so: Alpaca's and LLaMA-Factory's
-PROMPT_PARTS = {"instruction": ("input", "history")}
-
 PREFERENCE = ("preference", "preferred", "winner", "choice", "better_response_id", "label", "labels")
 STRENGTH = ("preference_strength", "overall_preference")  # HelpSteer's: below 0 the first is better, above 0 the second
 WINNERS = ("winner_model_a", "winner_model_b")  # Chatbot Arena's: 1 in the column of the winner, 0 in both for a tie
@@ -65,42 +62,31 @@ TEXTS = ("answer", "response", "completion", "text", "content")
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # turns of hh-rlhf's dialogues, which are strings
 
-# columns that no form may leave unread: they may hold the prompt, a part of it, or a judgement of the response
-PROMPTS = {*ASKED, "user", "user_prompt", "messages", "conversation", "conversations", "problem", "text"}
-MORE = ("input", "history", "context")
-JUDGED = ("label", "score", "rating")
 WORSE = re.compile("reject|worse|dispreferred|disliked|bad", re.I)  # names of columns of rejected responses
 SINGLE = {"response", "completion", "answer", "output", "messages"}  # columns of SFT rows
 
 
-def parse_columns(text, task):
-    """'prompt=question,chosen=a' -> {"prompt": "question", "chosen": "a"}"""
-    columns = {}
-    for part in text.split(",") if text else ():
-        ours, _, theirs = (word.strip() for word in part.partition("="))
-        if ours not in COLUMNS[task] or not theirs:
-            expected = ",".join(f"{name}=NAME" for name in COLUMNS[task])
-            raise InputError(f"--columns {text}: expected {expected}, found '{part}'")
-        columns[ours] = theirs
-    return columns
+def roles(task):
+    """What --columns may name, by task."""
+    return (*COLUMNS[task], *PARTS)
 
 
 def find_columns(task, rows, given, path):
-    """(columns, form): the file's column for each of COLUMNS[task], and the name of the form.
+    """(columns, form): the file's column for each of COLUMNS[task] and of columns.PARTS, and the name of the form.
 
     Without "prompt" the responses are whole dialogues. In place of "chosen" and "rejected", an A/B form has "first",
     "second" and "preference" (or "first_wins" and "second_wins"), and a ranked form has "ranked".
 
-    given: the columns that --columns names. Raises InputError where no form fits, and where a
-    column that no one would read may matter.
+    given: the columns that --columns names. Raises InputError where no form fits.
     """
     present = list(dict.fromkeys(name for row in objects(rows) for name in row.value))
     for name in given.values():
         if present and name not in present:
             raise InputError(f"{path}: no column '{name}'; the columns are {listed(present)}")
-    candidates = [(form, columns | given) for form, columns in forms_of(task)]
-    if task == "preferences" and not {"chosen", "rejected"} & given.keys():
-        candidates += [(form, columns | given) for form, columns in judged_forms(rows, given)]
+    ours = {role: name for role, name in given.items() if role not in PARTS}
+    candidates = [(form, columns | ours) for form, columns in forms_of(task)]
+    if task == "preferences" and not {"chosen", "rejected"} & ours.keys():
+        candidates += [(form, columns | ours) for form, columns in judged_forms(rows, ours)]
     if not (found := choose(candidates, rows, set(present))):
         expected = ",".join(f"{name}=..." for name in COLUMNS[task])
         raise InputError(
@@ -112,19 +98,14 @@ def find_columns(task, rows, given, path):
         refuse_other_numbers(rows, columns, path)
     elif task == "preferences" and "prompt" not in columns:
         refuse_other_prompt(rows, present, columns, path)
-    elif task == "sft" and not given:
-        refuse_unread(rows, columns, path)
-    return columns, "--columns" if given else form
+    elif task == "sft" and not ours:
+        refuse_judged(rows, columns, path)
+    return columns | prompt_parts(present, columns, given), "--columns" if ours else form
 
 
 def objects(rows):
     """The rows that are JSON objects."""
     return [row for row in rows if isinstance(row.value, dict)]
-
-
-def listed(names):
-    """Names on one line, whatever is in them."""
-    return shorten(", ".join(name if name.isprintable() else json.dumps(name) for name in names), 300)
 
 
 def forms_of(task):
@@ -241,32 +222,3 @@ def holds_prompt(chosen, rejected):
     if all(isinstance(side, str) for side in sides):
         return all(side.startswith(HUMAN) for side in sides)
     return any(isinstance(side, list) and len(side) > 1 for side in sides)
-
-
-def refuse_unread(rows, columns, path):
-    """Refuse SFT rows with another column that judges the response, or may be a part of the prompt."""
-    named = ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())
-    for name in JUDGED:
-        sentence = (
-            f"a column '{name}' says that some responses are bad ones, and SFT would learn them all; pair them "
-            f"(make_prefs.py --strategy label), keep the good rows, or say --columns {named}"
-        )
-        refuse_or_leave_out(rows, name, path, sentence, even_empty=True)
-    read = {*columns.values(), *PROMPT_PARTS.get(columns.get("prompt"), ())}
-    for name in MORE:
-        if name not in read:
-            sentence = (
-                f"a column '{name}' beside {' and '.join(columns.values())} would be left out; write it into the "
-                "prompt, or name the columns to read with --columns prompt=...,response=..."
-            )
-            refuse_or_leave_out(rows, name, path, sentence)
-
-
-def refuse_or_leave_out(rows, name, path, sentence, even_empty=False):
-    """Refuse the file if half of its rows fill the unread column `name`. If fewer do, they are malformed."""
-    tables = objects(rows)
-    filled = [row for row in tables if name in row.value and (even_empty or row.value[name])]
-    if filled and 2 * len(filled) >= len(tables):
-        raise InputError(f"{path}: {sentence}")
-    for row in filled:
-        row.leave_out("malformed", sentence)

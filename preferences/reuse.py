@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from files import InputError, read_json
 from models import folders
-from preferences.forms import parse_columns
+from preferences.columns import parse_columns, parse_names
+from preferences.forms import roles
 from preferences.packed import Packed, command
 from preferences.sources import source_sha256
 
@@ -80,7 +81,7 @@ def up_to_date(args, model_args):
     for name in ("mask_token_id", "end_token_id"):
         if getattr(model_args, name) is not None:
             wanted[name] = getattr(model_args, name)
-    meta = packed.meta | {"task": packed.task}
+    meta = {"ignore_columns": [], "reasoning": "auto"} | packed.meta | {"task": packed.task}
     same = all(meta.get(name) == value for name, value in wanted.items())
     return packed if same and meta.get("source_sha256") == source_sha256(source, args.split) else None
 
@@ -106,6 +107,8 @@ def depends_on(args, tokenizer):
         "task": args.task,
         "tokenizer": tokenizer.fingerprint,
         "template": "chat" if chat else "none",
-        "columns": parse_columns(args.columns, args.task),
+        "columns": parse_columns(args.columns, roles(args.task)),
+        "ignore_columns": parse_names(args.ignore_columns),
+        "reasoning": args.reasoning,
         "max_length": args.max_length,
     }

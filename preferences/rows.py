@@ -1,15 +1,16 @@
 """One row of a file to its prompt and responses; forms.py says which columns hold them.
 
-    preference(row, columns, chat)      -> (prompt, [chosen, rejected])
-    demonstration(row, columns, chat)   -> (prompt, [response])
+    preference(row, columns, chat, reasoning)      -> (prompt, [chosen, rejected])
+    demonstration(row, columns, chat, reasoning)   -> (prompt, [response])
 
-A prompt is a string or a list of messages, a response a string. chat: the tokenizer has a chat template. In a column:
+A prompt is a string or a list of messages, a response a string, or a message that has reasoning. chat: the tokenizer
+has a chat template. In a column:
     strings             as they are
     messages            {role, content} or {from, value}, one or a list; the content a string or a list of text parts
     whole dialogues     messages of which the last is the response; "\\n\\nHuman: ...\\n\\nAssistant: ..." strings
     lists of strings    the turns of an A/B row: questions in the prompt, answers in each response (Chatbot Arena)
-    instruction         Alpaca's and LLaMA-Factory's: `input` is joined by a newline, `history` comes before it
-A `system` column comes before the prompt.
+    reasoning           kept beside the content for the chat template ("auto"), or left out or written before it
+prompt.py has the columns that come before the prompt.
 """
 
 import itertools
@@ -18,9 +19,11 @@ import math
 import os
 import re
 
-from files import shorten
-from preferences.forms import ASSISTANT, HUMAN, PROMPT_PARTS, SIDES, STRENGTH, listed, number_or_nan, word_of
-from preferences.sources import LeftOut, Malformed, as_text, kind
+from preferences.columns import PARTS, listed
+from preferences.forms import ASSISTANT, HUMAN, SIDES, STRENGTH, number_or_nan, word_of
+from preferences.messages import answer, assistant, contents, conversation, require_assistant, settled, shown, user
+from preferences.prompt import whole_prompt
+from preferences.sources import LeftOut, Malformed, kind
 from preferences.written import ROLES
 
 # preferences for neither, as letters alone: "tie (bothbad)" is "tiebothbad"
@@ -43,32 +46,32 @@ TIES = {
 TIES |= {"tiebothbad", "bothequal", "equallygood", "equallybad", "nopreference", "notsure"}
 
 
-def preference(row, columns, chat):
+def preference(row, columns, chat, reasoning="auto"):
     """(prompt, [chosen, rejected]) of a row; raises LeftOut."""
     require(row, columns)
     if "first" in columns:
         names, row = resolve(row, columns), with_turns(row, columns)
     else:
         names = columns["chosen"], columns["rejected"]
-    prompt = question(row, columns["prompt"]) if "prompt" in columns else None
+    prompt = conversation(row[columns["prompt"]], columns["prompt"]) if "prompt" in columns else None
     sides = [conversation(row[name], name) for name in names]
     if not all(isinstance(side, str) for side in sides):
         prompt, sides = split_messages(prompt, *sides)
     elif prompt is None:
         prompt, sides = split_text(*sides)
-    return finished(row, prompt, sides, chat)
+    return finished(row, columns, prompt, sides, chat, reasoning)
 
 
-def demonstration(row, columns, chat):
+def demonstration(row, columns, chat, reasoning="auto"):
     """(prompt, [response]) of an SFT row; raises LeftOut."""
     require(row, columns)
     name = columns["response"]
-    prompt = question(row, columns["prompt"]) if "prompt" in columns else None
+    prompt = conversation(row[columns["prompt"]], columns["prompt"]) if "prompt" in columns else None
     response = conversation(row[name], name)
     if isinstance(response, str):
         if prompt is None:
             raise Malformed(f"expected '{name}' to be a list of messages, found a string")
-        return finished(row, prompt, [response], chat)
+        return finished(row, columns, prompt, [response], chat, reasoning)
     *head, last = response
     require_assistant(last, name)
     if prompt is None and not head:
@@ -77,7 +80,7 @@ def demonstration(row, columns, chat):
         raise Malformed(
             f"expected one assistant message in '{name}', found {len(response)} messages that do not repeat the prompt"
         )
-    return finished(row, head or prompt, [last["content"]], chat)
+    return finished(row, columns, head or prompt, [answer(last)], chat, reasoning)
 
 
 # --- columns ---
@@ -87,7 +90,7 @@ def require(row, columns):
     """Refuse a row that lacks one of `columns`."""
     if not isinstance(row, dict):
         raise Malformed(f"expected a JSON object, found {kind(row)}")
-    for name in columns.values():
+    for name in (columns[role] for role in columns if role not in PARTS):
         if name not in row:
             raise Malformed(f"expected a column '{name}', found {listed(row) or 'an empty object'}")
 
@@ -143,93 +146,7 @@ def strings_of(value):
     return found if isinstance(found, list) else value
 
 
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def question(row, name):
-    """The prompt in column `name`, a string or messages, with the other columns that belong to it."""
-    prompt = conversation(row[name], name)
-    if name not in PROMPT_PARTS or not isinstance(prompt, str):
-        return prompt
-    if more := text_or_nothing(row, "input"):
-        prompt = f"{prompt}\n{more}"
-    if not (history := row.get("history")):
-        return prompt
-    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise Malformed(f"expected 'history' to be a list of [question, answer], found {shown(history)}")
-    messages = []
-    for asked, answered in history:
-        messages += [user(asked), assistant(answered)]
-    return conversation([*messages, user(prompt)], "history")
-
-
-def text_or_nothing(row, name):
-    """The text of a column that a row may lack. Anything else in it would be lost, or written as Python writes it."""
-    if not isinstance(text := row.get(name), (str, type(None))):
-        raise Malformed(f"expected '{name}' to be a string, found {kind(text)}")
-    return text
-
-
-def shown(value):
-    return shorten(as_text(value), 80)
-
-
-# --- messages ---
-
-
-def conversation(value, column):
-    """A string as it is; a message or a list of messages as a list of {"role", "content"}."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, (list, dict)) or not value:
-        found = f"an empty {kind(value).split()[-1]}" if value in ([], {}) else kind(value)
-        raise Malformed(f"expected '{column}' to be a string or a list of messages, found {found}")
-    if isinstance(value, dict):
-        value = value.get("messages", value)  # OpenAI's input
-    messages = []
-    for each in value if isinstance(value, list) else [value]:
-        if isinstance(each, dict) and each.keys() >= {"human", "assistant"}:  # ms-swift's turns
-            messages += [message(user(each["human"]), column), message(assistant(each["assistant"]), column)]
-        else:
-            messages.append(message(each, column))
-    if not messages:
-        raise Malformed(f"expected messages in '{column}', found an empty list")
-    return messages
-
-
-def message(value, column):
-    """One message as {"role", "content"}, the role one of the three that a template knows."""
-    fields = value if isinstance(value, dict) else {}
-    names = ("from", "value") if "from" in fields else ("role", "content")
-    role, content = (joined_parts(fields.get(name)) for name in names)
-    if not (isinstance(role, str) and isinstance(content, str)):
-        raise Malformed(
-            f"expected messages with a string '{names[0]}' and '{names[1]}' in '{column}', found {shown(value)}"
-        )
-    if role.lower() not in ROLES:
-        raise Malformed(f"expected a role of system, user or assistant in '{column}', found {json.dumps(role)}")
-    return {"role": ROLES[role.lower()], "content": content}
-
-
-def joined_parts(content):
-    """The text of a content given as a list of text parts; anything else as it is."""
-    if not isinstance(content, list) or not content:
-        return content
-    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    texts = [part.get("text", part.get("value")) for part in parts]  # LLaMA-Factory's have a value
-    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-        return content
-    return "".join(texts)
-
-
-def require_assistant(last, name):
-    if last["role"] != "assistant":
-        raise Malformed(f"expected '{name}' to end in an assistant message, found role '{last['role']}'")
+# --- dialogues that are messages ---
 
 
 def split_messages(prompt, chosen, rejected):
@@ -251,7 +168,7 @@ def split_messages(prompt, chosen, rejected):
                 f"expected one assistant message in 'chosen', found {len(sides[0])} messages that do not "
                 "repeat the prompt"
             )
-    return head or prompt, [side[-1]["content"] for side in sides]
+    return head or prompt, [answer(side[-1]) for side in sides]
 
 
 def repeats(prompt, head, dialogues):
@@ -262,31 +179,23 @@ def repeats(prompt, head, dialogues):
     return prompt in [head, [said for said in head if said["role"] != "system"], *dialogues]
 
 
-def finished(row, prompt, responses, chat):
-    """(prompt, responses) as they are encoded: hh-rlhf's turns as messages, the system column first, all of it text."""
+def finished(row, columns, prompt, responses, chat, reasoning):
+    """(prompt, responses) as they are encoded: hh-rlhf's turns as messages, the whole prompt, all of it text."""
     if chat and isinstance(prompt, str) and prompt.startswith(HUMAN) and prompt.rstrip().endswith(ASSISTANT):
         prompt, responses = dialogue(prompt), [response.strip() for response in responses]
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise Malformed("expected a prompt whose last message is the user's, found the assistant's")
-    prompt = with_system(prompt, text_or_nothing(row, "system"))
+    prompt, responses = (
+        whole_prompt(row, columns, prompt, chat),
+        [answer(settled(said, reasoning)) for said in responses],
+    )
+    if isinstance(prompt, list):
+        prompt = [settled(said, reasoning) for said in prompt]
     try:
-        "".join([*contents(prompt), *responses]).encode()
+        "".join(text for said in (prompt, *responses) for text in contents(said)).encode()
     except UnicodeEncodeError as error:
         raise Malformed(f"expected text, found a lone surrogate (\\u{ord(error.object[error.start]):04x})") from None
     return prompt, responses
-
-
-def contents(prompt):
-    """The texts of a prompt, without its roles."""
-    return [prompt] if isinstance(prompt, str) else [said["content"] for said in prompt]
-
-
-def with_system(prompt, system):
-    """`prompt` with the text of a system column before it, unless it has a system message already."""
-    if not system or not system.strip():
-        return prompt
-    messages = prompt if isinstance(prompt, list) else [user(prompt)]
-    return prompt if messages[0]["role"] == "system" else [{"role": "system", "content": system}, *messages]
 
 
 # --- dialogues that are strings ---

@@ -22,7 +22,8 @@ from scoring import reference
 # Arguments that may differ when a run is resumed: where things are, how often it prints and saves, how work is divided.
 FREE = set(
     """
-    task preference_data_path split columns template on_bad_row num_proc max_length data output_dir
+    task preference_data_path split columns ignore_columns reasoning template on_bad_row num_proc max_length data
+    output_dir
     resume_from_checkpoint local_rank logging_steps save_steps save_total_limit eval_steps report_to run_name
     tokens_per_forward gradient_checkpointing deepspeed model_name_or_path trust_remote_code ranks
     """.split()

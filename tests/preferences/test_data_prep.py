@@ -55,7 +55,7 @@ def test_cli_packs_what_sentencepiece_says(tiny_dir, tmp_path):
     assert meta["end_token_id"] == meta["pad_token_id"] == EOS
     assert meta["mask_token_id"] == MASK and meta["template"] == "none"
     assert meta["source_sha256"] == files.file_sha256(tiny_dir.parent / "prefs.jsonl") and meta["dropped"] == {}
-    form, found, attention, *lines = done.stdout.splitlines()
+    form, not_read, found, attention, *lines = done.stdout.splitlines()
     assert attention == "attention: bidirectional (model_type llada)"
     assert found == "template: none; mask: <mask> (3); end of a response: </s> (2)"
     assert (

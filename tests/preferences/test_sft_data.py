@@ -37,7 +37,12 @@ FORMS = {  # name of the test: (form printed, row, (prompt, response))
     "GSM8K": ("question, answer", {"question": "Q", "answer": "good"}, ("Q", "good")),
     "alpaca": (
         "instruction, output",
-        {"instruction": "Add.", "input": "1 2", "output": "good", "text": "x"},
+        {
+            "instruction": "Add.",
+            "input": "1 2",
+            "output": "good",
+            "text": "Follow it: Add.\nInput: 1 2\nResponse: good",
+        },
         ("Add.\n1 2", "good"),
     ),
     "alpaca without input": ("instruction, output", {"instruction": "Q", "input": "", "output": "good"}, ("Q", "good")),
@@ -132,10 +137,6 @@ def test_forms(name, chat_dir, tmp_path, capsys):
             {"text": "x"},
             "no known form of --task sft has these columns; the columns are text; name yours with --columns prompt=...",
         ),
-        (
-            {"question": "Q", "answer": "A", "context": "C"},
-            "a column 'context' beside question and answer would be left out",
-        ),
         ({"messages": USER}, "expected 'messages' to end in an assistant message, found role 'user'"),
         ({"messages": SAID}, "expected 'messages' to have messages before the last, found none"),
         ({"messages": "Q"}, "expected 'messages' to be a list of messages, found a string"),
@@ -158,7 +159,10 @@ def test_single_responses_are_no_preferences(tiny_dir, tmp_path, capsys):
         argv = ["--in", source, "--out", tmp_path / "out", "--model_name_or_path", tiny_dir]
         assert "look like single responses, which --task sft packs" in refusal(data_prep.main, capsys, *argv)
     said = refusal(data_prep.main, capsys, "--task", "sft", *argv, "--columns", "prompt=prompt,chosen=response")
-    assert "expected prompt=NAME,response=NAME, found 'chosen=response'" in said
+    assert (
+        "expected prompt=NAME,response=NAME,system=NAME,history=NAME,context=NAME,input=NAME, found 'chosen=response'"
+        in said
+    )
     assert "no SFT rows given; add --in" in refusal(data_prep.main, capsys, "--task", "sft", "--out", tmp_path / "out")
 
 
