@@ -8,6 +8,7 @@ make_prefs.py, evaluate.py) accept SampleArguments and arguments of their own.
 import math
 import shlex
 import sys
+from argparse import SUPPRESS
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, Optional
 
@@ -113,7 +114,7 @@ class ModelArguments:
     deepspeed: Optional[str] = arg(
         None, "ds_config that says where parameters and optimizer live; default: on the GPU", metavar="FILE"
     )
-    local_rank: int = arg(-1, "set by the launcher")
+    local_rank: int = arg(-1, SUPPRESS)  # set by the launcher
 
 
 @dataclass
@@ -266,6 +267,17 @@ class LikelihoodArguments:
     )
 
 
+@dataclass
+class AdapterArguments:
+    base_model: Optional[str] = arg(
+        None,
+        "folder or Hub name of an adapter's base; default: base_model_name_or_path of its adapter_config.json",
+        metavar="MODEL",
+        heading="Model",
+    )
+
+
+adapters = AdapterArguments()  # of this command: parse() fills it in, and models/folders.py reads it
 GROUPS = (DataArguments, ModelArguments, NoiseArguments, TrainArguments)
 
 
@@ -285,9 +297,9 @@ def parse(argv, doc, *used, hide=()):
     A command that uses one of GROUPS accepts the arguments of all of them, so that one YAML file serves a whole run.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    accepted = used
+    accepted = (*used, AdapterArguments)
     if set(used) & set(GROUPS):
-        accepted = (*GROUPS, *(group for group in used if group not in GROUPS))
+        accepted = (*GROUPS, *(group for group in accepted if group not in GROUPS))
     parser = Parser(accepted, doc)
     parser.add_argument(
         "--config_file",
@@ -295,17 +307,20 @@ def parse(argv, doc, *used, hide=()):
         metavar="FILE",
         help="YAML file of these arguments, lines of 'name: value'; the command line wins over it",
     )
-    parser.hide(names(*set(accepted) - set(used)) | {*hide, "local_rank"})
+    shown = {*used, AdapterArguments} if SampleArguments in used else {*used}
+    parser.hide(names(*set(accepted) - shown) | {*hide})
     paths = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config_file"]
     paths += [word.split("=", 1)[1] for word in argv if word.startswith("--config_file=")]
     if len(paths) > 1:
         raise InputError(f"--config_file is given {len(paths)} times, expected one file")
-    from_file = yaml_as_flags(paths[0], names(*accepted)) if paths else []
+    from_file = yaml_as_flags(paths[0], names(*accepted) - {"local_rank"}) if paths else []
     try:
-        parser.read(from_file)  # by itself first, so that an error in the file names the file
+        found = parser.parse_args(from_file)  # by itself first, so that an error in the file names the file
     except InputError as error:
         raise InputError(f"{paths[0]}: {error}") from None
-    return [group for group in parser.read(from_file + argv) if isinstance(group, used)]
+    groups = parser.read(argv, found)
+    adapters.base_model = next(group.base_model for group in groups if isinstance(group, AdapterArguments))
+    return [group for group in groups if isinstance(group, used)]
 
 
 def check_scoring(model_args, noise_args):

@@ -49,7 +49,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from files import naming, no_room
+from files import by_umask, naming, no_room
 from models import folders, pickled, smdm
 from models.architecture import load_config
 from models.checkpoint import save_model
@@ -95,6 +95,7 @@ def to_smdm(source, out):
     try:
         with naming(out):
             save_file(smdm.to_original(tensors, config.n_heads), temporary)  # no second copy of the model in memory
+        by_umask(temporary)
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)

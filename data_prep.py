@@ -246,8 +246,10 @@ def write(folder, kept, left_out, meta):
 
 def next_command(args, model_args, argv):
     """launch.sh with the arguments of this command: it finds the arrays up to date, and scores and trains with them."""
-    loss = ["--loss_type", "sft"] if args.task == "sft" else []
-    return shlex.join(["bash", "launch.sh", model_args.deepspeed or DS_CONFIG, *loss, *argv])
+    loss = ["--loss_type", "sft"] if args.task == "sft" and "--loss_type" not in argv else []
+    before = [None, *argv]  # launch.sh takes the ds_config as its first word, not as a flag
+    words = [word for word, last in zip(argv, before) if "--deepspeed" not in (last, word.split("=")[0])]
+    return shlex.join(["bash", "launch.sh", model_args.deepspeed or DS_CONFIG, *loss, *words])
 
 
 if __name__ == "__main__":

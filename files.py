@@ -53,11 +53,17 @@ def replacing(path, mode="w"):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
+        by_umask(name)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
         raise
+
+
+def by_umask(path):
+    """Give the file at `path` the permissions of a new file: 0o666 without the umask's. Some writers make it 0o600."""
+    os.umask(umask := os.umask(0))
+    os.chmod(path, 0o666 & ~umask)
 
 
 @contextlib.contextmanager
@@ -122,6 +128,9 @@ def replacing_folder(folder):
     try:
         with naming(folder):
             yield work
+        for path in work.rglob("*"):
+            if path.is_file():
+                by_umask(path)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise

@@ -9,6 +9,7 @@
 To resume a long job where it was stopped, and for benchmarks such as GSM8K, use evaluate.py.
 """
 
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def read_arguments(argv=None):
     if args.task in benchmarks.BENCHMARKS:
         raise InputError(
             f"--task is {args.task!r}, a benchmark; run: python evaluate.py --tasks {args.task} --model "
-            f"{sample.model_name_or_path or 'MODEL'}"
+            f"{shlex.quote(sample.model_name_or_path or 'MODEL')}"
         )
     if args.task is not None and args.task not in (*tasks.FAMILIES, "all"):
         raise InputError(f"--task is {args.task!r}; expected {', '.join(tasks.FAMILIES)} or all")

@@ -119,7 +119,7 @@ finish() { # wait for all of pids; when one fails, end the others, which would w
 }
 
 ranks_of() { # SCRIPT NUMBER [FLAG...]: run a script on this host's ranks; NUMBER is added to the port, one for each script
-    local port rank half= smaller=()
+    local port rank half= word before kept given=("${flags[@]}")
     while true; do
         if [ "$hosts" = 1 ]; then
             port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
@@ -129,14 +129,19 @@ ranks_of() { # SCRIPT NUMBER [FLAG...]: run a script on this host's ranks; NUMBE
         : >"$LAUNCH_PASS"
         for ((rank = 0; rank < ranks; rank++)); do
             MASTER_PORT=$port RANK=$((host * ranks + rank)) LOCAL_RANK=$rank setsid "$python" "$here/$1" \
-                --deepspeed "$ds_config" "${@:3}" "${flags[@]}" "${smaller[@]}" &
+                --deepspeed "$ds_config" "${@:3}" "${given[@]}" &
             pids+=($!)
         done
         [ $stopped = 0 ] || stop # a signal came before they were there
         finish
         [ "$code" != 0 ] || return 0
         [ $on_oom = smaller ] && [[ $code = $oom || $code = $killed ]] && read -r half <"$LAUNCH_PASS" || exit "$code"
-        smaller=(--tokens_per_forward "$half")
+        kept=() before=
+        for word in "${given[@]}"; do # without the number that was given, as a flag is given once
+            [[ "$before $word" =~ --tokens[_-]per[_-]forward ]] || kept+=("$word")
+            before=$word
+        done
+        given=("${kept[@]}" --tokens_per_forward "$half")
         echo "launch: out of memory; $1 goes on from what is saved with at most $half tokens in a forward pass (half as many;" \
             "sums differ in their last digits)"
     done

@@ -9,6 +9,7 @@
 bfloat16 rounds small changes away. The command measures and prints the share of what the adapter adds that is left.
 """
 
+import shlex
 import sys
 
 from cli import exits
@@ -48,10 +49,9 @@ def merge(adapter, out, dtype):
     InputError if `adapter` is no adapter.
     """
     folder = model_folder(adapter)
-    config, noted = folders.read_adapter(folder), folders.adapter_base(folder)
-    if not config:
+    if folders.read_adapter(folder) is None:
         raise InputError(f"{adapter}: holds no adapter_config.json; expected the folder of an adapter")
-    base = config["base_model_name_or_path"]
+    (base, _), noted = folders.base_of(folder), folders.adapter_base(folder)
     as_trained = folders.plain_config(adapter)
     shift, block_size = "yes" if families.shifted(as_trained) else "no", families.block_size(as_trained)
     model = load_model(base, DTYPES[dtype], shift_logits=shift, block_size=block_size)
@@ -93,10 +93,11 @@ def main(argv=None):
             file=sys.stderr,
             flush=True,
         )
+    model, base = shlex.quote(args.out), shlex.quote(base)
     flags = "" if args.use_mixed_precision == "bf16" else " --use_mixed_precision no"
     if not fits_card(args.out):
         flags += f" --deepspeed {STREAMING}"
-    print(f"next: python evaluate.py --model {args.out} --compare {base} --tasks gsm8k{flags}", flush=True)
+    print(f"next: python evaluate.py --model {model} --compare {base} --tasks gsm8k{flags}", flush=True)
     return 0
 
 

@@ -15,6 +15,7 @@ that the first step has margin 0 and loss ln 2; a run in which they differ is re
 import functools
 import itertools
 import math
+import shlex
 import time
 from typing import Any, NamedTuple
 
@@ -247,7 +248,7 @@ def prepare(given):
     scored = None
     if losses.has_reference(args.loss_type):
         flags = config.flags((*recipe.SAME, "deepspeed"), given.model, given.noise)
-        mend = f"python score.py --data {given.data.data} {flags}"
+        mend = f"python score.py --data {shlex.quote(given.data.data)} {flags}"
         scored = reference.Reference(packed, wanted, given.noise.noise_sets, mend)
     return Preference(args, given.noise, packed, scored, masking, sft), wanted
 
@@ -266,7 +267,8 @@ def make_job(given, objective, run, train_pairs, ds_config, ranks, checkpoint):
     tokens = model_args.tokens_per_forward
     if tokens == "auto" and checkpoint:  # as the run began: the same sums to the last digit
         tokens = run.arguments().get("tokens_per_forward", "auto")
-    ds_config = deepspeed_config.training_config(ds_config, args, model_args, model_args.deepspeed)
+    path = model_args.deepspeed
+    ds_config = deepspeed_config.training_config(ds_config, args, model_args, path, ranks.world, steps)
     policy = start_policy(model_args, args, ds_config, ranks)
     stop = stopping.Stop(ranks)
     if tokens == "auto":

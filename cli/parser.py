@@ -11,14 +11,18 @@ It is not used because it imports transformers, which takes seconds.
 """
 
 import difflib
+import re
 import shutil
+import sys
 import textwrap
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from dataclasses import field, fields
 from typing import Literal, Union, get_args, get_origin
 
+from cli.other_names import OTHER_NAMES
 from files import InputError
 
+LISTED = "--help lists them, docs/migrating.md has TRL's names"
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
@@ -63,6 +67,7 @@ class Parser(ArgumentParser):
 
     def __init__(self, groups, doc):
         self.groups, self.place = groups, None  # place: the heading that arguments are added under
+        self.suggested = []  # flags that a message about an unknown one may name, whether or not --help shows them
         super().__init__(allow_abbrev=False, usage=SUPPRESS, **described(doc))
         for group in groups:
             for item in fields(group):
@@ -94,6 +99,8 @@ class Parser(ArgumentParser):
         action = (self.place or super()).add_argument(*flags, **settings)
         if action.option_strings:
             action.option_strings = [flag for flag in flags if "-" not in flag[2:]]
+        if action.help != SUPPRESS:
+            self.suggested += action.option_strings
         if action.help != SUPPRESS and action.default not in (None, SUPPRESS):
             value = action.default
             action.help += f" (default: {str(value).lower() if isinstance(value, bool) else value})"
@@ -107,12 +114,32 @@ class Parser(ArgumentParser):
             if action.dest in names:
                 action.help = SUPPRESS
 
-    def read(self, flags):
-        """One instance of each dataclass. Raises InputError for a flag that is unknown or has no meaning."""
-        found, unknown = self.parse_known_args(flags)
+    def parse_args(self, flags=None, found=None):
+        """argparse's, for flags that are known and are given once each. found: a Namespace that they are added to."""
+        flags = sys.argv[1:] if flags is None else flags
+        self.refuse_twice(flags)
+        found, unknown = self.parse_known_args(flags, found)
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            raise InputError(f"unknown argument {unknown[0]}{nearest(unknown[0], known)}")
+            name = unknown[0].split("=")[0]
+            raise InputError(f"unknown argument {unknown[0]}{instead_of(name, self.suggested)}")
+        return found
+
+    def refuse_twice(self, flags):
+        """Refuse an argument that is given twice, by whatever spelling: argparse would take the last silently."""
+        given = {}
+        for flag in (word.split("=")[0] for word in flags if word.startswith("-")):
+            if action := self._option_string_actions.get(flag):
+                if first := given.get(action.dest):
+                    both = "" if first == flag else f" ({first} and {flag})"
+                    raise InputError(f"--{action.dest} is given twice{both}; leave one out")
+                given[action.dest] = flag
+
+    def read(self, flags, found=None):
+        """One instance of each dataclass. Raises InputError for a flag that is unknown or has no meaning.
+
+        found: a Namespace of parse_args(), over which the flags win.
+        """
+        found = self.parse_args(flags, found)
         made = []
         for group in self.groups:
             made.append(group(**{name: getattr(found, name) for name in names(group)}))
@@ -154,7 +181,23 @@ def folded(command, width):
     return " \\\n      ".join(lines).replace("\0", " ")
 
 
-def nearest(word, known, otherwise="--help lists them, docs/migrating.md has TRL's names", cutoff=0.72):
+def instead_of(name, known):
+    """The end of a sentence about an unknown argument, a flag or an entry of a YAML file: what to write instead.
+
+    known: the names that may be said. What other software calls a name is said only if what it stands for is known.
+    """
+    instead = OTHER_NAMES.get(name.removeprefix("--").replace("-", "_"))
+    if instead is None:
+        return nearest(name, known, LISTED)
+    if not name.startswith("-"):
+        instead = instead.replace("--", "")
+        flags = []
+    else:
+        flags = re.findall(r"--\w+", instead)
+    return f"; {LISTED if set(flags) - set(known) else instead}"
+
+
+def nearest(word, known, otherwise, cutoff=0.72):
     """The end of a sentence about an unknown name: the known one that it alone abbreviates, or the nearest."""
     longer = [each for each in known if each.startswith(word)]
     found = longer if len(longer) == 1 else difflib.get_close_matches(word, known, 1, cutoff)

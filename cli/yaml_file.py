@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from cli.parser import nearest
+from cli.parser import instead_of
 from files import InputError
 
 piped = {}  # {path: text} of read_text()
@@ -52,7 +52,7 @@ def yaml_as_flags(path, known):
     flags = []
     for name, value in entries.items():
         if name not in known:
-            raise InputError(f"{path}: unknown argument {shown(name)}{nearest(name, sorted(known))}")
+            raise InputError(f"{path}: unknown argument {shown(name)}{instead_of(name, sorted(known))}")
         if not isinstance(value, str):  # not shown: a few aliases of aliases would fill the screen, and memory
             kind = "list" if isinstance(value, list) else "mapping"
             raise InputError(f"{path}: {name} holds a {kind}, expected one value")

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from files import by_umask
 from models import architecture, experts, families
 from models.llada import LLaDAConfig, LLaDAModelLM
 
@@ -228,6 +229,7 @@ def write_model(folder, vocab_size, family):
     tensors = experts.split(model, model.state_dict())
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in tied}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    by_umask(folder / "model.safetensors")
     return model.num_parameters()
 
 

@@ -1,15 +1,20 @@
 """Find a model's folder and weight files, read its configuration, fingerprint it. Imports no torch, so it is fast."""
 
 import contextlib
+import json
 import os
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import config
 from files import InputError, file_sha256, fingerprint, naming, no_room, read_json
 from models import families
 
 ADAPTER_BASE = "base.json"  # ours, beside an adapter's files: what is to be known of its base (adapter_base)
+# One of them is in every folder that holds a tokenizer
+TOKENIZER = "tokenizer.json tokenizer_config.json tokenizer.model spiece.model vocab.json vocab.txt".split()
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
 # Fields of config.json that may change while the model stays the same.
 VOLATILE = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "auto_map")
@@ -32,8 +37,8 @@ def model_folder(name):
         return Path(name)
     if is_smdm_file(name):
         raise InputError(
-            f"{name}: a file, expected a model folder; run: python convert.py {name} "
-            f"weights/{Path(name).stem} --tokenizer TinyLlama/TinyLlama_v1.1"
+            f"{name}: a file, expected a model folder; run: python convert.py {shlex.quote(name)} "
+            f"{shlex.quote(f'weights/{Path(name).stem}')} --tokenizer TinyLlama/TinyLlama_v1.1"
         )
     if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"{name}: no such model folder (and not a Hub name such as GSAI-ML/LLaDA-8B-Instruct)")
@@ -64,16 +69,33 @@ def downloading(sentence):
 def base_folder(name):
     """The folder of a model's own weights: for an adapter that of its base, as it was in training, else the model's."""
     folder = model_folder(name)
-    adapter = read_adapter(folder)
-    if not adapter:
-        return folder
-    base = adapter.get("base_model_name_or_path")
-    if adapter_base(folder).get("is_folder") and not os.path.isdir(base or ""):
-        raise InputError(
-            f"{name}: an adapter to the model folder {base}, which is not here; run the command where that path "
-            "exists, or correct base_model_name_or_path in its adapter_config.json"
-        )
-    return model_folder(base)
+    return folder if read_adapter(folder) is None else base_of(folder)[1]
+
+
+def base_of(adapter):
+    """(folder or Hub name, local folder) of the base of the adapter in a folder: --base_model, or what its file names.
+
+    Raises InputError with the file and its field where there is no such model.
+    """
+    if given := config.adapters.base_model:
+        return given, model_folder(given)
+    base = read_adapter(adapter).get("base_model_name_or_path")
+    field = f"{adapter}/adapter_config.json: base_model_name_or_path is {json.dumps(base)}"
+    mend = "give the adapter's base: --base_model FOLDER_OR_HUB_NAME"
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{field}, which names no model; {mend}")
+    if adapter_base(adapter).get("is_folder") and not os.path.isdir(base):
+        raise InputError(f"{field}, a folder that is not here; {mend}")
+    try:
+        return base, model_folder(base)
+    except InputError as error:
+        raise InputError(f"{field}, and {error}; {mend}") from None
+
+
+def tokenizer_folder(name):
+    """The folder with a model's tokenizer: for an adapter that has none, as peft writes it, that of its base."""
+    folder = model_folder(name)
+    return folder if any((folder / file).is_file() for file in TOKENIZER) else base_folder(name)
 
 
 def weight_files(folder):
@@ -87,8 +109,8 @@ def weight_files(folder):
     if not names:
         raise InputError(
             f"{folder}: holds no *.safetensors weights; pytorch_model*.bin are pickles, which may hold code: if you "
-            f"trust them, run: python convert.py {folder} OUT --allow_pickle (for a model of the Hub, first run: "
-            "hf download NAME --local-dir DIR)"
+            f"trust them, run: python convert.py {shlex.quote(str(folder))} OUT --allow_pickle (for a model of the "
+            "Hub, first run: hf download NAME --local-dir DIR)"
         )
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
@@ -125,7 +147,7 @@ def sampled(path):
 
 def tokenizer_files(name):
     """Hex digest of a tokenizer's files and of the packages that read them: the same digest, the same tokenizer."""
-    folder = model_folder(name)
+    folder = tokenizer_folder(name)
     texts = [path for path in folder.iterdir() if path.suffix in (".json", ".model", ".txt", ".jinja")]
     digests = {path.name: file_sha256(path) for path in sorted(texts) if path.is_file()}
     return fingerprint([version(package) for package in ("transformers", "tokenizers", "sentencepiece")], digests)

@@ -9,14 +9,14 @@ from transformers import AutoTokenizer
 from files import InputError, fingerprint, read_json
 from models.architecture import load_config
 from models.families import MASK_TOKENS, TOKENIZERS
-from models.folders import model_folder
+from models.folders import tokenizer_folder
 
 PROBE = "A probe: 1234 + 5 = 1,239\n\n  caf\u00e9 \u6f22\u5b57 <x>\t'quoted'"  # shows merges and normalisation
 
 
 def load_tokenizer(name, trust_remote_code=False, **kwargs):
     """The folder's tokenizer through AutoTokenizer (tokenizer.json, or a sentencepiece tokenizer.model)."""
-    folder = model_folder(name)
+    folder = tokenizer_folder(name)
     config = load_config(name, trust_remote_code)  # refuses a model that cannot be loaded
     settings = folder / "tokenizer_config.json"
     if (folder / "tokenizer.model").exists() and not settings.exists():
@@ -56,9 +56,17 @@ def encode(tokenizer, text):
 
 def uses_chat(tokenizer, template):
     """Whether prompts go through the chat template: `template` is auto (if the tokenizer has one), chat or none."""
-    if template == "chat" and not tokenizer.chat_template:
+    if template == "none":
+        return False
+    templates = tokenizer.chat_template
+    if template == "chat" and not templates:
         raise InputError("--template chat: this tokenizer has no chat template; use --template none")
-    return template != "none" and bool(tokenizer.chat_template)
+    if isinstance(templates, dict) and templates and "default" not in templates:
+        raise InputError(
+            f"this tokenizer has chat templates for {', '.join(sorted(templates))} and none named default; rename one "
+            "in its tokenizer_config.json (or in additional_chat_templates/), or use --template none"
+        )
+    return bool(templates)
 
 
 def prompt_text(tokenizer, prompt, template):

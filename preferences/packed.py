@@ -103,7 +103,7 @@ class Packed:
         if self.task == "sft":
             raise InputError(
                 f"{self.folder}: holds SFT data, one response a prompt and no preferences; run: python train_dpo.py "
-                f"--loss_type sft --data {self.folder}, or pack preferences into another folder"
+                f"--loss_type sft --data {shlex.quote(str(self.folder))}, or pack preferences into another folder"
             )
 
     def lines(self):

@@ -335,7 +335,7 @@ def choice(line, place):
 def main(model, doc, argv):
     """lm_eval's own command line, given argv, with `model`, a MaskedDiffusion, as --model masked_diffusion."""
     if argv in ([], ["-h"], ["--help"]):  # lm_eval's own is that of each of its commands
-        hidden = ("template", "config_file")
+        hidden = ("template", "config_file", "base_model")
         config.parse(["--help"], doc, config.SampleArguments, config.LikelihoodArguments, hide=hidden)
     check_installed()
     from lm_eval.__main__ import cli_evaluate

@@ -3,6 +3,8 @@
 D draws of a design.
 """
 
+import shlex
+
 import config
 import files
 from files import InputError
@@ -33,7 +35,7 @@ def place(packed, model_args):
 def settle(packed, model_args, noise_args):
     """Fill in --diffusion_steps auto, and with it trajectories and estimator, from the calibration."""
     path = place(packed, model_args)
-    mend = f"python calibrate.py --data {packed.folder} {config.flags(recipe.SAME, model_args)}"
+    mend = f"python calibrate.py --data {shlex.quote(str(packed.folder))} {config.flags(recipe.SAME, model_args)}"
     if not path.exists():
         raise InputError(f"--diffusion_steps auto: {packed.folder} holds no calibration of this model; run: {mend}")
     rows = files.read_json(path, mend)["rows"]

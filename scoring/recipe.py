@@ -3,6 +3,8 @@
 n response tokens, S states, T denoising steps.
 """
 
+import shlex
+
 import numpy as np
 
 from files import InputError
@@ -79,7 +81,7 @@ def check(packed, model_args, noise_args):
     if tokenizer.fingerprint != packed.meta["tokenizer"]:
         raise InputError(
             f"{packed.folder}: packed with another tokenizer than {model_args.model_name_or_path}'s; run: "
-            f"{packed.remake} --model_name_or_path {model_args.model_name_or_path}"
+            f"{packed.remake} --model_name_or_path {shlex.quote(model_args.model_name_or_path)}"
         )
     mask_id = packed.meta["mask_token_id"]
     if model_args.mask_token_id not in (None, mask_id):

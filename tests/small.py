@@ -181,10 +181,24 @@ def alone():
                 os.environ[name] = value
 
 
+def last_of_each(argv):
+    """Words of a command line; of a flag that a test gives again, the last: the commands themselves refuse the second.
+
+    A flag and its value in one word, --name=value, are left alone.
+    """
+    found, name = {"": []}, ""
+    for word in map(str, argv):
+        if word.startswith("--"):
+            name = word
+            found.pop(name, None)
+        found.setdefault(name, []).append(word)
+    return [word for words in found.values() for word in words]
+
+
 def call(main, *argv):
     """A script's main() in this process."""
     with alone():
-        return main([str(word) for word in argv])
+        return main(last_of_each(argv))
 
 
 def refusal(main, capsys, *argv):
@@ -218,7 +232,7 @@ def start(command, world=None, env=None, **options):
     env: its environment, by default environment(). options: those of subprocess.Popen; without them stdout and stderr
     share a pipe.
     """
-    words, env = [str(word) for word in command], env or environment()
+    words, env = last_of_each(command), env or environment()
     options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
     if server() and server().serves(env):
         return preloaded.Process(server(), words, env, world, **options)

@@ -173,11 +173,12 @@ def test_help_of_each_script(script, columns, asked, monkeypatch, capsys):
     shown = [re.findall(r"^  --(\w+)(.*?)(?=^  --|\Z)", section, re.M | re.S) for section in sections]
     assert len(sections) > 1 and all(shown)
     said = [(name, " ".join(words.split())) for each in shown for name, words in each]
-    assert sorted(name for name, _ in said) == sorted(names(*used) - {*hide, "local_rank"})
+    samples = {config.AdapterArguments} if config.SampleArguments in used else set()
+    assert sorted(name for name, _ in said) == sorted(names(*used, *samples) - {*hide, "local_rank"})
     assert options.startswith("options:") and set(re.findall(r"^  (-\S+)", options, re.M)) <= {"-h,", "--config_file"}
     assert not any(word in text for word in ("None", "--no_", "True"))
     assert max(map(len, text.splitlines())) <= columns
-    defaults = {item.name: item.default for group in used for item in fields(group)}
+    defaults = {item.name: item.default for group in (*used, *samples) for item in fields(group)}
     for name, words in said:
         value = str(defaults[name]).lower() if isinstance(defaults[name], bool) else defaults[name]
         assert words.endswith(f" (default: {value})") if value is not None else "(default" not in words

@@ -1,6 +1,8 @@
 """Read a ds_config, refuse what contradicts the run, and fill in what it leaves as "auto".
 
 ds_configs/*.json -> read_ds_config() -> training_config() or scoring_config() -> deepspeed.initialize
+
+The keys are in deepspeed_keys.py.
 """
 
 import json
@@ -10,40 +12,21 @@ from typing import Annotated, get_args
 
 import pydantic
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 
 from cli.parser import nearest
 from files import InputError, each_once
 from training import nvme
-
-# What a ds_config may hold here: {name: type, or the names of a section}. DeepSpeed itself accepts any name at the top
-# and in optimizer.params, and ignores those that it does not know.
-INTEGERS = "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print"
-NUMBERS = "gradient_clipping gradient_predivide_factor"
-SWITCHES = """zero_allow_untested_optimizer zero_force_ds_cpu_optimizer prescale_gradients wall_clock_breakdown
-    memory_breakdown dump_state"""
-TEXTS = "communication_data_type log_level"
-OBJECTS = """activation_checkpointing aio checkpoint comms_logger csv_monitor data_types flops_profiler tensorboard
-    timers wandb"""
-ADAM_NUMBERS = "lr eps weight_decay"
-ADAM_SWITCHES = "torch_adam adam_w_mode bias_correction fp32_optimizer_states"
-ADAM = {
-    **dict.fromkeys(ADAM_NUMBERS.split(), float),
-    **dict.fromkeys(ADAM_SWITCHES.split(), bool),
-    "betas": tuple[float, float],
-}
-SECTIONS = {
-    **dict.fromkeys(INTEGERS.split(), int),
-    **dict.fromkeys(NUMBERS.split(), float),
-    **dict.fromkeys(SWITCHES.split(), bool),
-    **dict.fromkeys(TEXTS.split(), str),
-    **dict.fromkeys(OBJECTS.split(), dict),
-    "bf16": DeepSpeedBF16Config,
-    "fp16": DeepSpeedFP16Config,
-    "zero_optimization": DeepSpeedZeroConfig,
-    "optimizer": {"type": str, "params": ADAM, "legacy_fusion": bool},
-}
+from training.deepspeed_keys import (
+    FROM_THE_RUN,
+    LIMITED,
+    NEVER_AUTO,
+    OURS,
+    SCHEDULERS,
+    SECTIONS,
+    WITH_A_SWITCH,
+    WITHOUT_A_SWITCH,
+)
 
 NO_TIMER = {"throughput": {"enabled": False}}  # by default DeepSpeed's waits for the device in each forward pass
 
@@ -52,9 +35,11 @@ NO_TIMER = {"throughput": {"enabled": False}}  # by default DeepSpeed's waits fo
 
 
 def read_ds_config(path):
-    """The ds_config at `path`, its names and types checked; without a path, stage 0 and torch's AdamW.
+    """The ds_config at `path`, checked; without a path, stage 0 and torch's AdamW.
 
-    Raises InputError for a file that cannot be read, and for what DeepSpeed would ignore or refuse later.
+    It holds "auto" for what the run decides (FROM_THE_RUN), and only there. Sections that are off are left out, and the
+    keys of stage 3 have one name each. Raises InputError for a file that cannot be read, and for what DeepSpeed would
+    ignore or refuse later.
     """
     if not path:
         return {"optimizer": {"params": {"torch_adam": True}}, "zero_optimization": {"stage": 0}}
@@ -66,8 +51,11 @@ def read_ds_config(path):
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object; see ds_configs/README.md")
     check_names(config, SECTIONS, path)
-    check_precision(config, path)
+    config = filled_in(with_one_name(without_what_is_off(config, path)))
+    check_limits(config, path)
     check_stage(config, path)
+    check_precision(config, path)
+    check_optimizer(config, path)
     check_nvme(config, path)
     return config
 
@@ -77,23 +65,70 @@ def not_a_number(name):
     raise ValueError(f"{name} is not a number")
 
 
+def without_what_is_off(config, path):
+    """The ds_config without the sections that say that something is off. InputError for one that is on."""
+    for name, way in (WITH_A_SWITCH | WITHOUT_A_SWITCH).items():
+        section = config.get(name, {})
+        values = [section.get("enabled")] if name in WITH_A_SWITCH else section.values()
+        if any(value not in (False, None, "auto", {}) for value in values):
+            raise InputError(f"{path}: {name} is not supported; {way}")
+    return {name: value for name, value in config.items() if name not in WITH_A_SWITCH | WITHOUT_A_SWITCH}
+
+
+def filled_in(section, where=""):
+    """A copy of a section in which "auto" is left only where the run decides.
+
+    Elsewhere it becomes our value, or is left out: then DeepSpeed takes its default.
+    """
+    filled = {}
+    for name, value in section.items():
+        dotted = f"{where}{name}"
+        if isinstance(value, dict):
+            filled[name] = filled_in(value, f"{dotted}.")
+        elif value != "auto" or dotted in FROM_THE_RUN:
+            filled[name] = value
+        elif dotted in OURS:
+            filled[name] = OURS[dotted]
+    return filled
+
+
+def with_one_name(config):
+    """`config` with DeepSpeed's documented names: a key of stage 3 may also be written without its "stage3_"."""
+    zero = config.get("zero_optimization", {})
+    for name, field in DeepSpeedZeroConfig.model_fields.items():
+        if field.alias and name in zero and field.alias not in zero:
+            zero[field.alias] = zero.pop(name)
+    return config
+
+
+def check_limits(config, path):
+    """Refuse values that would be ignored or would change the gradient."""
+    for dotted, (accepted, way) in LIMITED.items():
+        section, (*parents, key) = config, dotted.split(".")
+        for parent in parents:
+            section = section.get(parent) or {}
+        if key in section and section[key] not in accepted:
+            raise InputError(f"{path}: {dotted} {json.dumps(section[key])} is not supported; {way}")
+
+
 def check_precision(config, path):
-    """Refuse fp16, and bf16 settings that contradict each other or the stage."""
-    if config.get("fp16", {}).get("enabled"):
-        raise InputError(f"{path}: fp16 is not supported (its range is too small for these scores); use bf16")
+    """Refuse bf16 settings that contradict each other or the stage."""
     bf16, stage = config.get("bf16", {}), config.get("zero_optimization", {}).get("stage")
     masters = bf16.get("bf16_master_weights_and_grads")
     if masters and stage == 0:
         raise InputError(f"{path}: bf16.bf16_master_weights_and_grads needs a ZeRO stage of 1 at least")
     if bf16.get("bf16_optimizer_states") and not masters:
         raise InputError(f"{path}: bf16.bf16_optimizer_states needs bf16.bf16_master_weights_and_grads")
+    summed, offloads = config.get("data_types", {}).get("grad_accum_dtype"), nvme.offload_of(config) != "none"
+    if summed and (stage == 0 or stage in (1, 2) and offloads):  # see sums_in_float32()
+        raise InputError(f"{path}: data_types.grad_accum_dtype needs stage 3, or stage 1 or 2 without an offload")
 
 
 def check_stage(config, path):
     """Refuse a missing stage, an offload that the stage does not have, and what DeepSpeed refuses itself."""
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage")
-    if stage not in (0, 1, 2, 3):  # missing, or "auto"
+    if stage not in (0, 1, 2, 3):  # missing
         raise InputError(f"{path}: zero_optimization.stage is {stage}, expected 0, 1, 2 or 3; see ds_configs/README.md")
     for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
         device = (zero.get(name) or {}).get("device", "none")
@@ -105,6 +140,19 @@ def check_stage(config, path):
         first = error.errors()[0]
         where = ".".join(map(str, ("zero_optimization", *first["loc"])))
         raise InputError(f"{path}: {where}: {first['msg']}; see ds_configs/README.md") from None
+
+
+def check_optimizer(config, path):
+    """Refuse an optimizer that is not AdamW."""
+    kind = config.get("optimizer", {}).get("type", "AdamW")
+    if kind.lower() == "adafactor":
+        raise InputError(
+            f"{path}: optimizer.type Adafactor is refused: ZeRO gives an optimizer flat vectors, without the rows and "
+            'columns that Adafactor factors, so it would save nothing; write "AdamW" (ds_configs/README.md: bytes per '
+            "parameter)"
+        )
+    if kind.lower() not in ("adam", "adamw"):  # DeepSpeed's Adam decays weights as AdamW does
+        raise InputError(f'{path}: optimizer.type {json.dumps(kind)} is not supported; write "AdamW"')
 
 
 def check_nvme(config, path):
@@ -152,6 +200,8 @@ def check_names(section, known, path, where=""):
         subsection = section_in(kind)
         if subsection is not None and isinstance(value, dict):
             check_names(value, subsection, path, f"{dotted}.")
+        elif value == "auto" and dotted in NEVER_AUTO:
+            raise InputError(f'{path}: {dotted} is "auto", which the run does not decide; write {NEVER_AUTO[dotted]}')
         elif value != "auto" or subsection is not None:
             problem = complaint(value, kind, getattr(field, "metadata", ()))
             if problem:
@@ -198,10 +248,9 @@ def complaint(value, kind, limits):
 
 
 def resolve(config, values, path):
-    """A copy of `config` with the run's values in place of "auto".
+    """A copy of `config` with the run's values in place of "auto" and of what is missing.
 
-    values: {"a.b.c": (value, flag)}. Raises InputError for a literal that is not the run's value, and for an "auto"
-    that no value fills.
+    values: {"a.b.c": (value, flag)}. Raises InputError for a literal that is not the run's value.
     """
     config = json.loads(json.dumps(config))
     for dotted, (value, flag) in values.items():
@@ -215,34 +264,19 @@ def resolve(config, values, path):
                 f'{json.dumps(value)}; write "auto" there, or give the run that value'
             )
         section[key] = value
-    for dotted in places_of_auto(config):
-        raise InputError(f'{path}: "{dotted}" is "auto", which this project does not fill in; write a number')
     return config
 
 
-def places_of_auto(section, where=""):
-    """Yields "a.b.c" for each "auto" in a section."""
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from places_of_auto(value, f"{where}{key}.")
-        elif value == "auto":
-            yield where + key
-
-
-def training_config(config, args, model_args, path):
-    """The configuration of the policy's engine."""
-    if str(config.get("optimizer", {}).get("type")).lower() == "adafactor":
-        raise InputError(
-            f"{path}: optimizer.type Adafactor is refused: ZeRO gives an optimizer flat vectors, without the rows and "
-            'columns that Adafactor factors, so it would save nothing; write "AdamW" (ds_configs/README.md: bytes per '
-            "parameter)"
-        )
+def training_config(config, args, model_args, path, ranks=1, steps=0):
+    """The configuration of the policy's engine. steps: of the run."""
+    batch_size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    product = "per_device_train_batch_size x gradient_accumulation_steps x ranks"
     values = {
-        "train_micro_batch_size_per_gpu": (args.per_device_train_batch_size, "per_device_train_batch_size"),
-        "gradient_accumulation_steps": (args.gradient_accumulation_steps, "gradient_accumulation_steps"),
+        "train_batch_size": (batch_size * accumulation * ranks, product),
+        "train_micro_batch_size_per_gpu": (batch_size, "per_device_train_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "gradient_accumulation_steps"),
         "gradient_clipping": (args.max_grad_norm, "max_grad_norm"),
         "bf16.enabled": (model_args.use_mixed_precision == "bf16", "use_mixed_precision == bf16"),
-        "optimizer.type": ("AdamW", "optimizer"),
         "optimizer.params.lr": (args.learning_rate, "learning_rate"),
         "optimizer.params.betas": ([args.adam_beta1, args.adam_beta2], "adam_beta1, adam_beta2"),
         "optimizer.params.weight_decay": (args.weight_decay, "weight_decay"),
@@ -250,14 +284,49 @@ def training_config(config, args, model_args, path):
     if nvme.is_used(config):
         folder = str(Path(args.output_dir, "nvme"))
         values["zero_optimization.offload_optimizer.nvme_path"] = (folder, "output_dir/nvme")
+    if "scheduler" in config:
+        values |= schedule(config["scheduler"], args, steps, path)
     config = resolve(config, values, path)
-    config.pop("train_batch_size", None)
     # To DeepSpeed each backward pass is an accumulation step. Their number varies, so it is not told: we scale the loss
-    # and set the boundary ourselves.
+    # and set the boundary ourselves. The learning rate is set before each step.
+    config = {name: value for name, value in config.items() if name not in ("train_batch_size", "scheduler")}
     config["gradient_accumulation_steps"] = 1
+    config["optimizer"]["type"] = "AdamW"
+    for name in ("adam_w_mode", "bias_correction"):  # true, which torch's AdamW does not know as arguments
+        config["optimizer"]["params"].pop(name, None)
+    if nvme.offload_of(config) == "none":
+        config["optimizer"]["params"].setdefault("torch_adam", True)  # DeepSpeed's own needs the CUDA toolkit
     if model_args.lora_r and sums_in_float32(config):
         config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
-    return {"timers": NO_TIMER} | config | {"steps_per_print": 10**9, "wall_clock_breakdown": False}
+    return {"timers": NO_TIMER} | config | {"steps_per_print": 10**9}
+
+
+def schedule(section, args, steps, path):
+    """resolve()'s values of a ds_config's scheduler, which must be the one that the run makes itself.
+
+    Warm-up is linear, as in transformers' schedulers of these names.
+    """
+    kind = section.get("type", "auto")
+    ours = SCHEDULERS.get(kind, args.lr_scheduler_type if kind == "auto" else None)
+    if ours is None:
+        raise InputError(
+            f"{path}: scheduler.type {json.dumps(kind)} is not supported, expected one of {', '.join(SCHEDULERS)}; "
+            "remove scheduler, and use --lr_scheduler_type"
+        )
+    if ours != args.lr_scheduler_type:
+        raise InputError(
+            f'{path}: "scheduler.type" is "{kind}", which is --lr_scheduler_type {ours}, but the run says '
+            f"{args.lr_scheduler_type}; remove scheduler, or give the run that value"
+        )
+    values = {
+        "type": (kind, "lr_scheduler_type"),
+        "params.warmup_min_lr": (0, "0"),
+        "params.warmup_max_lr": (args.learning_rate, "learning_rate"),
+        "params.warmup_num_steps": (math.ceil(args.warmup_ratio * steps), "warmup_ratio x steps"),
+        "params.warmup_type": ("linear", "linear"),
+        "params.total_num_steps": (steps, "steps"),
+    }
+    return {f"scheduler.{name}": value for name, value in values.items()}
 
 
 def sums_in_float32(config):

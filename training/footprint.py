@@ -109,9 +109,9 @@ def placement(ds):
     return Placement(
         stage=zero["stage"],
         parameters_on_host=zero["stage"] == 3 and parameters.get("device", "none") != "none",
-        parameters_locked=bool(parameters.get("pin_memory", False)),
+        parameters_locked=bool(parameters.get("pin_memory", True)),
         optimizer_on_host=zero["stage"] > 0 and optimizer.get("device", "none") != "none",
-        optimizer_locked=bool(optimizer.get("pin_memory", False)),
+        optimizer_locked=bool(optimizer.get("pin_memory", True)),
         states_on_disk=optimizer.get("device") == "nvme",
     )
 

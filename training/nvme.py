@@ -32,7 +32,12 @@ MEMORY, LENGTH = 512, 1024  # bytes: multiples of these are the addresses and le
 
 def is_used(config):
     """Whether a ds_config keeps optimizer states on an SSD."""
-    return (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device") == "nvme"
+    return offload_of(config) == "nvme"
+
+
+def offload_of(config):
+    """Where a ds_config keeps optimizer states: none (with the parameters), cpu or nvme."""
+    return (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
 
 
 # --- before and after the engine is built ---------------------------------------------------------------------------

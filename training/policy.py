@@ -25,8 +25,8 @@ def check_start(model_args):
     name = model_args.model_name_or_path
     if folders.read_adapter(folders.model_folder(name)):
         raise InputError(
-            f"{name}: an adapter, expected a complete model to start from; run: python merge.py {name} OUT, and score "
-            "and train with --model_name_or_path OUT"
+            f"{name}: an adapter, expected a complete model to start from; run: python merge.py {shlex.quote(name)} "
+            "OUT, and score and train with --model_name_or_path OUT"
         )
 
 
@@ -123,7 +123,7 @@ def save_final(job, run, model_args, arguments, evaluation, counts):
                 "load_in_4bit": model_args.load_in_4bit,
             }
             lora.save(run.final, model, weights, tokenizer, text, base)
-            merge = f"python merge.py {run.final} OUT merges it into the base, rounded"
+            merge = f"python merge.py {shlex.quote(str(run.final))} OUT merges it into the base, rounded"
             print(f"{run.final}: the adapter, in peft's format ({merge})")
         else:
             checkpoint.save_model(run.final, model, weights, source, tokenizer, text, mask_id)
