@@ -138,7 +138,7 @@ ranks_of() { # SCRIPT NUMBER [FLAG...]: run a script on this host's ranks; NUMBE
         [ $on_oom = smaller ] && [[ $code = $oom || $code = $killed ]] && read -r half <"$LAUNCH_PASS" || exit "$code"
         kept=() before=
         for word in "${given[@]}"; do # without the number that was given, as a flag is given once
-            [[ "$before $word" =~ --tokens[_-]per[_-]forward ]] || kept+=("$word")
+            [[ $word =~ ^--tokens.per.forward || $before =~ ^--tokens.per.forward$ ]] || kept+=("$word")
             before=$word
         done
         given=("${kept[@]}" --tokens_per_forward "$half")

@@ -12,20 +12,22 @@ bfloat16 rounds small changes away. The command measures and prints the share of
 import shlex
 import sys
 
+import config
 from cli import exits
 from cli.parser import Parser
 from files import InputError, check_new
 
 
 def read_arguments(argv=None):
-    """Namespace: adapter, out, use_mixed_precision."""
-    parser = Parser([], __doc__)
+    """Namespace: adapter, out, base_model, use_mixed_precision."""
+    parser = Parser([config.AdapterArguments], __doc__)
     parser.add_argument("adapter", help="folder of the adapter, such as runs/NAME/final")
     parser.add_argument("out", help="folder to write, which must not exist yet")
     parser.add_argument(
         "--use_mixed_precision", choices=("bf16", "no"), default="bf16", help="bf16: bfloat16 weights; no: float32"
     )
     args = parser.parse_args(argv)
+    config.adapters.base_model = args.base_model
     check_new(args.out)
     return args
 

@@ -298,7 +298,7 @@ def run_jobs(folder, world, jobs, timeout=600):
     One start instead of many: most of a tiny run's time is the start.
     """
     folder.mkdir(exist_ok=True)
-    (folder / "jobs.json").write_text(json.dumps([[name, script, list(map(str, argv))] for name, script, argv in jobs]))
+    (folder / "jobs.json").write_text(json.dumps([[name, script, last_of_each(argv)] for name, script, argv in jobs]))
     run([ROOT / "tests" / "worker.py", folder], world, timeout=timeout)
     return {
         name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(world or 1)]

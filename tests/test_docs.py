@@ -256,6 +256,7 @@ def flags():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parser.Parser, "read", caught)
+        patch.setattr(parser.Parser, "parse_args", caught)
         patch.setattr(argparse.ArgumentParser, "parse_args", caught)
         for name in COMMANDS:
             with pytest.raises(Read) as read:

@@ -13,6 +13,7 @@ from originals import edit_json, refused
 from safetensors.torch import load_file, save_file
 from small import ADAPTER_LENGTHS, ADAPTER_RUN, call, ds_config, flags, log, make_home, refusal, run_jobs
 
+import config
 import generate
 import merge
 import train_dpo
@@ -207,7 +208,31 @@ def test_an_adapter_knows_its_base(home, trained, tmp_path, monkeypatch):
     edit_json(folder / "base.json", fingerprint="0" * 16)
     refused(lambda: load(folder), "the weights there have changed")
     edit_json(folder / "adapter_config.json", base_model_name_or_path="examples/nothing")
-    refused(lambda: load(folder), "the model folder examples/nothing, which is not here")
+    refused(lambda: load(folder), 'base_model_name_or_path is "examples/nothing", a folder that is not here')
+    monkeypatch.setattr(config.adapters, "base_model", str(home.model))
+    refused(lambda: load(folder), "the weights there have changed")
+    edit_json(folder / "base.json", fingerprint=noted["fingerprint"])
+    assert load(folder)
+
+
+@pytest.mark.parametrize("base", [None, 7, "", "/moved/base", "org/name/base"])
+def test_two_files_of_peft(home, trained, tmp_path, capsys, monkeypatch, base):
+    """The base's tokenizer is taken; --base_model names a base that adapter_config.json does not, here or any more."""
+    monkeypatch.setattr(config.adapters, "base_model", None)  # as it is afterwards
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(trained.folder / "zero0-final" / name, tmp_path)
+    assert folders.tokenizer_files(str(tmp_path)) == folders.tokenizer_files(str(home.model))
+    asked = ["--model", tmp_path, *flags(prompt="7 + 5 =", gen_length=8, use_mixed_precision="no")]
+    call(generate.main, *asked)
+    want = capsys.readouterr().out
+    edit_json(tmp_path / "adapter_config.json", base_model_name_or_path=base)
+    said = refusal(generate.main, capsys, *asked)
+    assert f"{tmp_path}/adapter_config.json: base_model_name_or_path is {json.dumps(base)}" in said
+    assert "--base_model" in said
+    call(generate.main, *asked, "--base_model", home.model)
+    assert capsys.readouterr().out == want
+    call(merge.main, tmp_path, tmp_path / "merged", "--base_model", home.model)
+    assert "merged into " + str(home.model) in capsys.readouterr().out
 
 
 def test_sample_from_an_adapter(trained, capsys):
