@@ -184,9 +184,8 @@ def value_of(item):
     return st.text(letters, min_size=1).filter(lambda text: text not in ("null", "~"))
 
 
-ARGUMENTS = {
-    item.name: value_of(item) for group in config.GROUPS for item in fields(group) if item.name != "local_rank"
-}
+OTHERS = {"local_rank", "preference_data_path", "loss_type", "loss_weights"}  # lists, and texts of a form of their own
+ARGUMENTS = {item.name: value_of(item) for group in config.GROUPS for item in fields(group) if item.name not in OTHERS}
 
 
 @MANY
