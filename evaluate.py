@@ -4,8 +4,10 @@
     python evaluate.py --model examples/tiny --tasks arithmetic,ordering --limit 20 --gen_length 40 --block_length 1
 
 Tasks: the families of reasoning/tasks.py, on held-out problems; the benchmarks of reasoning/benchmarks.py, from the Hub
-or from files in --data_dir; lm_eval:NAME, a task of lm-evaluation-harness, which asks and grades by its own rules
-(reasoning/harness.py). `python evaluate.py lm_eval` is that package's own command line with our models.
+or from files in --data_dir; your own problems, --in; lm_eval:NAME, a task of lm-evaluation-harness, which asks by its
+own rules (reasoning/harness.py). `python evaluate.py lm_eval` is that package's own command line with our models.
+One reader, reasoning/answers.py, grades them all, and what make_prefs.py samples: a response without a readable answer
+is not solved, and is counted apart.
 Models are compared by McNemar's exact test on the items that only one of two answers rightly (reasoning/comparison.py).
 
 Responses are kept in OUTPUT_DIR/samples batch by batch: run the same command to resume; a larger --limit adds items.
@@ -33,11 +35,18 @@ EMBEDDED = 200  # problems of an embedded task when no --limit is given
 
 @dataclass
 class EvaluateArguments:
-    tasks: str = arg(
-        "arithmetic",
-        f"one or more, with commas: {', '.join(OURS)}, or {HARNESS}NAME, a task of lm-evaluation-harness",
+    tasks: Optional[str] = arg(
+        None,
+        f"one or more, with commas: {', '.join(OURS)}, or {HARNESS}NAME, a task of lm-evaluation-harness; default: "
+        "arithmetic, or the problems of --in alone",
         metavar="NAME,...",
         heading="Tasks and models",
+    )
+    source: Optional[List[str]] = arg(
+        None,
+        ".jsonl files of problems of your own, a prompt (or question) and its answer a line; each is a task",
+        "--in",
+        metavar="FILE",
     )
     limit: Optional[int] = arg(
         None, f"number of items of each task, the first ones; default: all, or {EMBEDDED} of an embedded task"
@@ -65,13 +74,31 @@ def read_arguments(argv=None):
     arguments.check_values(replace(sample))  # a copy: lm_eval's tasks may ask for other lengths than are given
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit is {args.limit}; expected at least 1")
-    for name in args.tasks.split(","):
-        if not name.strip().startswith(HARNESS) and name.strip() not in OURS:
+    for name in task_names(args):
+        if not name.startswith(HARNESS) and name not in OURS:
             raise InputError(
-                f"--tasks: no task '{name.strip()}'; there are {', '.join(OURS)}, and {HARNESS}NAME for those of "
+                f"--tasks: no task '{name}'; there are {', '.join(OURS)}, and {HARNESS}NAME for those of "
                 "lm-evaluation-harness"
             )
+    own_files(args)
     return groups
+
+
+def task_names(args):
+    """The names of --tasks, in its order."""
+    text = args.tasks or ("" if args.source else "arithmetic")
+    return [name.strip() for name in text.split(",")] if text else []
+
+
+def own_files(args):
+    """{name of the task: path} of --in: a file's name without .jsonl."""
+    found = {}
+    for path in args.source or []:
+        name = Path(path).stem
+        if name in found or name in task_names(args):
+            raise InputError(f"--in {path}: there is another task {name}; rename the file")
+        found[name] = path
+    return found
 
 
 if __name__ == "__main__" and sys.argv[1:2] != ["lm_eval"]:
@@ -82,44 +109,42 @@ import jsonlines
 import score
 from files import fingerprint, not_writable, read_json, replacing, write_json
 from models import folders, tokenization
-from reasoning import comparison, harness, leaks, prompts, samples
+from reasoning import answers, comparison, harness, leaks, problems, prompts, samples
 
 # --- tasks ------------------------------------------------------------------------------------------------
 
 
-def load_tasks(text):
-    """{name: lm_eval's Task, or None for ours}: the tasks of --tasks in its order, lm_eval's groups taken apart."""
+def load_tasks(args):
+    """{name: lm_eval's Task, or None for ours}: --tasks in its order, lm_eval's groups taken apart, then --in."""
     found = {}
-    for name in (name.strip() for name in text.split(",")):
+    for name in task_names(args):
         if name.startswith(HARNESS):
             theirs = harness.load_tasks([name.removeprefix(HARNESS)])
             found |= {HARNESS + each: task for each, task in theirs.items()}
         else:
             found[name] = None
     if "math500" in found:
-        benchmarks.import_math_verify()  # which may not be installed
-    return found
+        answers.import_math_verify()  # which may not be installed
+    return found | dict.fromkeys(own_files(args))
 
 
 def read_items(name, theirs, args, seed):
     """The first --limit Items of a task; an embedded one's are drawn by `seed`. theirs: lm_eval's Task, or None."""
     if theirs:
         questions = harness.questions(theirs)[: args.limit]
-        return [benchmarks.Item(str(number), text, text, "") for number, text in enumerate(questions, 1)]
+        return [benchmarks.Item(str(number), text, text, "", "") for number, text in enumerate(questions, 1)]
+    if path := own_files(args).get(name):
+        return [
+            benchmarks.Item(str(number), own.text, own.prompt, own.answer, own.kind)
+            for number, own in enumerate(problems.read(path)[: args.limit], 1)
+        ]
     if name in benchmarks.BENCHMARKS:
         return benchmarks.read(name, args.data_dir)[: args.limit]
-    problems = tasks.generate(args.limit or EMBEDDED, "test", seed, (name,))
+    drawn = tasks.generate(args.limit or EMBEDDED, "test", seed, (name,))
     return [
-        benchmarks.Item(str(number), problem.prompt, problem.prompt, problem.answer)
-        for number, problem in enumerate(problems, 1)
+        benchmarks.Item(str(number), problem.prompt, problem.prompt, problem.answer, answers.gold(problem.answer).kind)
+        for number, problem in enumerate(drawn, 1)
     ]
-
-
-def grade(task, answer, response):
-    """{"extracted", "correct"} of a response to an item of ours, by the task's own extractor."""
-    if task in benchmarks.BENCHMARKS:
-        return benchmarks.grade(task, answer, response)
-    return {"extracted": tasks.extract_answer(response), "correct": tasks.verify(answer, response)}
 
 
 def check_templates(models, items, theirs, sample):
@@ -170,7 +195,7 @@ class Answers:
                 "prompt": item.prompt,
                 "response": line["text"],
                 "answer": item.answer,
-                **grade(name, item.answer, line["text"]),
+                **answers.grade(item.kind, item.answer, line["text"]),
                 "tokens": line["tokens"],
                 "ended": line["ended"],
             }
@@ -220,7 +245,7 @@ def main(argv=None):
     models = [sample.model_name_or_path, *(args.compare or [])]
     fingerprints = {model: folders.model_fingerprint(model) for model in models}
     names = comparison.labels(models)
-    theirs = load_tasks(args.tasks)
+    theirs = load_tasks(args)
     items = {name: read_items(name, task, args, sample.seed) for name, task in theirs.items()}
 
     # 2. Leave out what the models were trained on.
@@ -238,12 +263,12 @@ def main(argv=None):
     table, first = [], {}
     for model in models:
         one = replace(given, model_name_or_path=model)
-        answers = Answers(one, likelihood, fingerprints[model], names[model], folder / "samples")
+        model_answers = Answers(one, likelihood, fingerprints[model], names[model], folder / "samples")
         for name, each in items.items():
             if theirs[name] and each:
-                rows = answers.to_theirs(name, theirs[name], each, args.num_fewshot)
+                rows = model_answers.to_theirs(name, theirs[name], each, args.num_fewshot)
             else:
-                rows = answers.to(name, each)
+                rows = model_answers.to(name, each)
             path = paths[model, name]
             with replacing(path) as file:
                 jsonlines.Writer(file).write_all(row | {"seen": row["id"] in seen[name]} for row in rows)

@@ -40,8 +40,8 @@ class PreferenceArguments:
     )
     source: Optional[str] = arg(
         None,
-        "a .jsonl file of prompts with their answers (sample; a right response ends in #### and the answer), with "
-        "solutions (corrupt) or with scored responses (label); default: --task",
+        "a .jsonl file of prompts with their answers (sample), with solutions that end in #### and the answer "
+        "(corrupt) or with scored responses (label); default: --task",
         "--in",
         metavar="FILE",
     )
@@ -116,7 +116,7 @@ import jsonlines
 
 from files import replacing
 from models.folders import model_fingerprint
-from reasoning import judged, mistakes, prompts, sampler, samples
+from reasoning import answers, judged, mistakes, problems, prompts, sampler, samples
 from reasoning.pairing import Pairing
 
 
@@ -133,49 +133,31 @@ class Made(NamedTuple):
 def sampled(args, sampling):
     """Made of a model's own responses, kept in OUT.samples.jsonl as they come (reasoning/samples.py)."""
     arguments.check(sampling)
-    found = problems(args, sampling.seed)
+    found = problems_of(args, sampling.seed)
     path = Path(f"{args.out}.samples.jsonl")
 
     def verdict(number, text):
-        return {"correct": tasks.verify(found[number]["answer"], text)}
+        return answers.grade(found[number].kind, found[number].answer, text)
 
     def load():
         return sampler.load(sampling)
 
+    asked = {number: {"prompt": each.prompt, "place": each.place} for number, each in enumerate(found)}
     wanted = samples.header(sampling, model_fingerprint(sampling.model_name_or_path), args.k)
-    responses = samples.complete(path, wanted, dict(enumerate(found)), sampling, load, note=verdict)
+    responses = samples.complete(path, wanted, asked, sampling, load, note=verdict)
     rows = pair_samples(args, sampling, found, responses.values())
     return Made(rows, describe_samples(path, responses.values()))
 
 
-def problems(args, seed):
-    """[{"prompt", "answer", "place"}], generated or read; the place names a row in messages and in meta."""
+def problems_of(args, seed):
+    """[problems.Own], generated or read; the place names a row in messages and in meta."""
     if args.source:
-        return [problem(row, place) for place, row in prompts.read_rows(args.source).items()]
+        return problems.read(args.source)
     found = tasks.generate(args.num, "train", seed, families(args.task))
     return [
-        {"prompt": problem.prompt, "answer": problem.answer, "place": f"{problem.family} {number}"}
+        problems.Own(problem.prompt, problem.prompt, *answers.gold(problem.answer), f"{problem.family} {number}")
         for number, problem in enumerate(found, 1)
     ]
-
-
-def problem(row, place):
-    """{"prompt", "answer", "place"} of a row of --in."""
-    fields = row if isinstance(row, dict) else {}
-    prompt = fields.get("prompt", fields.get("question"))  # GSM8K's name
-    if not prompt or not isinstance(fields.get("answer"), (str, int)):
-        raise InputError(
-            f'{place}: expected a "prompt" (or "question") and an "answer", a string such as "8" or a text '
-            'that ends in "#### 8"'
-        )
-    answer = str(fields["answer"])
-    final = answer.rpartition("####")[2]
-    if tasks.extract_answer(f"#### {final}") is None:
-        raise InputError(
-            f"{place}: the answer {answer[-40:]!r} is nothing that can be verified; expected one "
-            'number or word, such as "8" or a text that ends in "#### 8"'
-        )
-    return {"prompt": prompt, "answer": final.strip(), "place": place}
 
 
 def complete(group):
@@ -184,32 +166,33 @@ def complete(group):
 
 
 def pair_samples(args, sampling, found, responses):
-    """Preference rows of verified against wrong responses."""
+    """Preference rows of right against wrong responses; one without a readable answer is neither."""
     pairing = Pairing(args.pairs_per_prompt, args.length_balanced, sampling.seed)
     rows = []
     for each, group in zip(found, responses):
-        right = [reply["text"] for reply in complete(group) if reply["correct"]]
-        wrong = [reply["text"] for reply in complete(group) if not reply["correct"]]
+        right = [reply["text"] for reply in complete(group) if reply["correct"] is True]
+        wrong = [reply["text"] for reply in complete(group) if reply["correct"] is False]
         meta = {
             "strategy": "sample",
             "model": sampling.model_name_or_path,
             "seed": sampling.seed,
-            "place": each["place"],
-            "answer": each["answer"],
-            "correct": sum(reply["correct"] for reply in group),
+            "place": each.place,
+            "answer": each.answer,
+            "correct": sum(reply["correct"] is True for reply in group),
+            "unread": sum(reply["correct"] is None for reply in group),
             "k": len(group),
             "temperature": sampling.temperature,
             "block_length": sampling.block_length,
             "steps": sampling.steps,
         }
         for chosen, rejected in pairing.choose([(a, b) for a in right for b in wrong]):
-            rows.append({"prompt": each["prompt"], "chosen": chosen, "rejected": rejected, "meta": meta})
+            rows.append({"prompt": each.prompt, "chosen": chosen, "rejected": rejected, "meta": meta})
     return rows
 
 
 def is_mixed(group):
     """Whether a prompt's responses are right and wrong ones."""
-    return len({reply["correct"] for reply in group}) == 2
+    return {True, False} <= {reply["correct"] for reply in group}
 
 
 def describe_samples(path, responses):
@@ -219,11 +202,11 @@ def describe_samples(path, responses):
     count = sum(map(len, ended))
     mixed = sum(is_mixed(group) for group in ended)
     lines = [f"{path}: {tasks.solved_line(verdicts)}; {count} ended; {mixed} of {len(ended)} prompts have both"]
-    marked = [reply for group in ended for reply in group if tasks.extract_answer(reply["text"]) is not None]
-    if 2 * len(marked) < count:
+    unread = sum(reply["correct"] is None for group in ended for reply in group)
+    if 2 * unread > count:
         lines.append(
-            'warning: most responses do not end in "#### answer", which is all that is verified; '
-            "ask for it in the prompts"
+            "warning: most responses have no answer that can be read, so they make no pair; ask for one in the "
+            "prompts, such as: End with #### and the answer alone."
         )
     return lines
 
@@ -269,7 +252,7 @@ def corrupted(args, sampling):
     rows = []
     for place, row in solutions.items():
         prompt, solution = worked(row, place)
-        answer = tasks.extract_answer(solution)
+        answer = answers.gold(solution).text
         possible = tasks.leading_astray(mistakes.errors(prompt, solution), answer)
         if possible:
             rejected, kind = tasks.choose(possible, rng)
@@ -285,7 +268,8 @@ def worked(row, place):
     fields = row if isinstance(row, dict) else {}
     prompt = next((fields[name] for name in ("prompt", "question") if name in fields), None)
     solution = next((fields[name] for name in ("response", "solution", "answer") if name in fields), None)
-    if not isinstance(prompt, str) or not isinstance(solution, str) or tasks.extract_answer(solution) is None:
+    is_solution = isinstance(solution, str) and "####" in solution and answers.gold(solution) is not None
+    if not isinstance(prompt, str) or not is_solution:
         raise InputError(
             f'{place}: expected a "prompt" (or "question") and a correct "response" (or "solution", "answer") '
             'that ends in "#### 8", its answer'

@@ -34,20 +34,24 @@ def mcnemar(won, lost):
 
 def against(first, rows):
     """McNemar's test of the first model's rows against another's, the same items in the same order."""
-    pairs = [(a["correct"], b["correct"]) for a, b in zip(first, rows)]
+    pairs = [(a["correct"] is True, b["correct"] is True) for a, b in zip(first, rows)]
     won, lost = pairs.count((True, False)), pairs.count((False, True))
     return {"difference": (won - lost) / len(rows), "won": won, "lost": lost, "p": mcnemar(won, lost)}
 
 
 def summary(task, label, rows, first):
-    """A line of the table. first: the first model's rows, the same items in the same order; None: these are its own."""
+    """A line of the table: an item counts as solved or not; "unread" is the share without a readable answer.
+
+    first: the first model's rows, the same items in the same order; None: these are its own.
+    """
     n = len(rows)
     line = {"task": task, "model": label, "n": n}
     if not n:
         return line
-    accuracy = sum(row["correct"] for row in rows) / n
-    line |= {"accuracy": accuracy, "ci95": tasks.wilson(accuracy, n)}
-    for name in ("ended", "tokens", "f1"):
+    accuracy = sum(row["correct"] is True for row in rows) / n
+    unread = sum(row["correct"] is None for row in rows) / n
+    line |= {"accuracy": accuracy, "ci95": tasks.wilson(accuracy, n), "unread": unread}
+    for name in ("ended", "tokens", "f1", "lm_eval"):
         if name in rows[0]:
             line[name] = sum(row[name] for row in rows) / n
     if first is not None:
@@ -60,17 +64,19 @@ def print_table(table):
     task_width = max(len(line["task"]) for line in table)
     model_width = max(len(line["model"]) for line in table)
     print(
-        f"{'task':{task_width}}  {'model':{model_width}}     n  accuracy  95% interval  ended  tokens  "
+        f"{'task':{task_width}}  {'model':{model_width}}     n  accuracy  95% interval  unread  ended  tokens  "
         "first model against it"
     )
     for line in table:
         text = f"{line['task']:{task_width}}  {line['model']:{model_width}} {line['n']:5d}"
         if line["n"]:
             low, high = line["ci95"]
-            text += f"{line['accuracy']:10.3f}  {abs(low):5.3f}-{high:5.3f}"
+            text += f"{line['accuracy']:10.3f}  {abs(low):5.3f}-{high:5.3f} {line['unread']:8.0%}"
             text += f" {line['ended']:7.0%} {line['tokens']:7.1f}" if "ended" in line else " " * 16
         if "f1" in line:
             text += f"  F1 {line['f1']:.3f}"
+        if "lm_eval" in line:
+            text += f"  lm_eval's filter {line['lm_eval']:.3f}"
         if test := line.get("first_model_against_it"):
             text += f"  {test['difference']:+.3f} ({test['won']} won, {test['lost']} lost, p = {test['p']:.2g})"
         print(text)

@@ -23,7 +23,7 @@ import config
 from files import InputError
 from models import families, tokenization
 from models.folders import downloading
-from reasoning import arguments, prompts, sampler, tasks
+from reasoning import answers, arguments, marks, prompts, sampler
 from reasoning.blockwise import blocks_of
 from scoring import noise, recipe
 
@@ -114,7 +114,7 @@ class MaskedDiffusion(LM):
                 def keep(replies, group=group):
                     for place, response in replies.items():
                         index = group[place]
-                        texts[index] = cut(tasks.without_thoughts(response.text), asked[index][1].get("until") or [])
+                        texts[index] = cut(marks.without_thoughts(response.text), asked[index][1].get("until") or [])
                         self.cache("generate_until", asked[index], texts[index])
                     bar.update(len(replies))
 
@@ -272,7 +272,10 @@ def question(task, doc):
 
 
 def run_task(name, task, model, places, chat, num_fewshot, cache):
-    """[{"prompt", "response", "answer", "correct"}] of documents `places` of a task, by its first filter.
+    """[{"prompt", "response", "answer", "correct", "metric"}] of documents `places` of a task, by its first filter.
+
+    Where the model writes an answer that reasoning/answers.py can verify, "correct" and "extracted" are that reader's,
+    and "lm_eval" is the verdict of the task's filter.
 
     model: a MaskedDiffusion; chat: whether its chat template is applied; num_fewshot: examples in the prompt, None for
     the task's own number; cache: a file that keeps the answers.
@@ -298,7 +301,7 @@ def run_task(name, task, model, places, chat, num_fewshot, cache):
             f"--tasks: lm_eval's {name} measures {', '.join(logged[0]['metrics'])}, none of which is right or wrong "
             "for one item; run it with evaluate.py lm_eval"
         )
-    return [
+    rows = [
         {
             "prompt": line["arguments"][0][0],
             "response": response_of(line),
@@ -308,6 +311,16 @@ def run_task(name, task, model, places, chat, num_fewshot, cache):
         }
         for line in logged
     ]
+    right = [right_answer(line, metric) for line in logged]
+    if None in right:
+        return rows
+    return [row | {"lm_eval": row["correct"]} | answers.grade(*each, row["response"]) for row, each in zip(rows, right)]
+
+
+def right_answer(line, metric):
+    """The answers.Gold of a logged line whose response is an answer in words; None for choices and programs."""
+    is_written = isinstance(line["resps"][0][0], str) and isinstance(line["target"], (str, int, float))
+    return answers.gold(str(line["target"])) if is_written and metric in ("exact_match", "em") else None
 
 
 def response_of(line):

@@ -26,15 +26,21 @@ def read_rows(path):
     return rows
 
 
-def prompt_ids(tokenizer, row, place, template):
-    """The ids of row["prompt"], by the rule of data_prep; an error names the row's place."""
-    prompt = row.get("prompt") if isinstance(row, dict) else None
+def messages_of(prompt, place):
+    """The messages of a prompt, a text or messages; InputError names the row's place if it is neither."""
     messages = prompt if isinstance(prompt, list) and prompt else [{"role": "user", "content": prompt}]
     if not all(
         isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
         for each in messages
     ):
         raise InputError(f'{place}: expected a "prompt", a string or a list of {{"role", "content"}} messages')
+    return messages
+
+
+def prompt_ids(tokenizer, row, place, template):
+    """The ids of row["prompt"], by the rule of data_prep; an error names the row's place."""
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    messages_of(prompt, place)
     try:
         return tokenization.prompt_ids(tokenizer, prompt, template)
     except InputError as error:

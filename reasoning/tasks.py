@@ -7,17 +7,14 @@
 
 The language is small on purpose (a closed vocabulary): a model of a million parameters must learn it from scratch on a
 CPU. Arithmetic is in arithmetic.py; logic, look-ups and common sense in puzzles.py.
-extract_answer reads what follows "####" and nothing else. It grades these tasks everywhere, and all that make_prefs.py
-samples. The extractors with which evaluate.py grades GSM8K, MATH-500, LogiQA and HotpotQA are in benchmarks.py.
 """
 
 import hashlib
 import math
 import random
-import re
 
 from files import InputError
-from reasoning import arithmetic
+from reasoning import answers, arithmetic
 from reasoning.arithmetic import Problem, pick
 from reasoning.puzzles import PUZZLES
 
@@ -55,57 +52,17 @@ def generate(n, split, seed=0, families=("arithmetic",)):
 
 # --- verifier ---------------------------------------------------------------------------------------------
 
-NUMBER = re.compile(r"(-?) ?\$? ?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+)|[0-9]+)(?:\.([0-9]+))?([^\n]*)")
-TIME = re.compile(r"([0-9]{1,2}):([0-9]{2}) ?[.!]? ?(?:\n|$)")
-WORDS = re.compile(r"(?:the )?([^\W\d_][^\W\d_'-]*(?:[ '-]+[^\W\d_]+){0,3}) ?[.!]? ?(?:\n|$)", re.IGNORECASE)
-
-
-def without_thoughts(text):
-    """What follows the last <think> block of a response: all of it without one, nothing where it is not closed.
-
-    Models whose chat template knows thoughts (Qwen3's, and so SDAR's) begin every response with such a block.
-    """
-    _, closed, answer = text.rpartition("</think>")
-    if closed:
-        return answer.lstrip("\n")
-    return "" if text.lstrip().startswith("<think>") else text
-
-
-def extract_answer(text):
-    """The number, the time of day or the one to four words after the last ####, in one spelling, or None.
-
-    A <think> block is no answer. After it:
-
-    "...\\n#### $1,200.0." -> "1200"    "#### -3" -> "-3"    "#### 8 pens" -> "8"
-    "#### 09:35" -> "9:35"              "#### Mia." -> "mia"    "#### the red box" -> "red box"
-    "the answer is 8" -> None           "#### 7 + 1" -> None: two numbers are no answer
-    """
-    _, mark, tail = without_thoughts(text).rpartition("####")
-    if not mark:
-        return None
-    tail = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)", "", tail)  # emphasis, not a power
-    tail = re.sub(r"[ \t]+", " ", tail).lstrip(" ")  # a thousand blanks would take the patterns seconds
-    if match := TIME.match(tail):
-        return f"{int(match[1])}:{match[2]}"
-    if match := WORDS.match(tail):
-        return " ".join(match[1].lower().split())
-    match = NUMBER.match(tail)
-    if not match or re.search("[0-9]", match[5]):
-        return None
-    whole, fraction = match[3].replace(",", "").lstrip("0") or "0", (match[4] or "").rstrip("0")
-    number = f"{whole}.{fraction}" if fraction else whole
-    return "-" + number if (match[1] or match[2]) and number != "0" else number
-
 
 def verify(problem_or_answer, response):
-    """Whether `response` ends in the right answer; takes a Problem or its answer: verify("8", "4 + 4 = 8\\n#### 8")."""
+    """Whether `response` gives the right answer; None if it has none that can be read (reasoning/answers.py).
+
+    Takes a Problem or its answer: verify("8", "4 + 4 = 8\\n#### 8").
+    """
     answer = problem_or_answer.answer if isinstance(problem_or_answer, Problem) else problem_or_answer
-    expected = extract_answer(f"#### {answer}")
-    if expected is None:
-        raise ValueError(
-            f"the answer to verify against is {answer!r}; expected a number, a time or a few words, such as '8'"
-        )
-    return extract_answer(response) == expected
+    right = answers.gold(answer)
+    if right is None:
+        raise ValueError(f"the answer to verify against is {answer!r}; expected a number or a few words, such as '8'")
+    return answers.grade(*right, response)["correct"]
 
 
 def wilson(rate, n, z=1.96):
@@ -160,7 +117,8 @@ def preference_rows(n, split, seed, families=("arithmetic",)):
 
 
 def solved_line(correct):
-    """[True, False, ...] -> "solved 93 of 200 (46.5%, 95% interval 39.7-53.4)"."""
-    k, n = sum(correct), len(correct)
+    """[True, False, None, ...] -> "solved 93 of 200 (46.5%, 95% interval 39.7-53.4), 3 without a readable answer"."""
+    k, n = correct.count(True), len(correct)
     low, high = (100 * abs(end) for end in wilson(k / n, n))
-    return f"solved {k} of {n} ({100 * k / n:.1f}%, 95% interval {low:.1f}-{high:.1f})"
+    unread = f", {correct.count(None)} without a readable answer" if None in correct else ""
+    return f"solved {k} of {n} ({100 * k / n:.1f}%, 95% interval {low:.1f}-{high:.1f}){unread}"

@@ -192,7 +192,8 @@ def pair_of(run, place, is_open):
 
 def evaluation(found):
     """evaluate.py's table, and items side by side: those that models judge differently first."""
-    head = ["task", "model", "n", "accuracy", "95% interval", "tokens", "first model's lead", "McNemar's exact test"]
+    head = ["task", "model", "n", "accuracy", "95% interval", "unread", "tokens"]
+    head += ["first model's lead", "McNemar's exact test"]
     parts = [table(head, map(result_row, found.table), "tight")]
     for task, items in found.answers.items():
         parts.append(task_answers(task, items))
@@ -202,14 +203,16 @@ def evaluation(found):
 
 def result_row(line):
     """The cells of a line of results.json's table."""
-    cells = [line["task"], line["model"], line["n"], "", "", "", "", ""]
+    cells = [line["task"], line["model"], line["n"], "", "", "", "", "", ""]
     if line["n"]:
         low, high = line.get("ci95", (0, 0))
         cells[3:5] = f"{line['accuracy']:.3f}", f"{abs(low):.3f} to {high:.3f}"
+    if "unread" in line:
+        cells[5] = f"{line['unread']:.0%}"
     if "tokens" in line:
-        cells[5] = f"{line['tokens']:.1f}"
+        cells[6] = f"{line['tokens']:.1f}"
     if test := line.get("first_model_against_it"):
-        cells[6:] = f"{test['difference']:+.3f}", f"{test['won']} won, {test['lost']} lost, p = {test['p']:.2g}"
+        cells[7:] = f"{test['difference']:+.3f}", f"{test['won']} won, {test['lost']} lost, p = {test['p']:.2g}"
     return cells
 
 
@@ -234,10 +237,16 @@ def is_judged_differently(answers):
     return len({bool(row["correct"]) for row in answers.values()}) > 1
 
 
+def verdict(row):
+    if row["correct"] is None:
+        return "without a readable answer"
+    return "right" if row["correct"] else "wrong"
+
+
 def answer(item, answers):
     """One item, and what each model answered; answers: {model: row}."""
     first = next(iter(answers.values()))
-    verdicts = {model: f"{model} {'right' if row['correct'] else 'wrong'}" for model, row in answers.items()}
+    verdicts = {model: f"{model} {verdict(row)}" for model, row in answers.items()}
     inner = block("prompt", first["prompt"], " class=whole")
     for model, row in answers.items():
         inner += block(verdicts[model], row["response"])

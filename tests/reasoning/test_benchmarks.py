@@ -1,4 +1,4 @@
-"""Tests of benchmarks.py: answers, checks, and files in their original formats.
+"""Tests of benchmarks.py: gold answers and real responses, and files in their original formats.
 
 bash tests/run.sh tests/reasoning/test_benchmarks.py
 """
@@ -7,12 +7,19 @@ import errno
 import gzip
 import json
 import sys
+from collections import Counter
 
 import pytest
 
 from files import InputError
-from reasoning import benchmarks
-from reasoning.benchmarks import boxed, f1, grade, gsm8k_answer, letter, read, same_expression, short_answer
+from reasoning import answers, benchmarks
+from reasoning.answers import f1, same_expression
+from reasoning.benchmarks import read
+from reasoning.marks import boxed
+
+
+def grade(name, gold, response):
+    return answers.grade(benchmarks.BENCHMARKS[name].kind, gold, response)
 
 
 def lines(path):
@@ -23,61 +30,10 @@ def lines(path):
 # --- GSM8K ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        ("3 + 4 = 7\n#### 7", "7"),
-        ("####7", "7"),
-        ("#### -3", "-3"),
-        ("#### \u22123", "-3"),
-        ("#### **18**", "18"),
-        ("#### $1,200.50.", "1200.5"),
-        ("#### 2,125", "2125"),
-        ("#### 8 pens a day", "8"),
-        ("#### 50%", "50"),
-        ("#### 007", "7"),
-        ("#### 0.0", "0"),
-        ("#### -0", "0"),
-        ("#### .5", "0.5"),
-        ("#### 1/2", "1/2"),
-        ("#### 3\nno\n#### 4\nor 5", "4"),
-        ("#### 5 + 3", None),
-        ("#### 5*3 = 15", None),
-        ("9 of them\n####", None),
-        ("#### nine", None),
-        (r"so \boxed{1{,}200} of the 30", "1200"),
-        (r"\boxed{\$18}", "18"),
-        (r"\boxed{70,\!000}", "70000"),
-        (r"\boxed{18\text{ dollars}}", "18"),
-        (r"\boxed{x = 5}", "5"),
-        (r"\boxed{\frac{1}{2}}", None),
-        (r"\boxed{}", None),
-        (r"\boxed{3} #### 4", "4"),
-        ("3 - 1 = 2", "2"),
-        ("10-5", "5"),
-        ("it is -5", "-5"),
-        ("-$5", "-5"),
-        ("$-5", "-5"),
-        ("8 m2", "8"),
-        ("1,234,567.00 in all.", "1234567"),
-        ("The answer is 12.", "12"),
-        ("(4)-2", "2"),
-        ("24/6", "24/6"),
-        ("A: 65960", "65960"),
-        (r"\boxed{2:00 pm}", "2"),
-        ("at 12:00.", "12"),
-        ("none", None),
-        ("", None),
-    ],
-)
-def test_gsm8k_answer(text, answer):
-    assert gsm8k_answer(text) == answer
-
-
 def test_gsm8k_compares_the_number_and_nothing_else():
     assert grade("gsm8k", "1200", "#### $1,200.0") == {"extracted": "1200", "correct": True}
     assert grade("gsm8k", "1200", "#### 1201") == {"extracted": "1201", "correct": False}
-    assert grade("gsm8k", "1200", "no idea") == {"extracted": None, "correct": False}
+    assert grade("gsm8k", "1200", "no idea") == {"extracted": None, "correct": None}
 
 
 def test_the_gold_solutions_of_gsm8k_are_right(shared):
@@ -91,23 +47,25 @@ def test_the_gold_solutions_of_gsm8k_are_right(shared):
 
 
 def test_real_solutions_of_four_models_are_judged_as_their_authors_did(shared):
-    """All 5276 verdicts agree: there is no exception to list. 11 solutions were cut off before their answer."""
+    """All 5276 verdicts agree: there is no exception to list. 7 solutions were cut off, and have no readable answer."""
     items = read("gsm8k", shared)
-    count, right, disagree = 0, 0, []
+    count, right, unread, disagree = 0, 0, 0, []
     for item, row in zip(items, lines(shared / "gsm8k" / "example_model_solutions.jsonl.gz"), strict=True):
         assert row["question"] == item.question
         for model, said in row.items():
             if model not in ("question", "ground_truth"):
                 count, right = count + 1, right + said["is_correct"]
-                if grade("gsm8k", item.answer, said["solution"])["correct"] != said["is_correct"]:
+                verdict = grade("gsm8k", item.answer, said["solution"])["correct"]
+                unread += verdict is None
+                if (verdict is True) != said["is_correct"]:
                     disagree.append((item.id, model))
-    assert (count, right, disagree) == (5276, 2001, [])
+    assert (count, right, unread, disagree) == (5276, 2001, 7, [])
 
 
 def test_right_answers_of_llada_are_found_in_its_own_format(shared):
     """760 of 762, \\boxed or not; one response, there twice, ends in another box, 16200, after the right one, 162000.
 
-    59 of the 762 wrong ones are right by number, unboxed or cut off in the box.
+    50 of the 762 wrong ones are right by number; 42 have no answer: an empty box, or one that is cut off.
     """
     gold = {item.question: item.answer for item in read("gsm8k", shared)}
     rows = lines(shared / "prefs_gsm8k_llada.jsonl")
@@ -117,29 +75,11 @@ def test_right_answers_of_llada_are_found_in_its_own_format(shared):
         if not (found := grade("gsm8k", gold[row["prompt"]], row["chosen"]))["correct"]
     ]
     assert wrong == ["16200"] * 2
-    assert sum(grade("gsm8k", gold[row["prompt"]], row["rejected"])["correct"] for row in rows) == 59
+    verdicts = Counter(grade("gsm8k", gold[row["prompt"]], row["rejected"])["correct"] for row in rows)
+    assert verdicts == {True: 50, False: 670, None: 42}
 
 
 # --- MATH -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text, inside",
-    [
-        (r"\boxed{3}", "3"),
-        (r"\boxed{\frac{1}{2}} then \boxed{ \sqrt{2} }.", r"\sqrt{2}"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\fbox{x}", "x"),
-        (r"$\boxed 5$", "5"),
-        (r"\boxed{}", ""),
-        (r"\boxed{a{b}c", None),
-        (r"\boxed{a} \boxed{b", None),
-        ("5", None),
-        ("", None),
-    ],
-)
-def test_boxed(text, inside):
-    assert boxed(text) == inside
 
 
 def test_the_gold_solutions_of_math_are_right(shared):
@@ -175,68 +115,12 @@ def test_math_verify_decides_what_is_equal(said, gold, same):
 
 def test_without_math_verify_equal_texts_need_none_and_others_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    assert same_expression(r"\frac{1} {2}", r"\frac{1}{2}")
+    assert same_expression(r"\sqrt {2}", r"\sqrt{2}")
     with pytest.raises(InputError, match="pip install -r requirements-eval.txt"):
-        same_expression("0.5", r"\frac{1}{2}")
+        same_expression(r"\sqrt{8}", r"2\sqrt{2}")
 
 
 # --- LogiQA -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text, name",
-    [
-        ("A: not implied.\nB: contradicts it.\nC: follows.\nD: irrelevant.\n\nSo the right option is C.", "C"),
-        ("A. Not supported.\nB. Neither.\nC. Supported.\nD. No.\n\nTherefore, C is the correct answer.", "C"),
-        ("Option A: wrong.\nOption B: right.\nTherefore, the best choice is B.", "B"),
-        ("(A) is wrong.\n(B) wrong.\n(C) right.\nTherefore (C) is it", "C"),
-        ("A. Some\nB. Others\nneither of them", None),
-        ("The answer is A or B", None),
-        ("The answer is either A or B.", None),
-        ("The answer is A, B, and C.", None),
-        ("The answer is C - only it follows", "C"),
-        ("The answer is 'C'.", "C"),
-        ("The answer is \u201cC\u201d.", "C"),
-        (r"The answer is \(C\).", "C"),
-        ("Therefore, option C is correct.", "C"),
-        ("[C]", "C"),
-        ("C!", "C"),
-        ("<answer>C</answer>", "C"),
-        ("None of A, B, C fit.", None),
-        ("The answer is C, and A is wrong.", "C"),
-        ("The answer is (A) or (B).", None),
-        ("The answer is C", "C"),
-        ("The answer is (C).", "C"),
-        ("answer: B", "B"),
-        ("the answer is **D**", "D"),
-        ('Answer is "B"', "B"),
-        (r"the answer is $\boxed{B}$", "B"),
-        ("The answer is\nD", "D"),
-        ("So the answer is option B.", "B"),
-        ("The answer is A because", "A"),
-        ("The answer is D. No: the answer is B.", "B"),
-        (r"\boxed{C}", "C"),
-        (r"\boxed{\text{C}}", "C"),
-        (r"A or B? \boxed{(A)}", "A"),
-        ("C", "C"),
-        ("C.", "C"),
-        ("(B) Some young", "B"),
-        ("A. Some", "A"),
-        ("Option D", "D"),
-        ("I think it is C", "C"),
-        ("So\nB", "B"),
-        ("A teacher.\nSo the best is (D)", "D"),
-        ("A or (B)\n(B) and (C)", None),
-        ("The answer is A teacher", None),
-        ("A teacher is here", None),
-        ("answer is Dogs", None),
-        ("Because", None),
-        ("It's D'Artagnan", None),
-        ("", None),
-    ],
-)
-def test_letter(text, name):
-    assert letter(text) == name
 
 
 def test_gold_letters_of_logiqa_are_right_and_others_are_wrong(shared):
@@ -279,14 +163,14 @@ def test_short_answers():
         "\\boxed{Paris}",
         "<answer>Paris</answer>",
     ):
-        assert short_answer(said) == "Paris"
-    assert short_answer("The answer isn't known") == "The answer isn't known"
-    assert short_answer("\n  Paris \nIt lies on the Seine") == "Paris"
-    assert short_answer("I think.\nThe answer is: Paris.\nYes") == "Paris."
-    assert short_answer("Answer: Rome\nNo. Answer: Paris") == "Paris"
-    assert short_answer(" \n ") is None and grade("hotpotqa", "Paris", "") == {
+        assert answers.read("text", said) == "Paris"
+    assert answers.read("text", "The answer isn't known") == "The answer isn't known"
+    assert answers.read("text", "\n  Paris \nIt lies on the Seine") == "Paris"
+    assert answers.read("text", "I think.\nThe answer is: Paris.\nYes") == "Paris."
+    assert answers.read("text", "Answer: Rome\nNo. Answer: Paris") == "Paris"
+    assert answers.read("text", " \n ") is None and grade("hotpotqa", "Paris", "") == {
         "extracted": None,
-        "correct": False,
+        "correct": None,
         "f1": 0.0,
     }
 
@@ -312,7 +196,7 @@ def test_thoughts_are_no_answer(name, gold):
     assert grade(name, gold, f"<think>\n\n</think>\n\n{right}")["correct"]
     assert grade(name, gold, f"<think>\nFirst.\n\nQuestion: so?\n{wrong}\n</think>\n\n{right}")["correct"]
     assert not grade(name, gold, f"<think>\n{right}\n</think>\n\n{wrong}")["correct"]
-    assert grade(name, gold, f"<think>\n{right}")["extracted"] is None
+    assert grade(name, gold, f"<think>\n{right}")["correct"] is None
 
 
 @pytest.mark.parametrize(
@@ -327,25 +211,6 @@ def test_thoughts_are_no_answer(name, gold):
 )
 def test_a_question_that_the_model_asks_itself_is_not_graded(name, gold, text):
     assert grade(name, gold, text)["correct"]
-
-
-@pytest.mark.parametrize(
-    "text, number",
-    [
-        ("#### Step 1: the cost\n5\n#### Step 2: the profit\n\nThe profit is \\boxed{70000}.", "70000"),
-        ("#### Final Answer\n\\boxed{18}", "18"),
-        ("#### 18\n####", "18"),
-        ("#### 18\n#### 18\n####", "18"),
-        ("#### 18####", "18"),
-        ("#### $12/hour", "12"),
-        ("#### 18 - the total earned", "18"),
-        ("\\boxed{\\frac{240}{3} = 80}", "80"),
-        ("#### 5 + 3", None),
-        ("\\boxed{\\frac{1}{2}}", None),
-    ],
-)
-def test_numbers_as_models_mark_them(text, number):
-    assert gsm8k_answer(text) == number
 
 
 # --- reading ----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from small import ROOT, call, flags, refusal
 import evaluate
 import generate
 import make_prefs
-from reasoning import comparison, sampler, tasks
+from reasoning import answers, comparison, sampler, tasks
 
 # --- the embedded tasks -----------------------------------------------------------------------------------
 
@@ -37,15 +37,17 @@ def test_table_is_what_the_rows_say(compared, tiny_dir):
     ]
     for line in results["table"]:
         own = rows[f"{line['model']}-{line['task']}"]
-        assert line["n"] == len(own) == 24 and line["accuracy"] == sum(row["correct"] for row in own) / 24
+        assert line["n"] == len(own) == 24 and line["accuracy"] == sum(row["correct"] is True for row in own) / 24
+        assert line["unread"] == sum(row["correct"] is None for row in own) / 24
         assert line["ci95"][0] <= line["accuracy"] <= line["ci95"][1]
         assert line["tokens"] == sum(row["tokens"] for row in own) / 24
         test = line.get("first_model_against_it")
         assert (test is None) == (line["model"] == first)
         if test:
             pairs = list(zip(rows[f"{first}-{line['task']}"], own, strict=True))
-            assert test["won"] == sum(a["correct"] > b["correct"] for a, b in pairs)
-            assert test["lost"] == sum(a["correct"] < b["correct"] for a, b in pairs)
+            pairs = [(a["correct"] is True, b["correct"] is True) for a, b in pairs]
+            assert test["won"] == sum(a > b for a, b in pairs)
+            assert test["lost"] == sum(a < b for a, b in pairs)
             assert test["difference"] == (test["won"] - test["lost"]) / 24
     assert results["table"][0]["accuracy"] > 0.1  # the embedded model solves some, or nothing above means much
     assert results["models"][first]["fingerprint"] != results["models"][second]["fingerprint"]
@@ -60,8 +62,8 @@ def test_rows_are_the_items_and_what_generate_says(compared, tmp_path):
     call(generate.main, *flags(model=TINY, task="arithmetic", num=24, seed=3, out=out), *SAMPLE)
     for problem, row, said in zip(problems, rows["examples-tiny-arithmetic"], read(out), strict=True):
         assert row["prompt"] == problem.prompt == said["prompt"] and row["answer"] == problem.answer
-        assert row["response"] == said["response"] and row["correct"] == tasks.verify(problem, row["response"])
-        assert row["extracted"] == tasks.extract_answer(row["response"]) and row["seen"] is False
+        assert row["response"] == said["response"] and row["correct"] is tasks.verify(problem, row["response"])
+        assert row["extracted"] == answers.read("number", row["response"]) and row["seen"] is False
 
 
 def test_noise_of_an_item_does_not_depend_on_the_others(tmp_path):
@@ -128,6 +130,46 @@ def test_an_earlier_commands_responses_are_not_taken_for_this_ones(tmp_path):
     assert set(rows) == {"examples-tiny-ordering", "mine"} and len(rows["examples-tiny-ordering"]) == 3
 
 
+# --- problems of one's own ---------------------------------------------------------------------------------
+
+
+def test_own_problems(tmp_path):
+    """Beside a task of ours: the embedded problems from a file, in three forms, get the same words and verdicts."""
+    drawn = tasks.generate(12, "test", 3)
+    rows = [{"prompt": each.prompt, "answer": int(each.answer)} for each in drawn[:4]]
+    rows += [{"question": each.prompt, "answer": f"so\n#### {each.answer}"} for each in drawn[4:8]]
+    rows += [{"problem": each.prompt, "answer": rf"\boxed{{{each.answer}}}", "id": 1} for each in drawn[8:]]
+    source = tmp_path / "mine.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--model", TINY, "--in", source, "--seed", 3]
+    results, rows = evaluated(tmp_path / "out", *argv, "--tasks", "arithmetic", "--limit", 12)
+    assert [line["task"] for line in results["table"]] == ["arithmetic", "mine"]
+    own, ours = rows["examples-tiny-mine"], rows["examples-tiny-arithmetic"]
+    for name in ("prompt", "response", "answer", "extracted", "correct"):
+        assert [row[name] for row in own] == [row[name] for row in ours]
+    assert {True, False} <= {row["correct"] for row in own}
+    results, rows = evaluated(tmp_path / "alone", *argv)
+    assert [(line["task"], line["n"]) for line in results["table"]] == [("mine", 12)]
+    assert rows["examples-tiny-mine"] == own
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"prompt": "Q"}, '"answer"'),
+        ({"answer": "8"}, '"prompt"'),
+        ({"prompt": "Q", "answer": "two\nlines"}, "nothing that can be verified"),
+        ({"prompt": "Q", "answer": ["8"]}, '"answer"'),
+        ({"prompt": 5, "answer": "8"}, '"prompt"'),
+    ],
+)
+def test_own_problems_without_an_answer_are_refused(row, words, tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
+    argv = ["--model", TINY, *SAMPLE, "--in", tmp_path / "mine.jsonl", "--output_dir", tmp_path / "out"]
+    said = refusal(evaluate.main, capsys, *argv)
+    assert f"{tmp_path / 'mine.jsonl'}:1" in said and words in said and not (tmp_path / "out").exists()
+
+
 # --- the benchmarks ---------------------------------------------------------------------------------------
 
 
@@ -155,6 +197,9 @@ def test_benchmarks_from_their_files(shared, tmp_path):
     [
         (["--tasks", "sums"], "no task 'sums'"),
         (["--limit", 0], "--limit is 0"),
+        (["--in", "no/file.jsonl"], "no/file.jsonl"),
+        (["--in", "a/x.jsonl", "b/x.jsonl"], "there is another task x"),
+        (["--tasks", "gsm8k", "--in", "gsm8k.jsonl"], "there is another task gsm8k"),
         (["--compare", TINY], "is there twice"),
         (["--compare", "nowhere/at-all"], "nowhere/at-all"),
         (["--tasks", "gsm8k", "--data_dir", "no/folder"], "holds no file of gsm8k"),

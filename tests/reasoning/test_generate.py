@@ -308,6 +308,7 @@ def test_a_benchmark_is_evaluates(capsys):
 
 def test_solved_line():
     assert tasks.solved_line([True] * 93 + [False] * 107) == "solved 93 of 200 (46.5%, 95% interval 39.7-53.4)"
+    assert tasks.solved_line([True, False, None, None]).endswith("4.6-69.9), 2 without a readable answer")
     assert tasks.solved_line([False] * 10) == "solved 0 of 10 (0.0%, 95% interval 0.0-27.8)"
     assert tasks.solved_line([True] * 10) == "solved 10 of 10 (100.0%, 95% interval 72.2-100.0)"
 

@@ -13,8 +13,9 @@ from small import ROOT, call, flags, refusal
 
 import data_prep
 import make_prefs
+from files import InputError
 from preferences import packed
-from reasoning import sampler, tasks
+from reasoning import sampler, samples, tasks
 from reasoning.pairing import Pairing
 
 TINY = ROOT / "examples" / "tiny"
@@ -87,22 +88,24 @@ def test_sample(sampled):
         said[line["place"]].append(line)
     for place, group in said.items():
         assert len(group) == 4
-        assert all(reply["correct"] == tasks.verify(problems[place], reply["text"]) for reply in group)
+        assert all(reply["correct"] is tasks.verify(problems[place], reply["text"]) for reply in group)
     assert len({reply["text"] for group in said.values() for reply in group}) > 80  # each response has its own noise
     for row in rows:
         meta, problem = row["meta"], problems[row["meta"]["place"]]
         assert row["prompt"] == problem.prompt and meta["answer"] == problem.answer and meta["strategy"] == "sample"
-        assert tasks.verify(problem, row["chosen"]) and not tasks.verify(problem, row["rejected"])
+        assert tasks.verify(problem, row["chosen"]) and tasks.verify(problem, row["rejected"]) is False
         fit = {reply["text"] for reply in said[meta["place"]] if reply["ended"]}
         assert {row["chosen"], row["rejected"]} <= fit
-        assert meta["correct"] == sum(reply["correct"] for reply in said[meta["place"]]) and 0 < meta["correct"] < 4
+        verdicts = [reply["correct"] for reply in said[meta["place"]]]
+        assert meta["correct"] == verdicts.count(True) and meta["unread"] == verdicts.count(None)
+        assert 0 < meta["correct"] < 4
         assert meta["model"] == str(TINY) and meta["temperature"] == 1 and meta["block_length"] == 8
     by_prompt = [row["prompt"] for row in rows]
     assert max(map(by_prompt.count, by_prompt)) == 2
     mixed = [
         place
         for place, group in said.items()
-        if len({r["correct"] for r in group if r["ended"] and r["text"].strip()}) == 2
+        if {True, False} <= {r["correct"] for r in group if r["ended"] and r["text"].strip()}
     ]
     assert {row["meta"]["place"] for row in rows} == set(mixed)
 
@@ -185,6 +188,31 @@ def test_sample_from_a_file(tmp_path):
             answers[row["prompt"]], row["rejected"]
         )
         assert row["meta"]["place"].startswith(str(tmp_path / "problems.jsonl:"))
+
+
+def test_what_cannot_be_read_is_no_wrong_answer(tmp_path, monkeypatch, capsys):
+    """One right response in a spelling of its own, one wrong, and two that no reader understands: one pair."""
+    said = [r"so \boxed{12}", "#### 13", "#### 12 or 13", "a dozen"]
+    monkeypatch.setattr(sampler, "load", lambda sampling: (None, None))
+    monkeypatch.setattr(sampler, "most_passes", lambda *_: 1)
+    monkeypatch.setattr(samples, "prompt_ids", lambda tokenizer, numbers, *_: [[number] for number in numbers])
+
+    def respond(model, tokenizer, prompts, *_, finished, **__):
+        finished({place: sampler.Response(said[place % 4], 5, True) for place in range(len(prompts))})
+
+    monkeypatch.setattr(sampler, "respond", respond)
+    source = write(tmp_path / "p.jsonl", [{"problem": "7 and 5?", "answer": "7 + 5 = 12\n#### 12"}])
+    out = tmp_path / "prefs.jsonl"
+    call(make_prefs.main, "--in", source, *SAMPLE, "--out", out, "--pairs_per_prompt", 9)
+    [row] = read(out)
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ("7 and 5?", said[0], said[1])
+    assert row["meta"]["correct"] == 1 and row["meta"]["unread"] == 2 and row["meta"]["answer"] == "12"
+    assert "solved 1 of 4" in (printed := capsys.readouterr().out) and "2 without a readable answer" in printed
+    said[1] = "#### no number"
+    out.with_name("prefs.jsonl.samples.jsonl").unlink()
+    with pytest.raises(InputError, match="no prompt has both"):
+        call(make_prefs.main, "--in", source, *SAMPLE, "--out", out)
+    assert "warning: most responses have no answer that can be read" in capsys.readouterr().out
 
 
 # --- label and corrupt ------------------------------------------------------------------------------------

@@ -165,69 +165,13 @@ def test_same_seed_same_problems():
 # --- verifier ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        (" 7 + 5 = 12\n#### 12", "12"),
-        ("####8", "8"),
-        ("#### 8.", "8"),
-        ("####  8  \n", "8"),
-        ("#### $1,200.0", "1200"),
-        ("#### 1,234,567", "1234567"),
-        ("#### -3", "-3"),
-        ("#### -$3", "-3"),
-        ("#### $-3.", "-3"),
-        ("#### 2.50", "2.5"),
-        ("#### **8**", "8"),
-        ("#### **Mia**.", "mia"),
-        ("#### 2**3", None),
-        ("#### 007", "7"),
-        ("#### 0", "0"),
-        ("#### -0.0", "0"),
-        ("#### 8 pens", "8"),
-        ("#### 3\n#### 4", "4"),
-        ("#### 3\n5 + 5 = 10", "3"),
-        ("#### 3 #### x", "x"),
-        ("#### 3 #### +", None),
-        ("#### 8 5", None),
-        ("#### 7 + 1 = 8", None),
-        ("####\n8", None),
-        ("#### ", None),
-        ("### 8", None),
-        ("the answer is 8", None),
-        ("", None),
-        ("#### Mia.\nQuestion:", "mia"),
-        ("#### Mia!", "mia"),
-        ("####" + " " * 20_000 + "\\boxed", None),
-        ("####\t \t8  pens", "8"),
-        ("#### the  red Box", "red box"),
-        ("#### O'Neil", "o'neil"),
-        ("#### Léa", "léa"),
-        ("#### yes", "yes"),
-        ("#### one two three four five", None),
-        ("#### stop 5", None),
-        ("#### 09:35.", "9:35"),
-        ("#### 21:05", "21:05"),
-        ("#### 9:3", None),
-        ("#### 9:35 or 10:35", None),
-        ("<think>\n\n</think>\n\n1 + 7 = 8\n#### 8", "8"),
-        ("<think>\n#### 8\n</think>\n\nIt is 8.", None),
-        ("<think>\n#### 8", None),
-    ],
-)
-def test_extract_answer(text, answer):
-    assert tasks.extract_answer(text) == answer
-
-
 def test_verify_normalises_both_sides():
     assert tasks.verify("1,200", "#### 1200.0")
-    assert not tasks.verify("8", "#### 18")
-    assert not tasks.verify("8", "7 + 1 = 8")
-    assert (
-        tasks.verify("9:05", "#### 09:05") and tasks.verify("Mia", "#### mia.") and not tasks.verify("Mia", "#### Max")
-    )
-    with pytest.raises(ValueError, match="'7 \\+ 1'"):
-        tasks.verify("7 + 1", "#### 8")
+    assert tasks.verify("8", "#### 18") is False and tasks.verify("8", "#### 8 or 9") is None
+    assert tasks.verify("9:05", "#### 09:05") and tasks.verify("Mia", "#### mia.")
+    assert tasks.verify("Mia", "#### Max") is False
+    with pytest.raises(ValueError, match="'####'"):
+        tasks.verify("####", "#### 8")
 
 
 # --- planted errors ---------------------------------------------------------------------------------------
