@@ -141,6 +141,11 @@ class NoiseArguments:
     block_length: int = arg(32, "tokens in a block of --order blocks; use the sampler's --block_length")
     noise_sets: int = arg(1, "K, draws of masks per pair; epoch e uses draw e mod K")
     noise_seed: int = arg(0, "seed of the noise (not the run's --seed)")
+    ld_alpha: float = arg(
+        1.0,
+        "weight in a score of the tokens beyond the length of the pair's shorter response, from 0 to 1 (LD-DPO); "
+        "1: that of the others",
+    )
 
 
 @dataclass
@@ -333,6 +338,8 @@ def check_scoring(model_args, noise_args):
             value = getattr(group, name)
             if value not in ("auto", None) and value < 1:
                 raise InputError(f"--{name} is {value}, expected at least 1")
+    if not 0 <= noise_args.ld_alpha <= 1:
+        raise InputError(f"--ld_alpha is {noise_args.ld_alpha}, expected 0 to 1")
     if model_args.lora_r < 0:
         raise InputError(f"--lora_r is {model_args.lora_r}, expected 0 (every weight is trained) or more")
 

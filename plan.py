@@ -36,7 +36,7 @@ USED_TRAINING = {
     "eval_fraction",
     "eval_steps",
 }
-UNUSED = {"mask_token_id", "end_token_id", "lora_alpha", "block_length", "noise_seed"}
+UNUSED = {"mask_token_id", "end_token_id", "lora_alpha", "block_length", "noise_seed", "ld_alpha"}
 UNUSED |= names(config.DataArguments) - USED_DATA
 UNUSED |= names(config.TrainArguments) - USED_TRAINING  # they change no memory and no time
 

@@ -231,10 +231,11 @@ def score_pairs(job, pairs, noise_set):
     masks, responses = [], []
     for index in pairs:
         prompt, *sides = job.packed[index]
+        shared = min(map(len, sides))
         for side, response in enumerate(sides):
             masked = draw(job.packed, index, side, job.noise_args, noise_set, job.masking.blocks)
             masks.append(reference.pack_masks(masked))
-            responses.append(replay(prompt, response, masked, job.noise_args, job.masking))
+            responses.append(replay(prompt, response, masked, job.noise_args, job.masking, shared))
     try:
         scores = state_scores(job.model, responses, job.tokens_per_forward, job.ranks, job.stop.check)
     except stopping.Stopped:

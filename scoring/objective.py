@@ -115,7 +115,8 @@ class Preference:
         index, epoch = item
         prompt, *sides = self.packed[index]
         masks = self.masks(index, epoch % self.noise.noise_sets)
-        states = [recipe.replay(prompt, side, masked, self.noise, self.masking) for side, masked in zip(sides, masks)]
+        replayed = [self.noise, self.masking, min(map(len, sides))]
+        states = [recipe.replay(prompt, side, masked, *replayed) for side, masked in zip(sides, masks)]
         if self.carrying != self.counts:
             states = [self.with_gradient_states(side, masked, item) for side, masked in zip(states, masks)]
         if self.has_nll:

@@ -27,6 +27,7 @@ SAME = (
     "block_length",
     "noise_sets",
     "noise_seed",
+    "ld_alpha",
 )
 
 
@@ -34,7 +35,7 @@ def depends_on(packed, model_args, noise_args):
     """What reference scores depend on: only a run where all of this is the same may use them."""
     model_config = folders.plain_config(model_args.model_name_or_path)
     blocks = families.blocks(model_config, model_args.block_size, model_args.shift_logits)
-    return {
+    found = {
         "data": packed.meta["fingerprint"],
         "model": folders.model_fingerprint(model_args.model_name_or_path),
         "tokenizer": packed.meta["tokenizer"],
@@ -50,6 +51,9 @@ def depends_on(packed, model_args, noise_args):
         "dtype": model_args.use_mixed_precision,
         "load_in_4bit": model_args.load_in_4bit,
     }
+    if noise_args.ld_alpha != 1:
+        found["ld_alpha"] = noise_args.ld_alpha
+    return found
 
 
 def state_count(noise_args):
@@ -120,9 +124,14 @@ def draw(packed, index, side, noise_args, noise_set, blocks=None):
     return noise.state_masks(n, noise_args.estimator, T, R, rng, block_length(noise_args), **divided)
 
 
-def replay(prompt, response, masked, noise_args, masking):
-    """The States of stored masks (S, n)."""
+def replay(prompt, response, masked, noise_args, masking, shared=None):
+    """The States of stored masks (S, n). shared: tokens of the shorter response of a pair.
+
+    Those beyond count ld_alpha (LD-DPO, arXiv 2409.06411, equation 9): what is merely longer is worth less.
+    """
     T, R = noise_args.diffusion_steps, noise_args.trajectories
     divided = partition(len(prompt), len(response), masking.blocks)
     weight = noise.state_weights(masked, noise_args.estimator, T, R, **divided)
+    if noise_args.ld_alpha != 1 and shared is not None:
+        weight = np.where(np.arange(len(response)) < shared, weight, noise_args.ld_alpha * weight).astype(np.float32)
     return response_states(prompt, response, masked, weight, *masking)

@@ -154,9 +154,9 @@ def missing_reference(folder, wanted, mend):
     for path in sorted(Path(folder).glob("ref-*/meta.json")):
         have = files.read_json(path, mend)["depends_on"]
         found[path.parent] = [
-            f"{name} is {have.get(name)} there and {value} in this run"
-            for name, value in wanted.items()
-            if have.get(name) != value
+            f"{name} is {have.get(name)} there and {wanted.get(name)} in this run"
+            for name in {**wanted, **have}
+            if have.get(name) != wanted.get(name)
         ]
     if not found:
         return f"{folder}: holds no reference scores; run: {mend}"

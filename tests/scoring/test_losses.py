@@ -231,6 +231,27 @@ def test_masks_are_those_that_would_be_stored(home):
             assert (one.inputs == other.inputs).all() and (one.weight == other.weight).all()
 
 
+def test_ld_alpha(home, tmp_path, capsys):
+    """Tokens beyond the shorter response's length count alpha times, in both scores: they are linear in alpha."""
+    stored = {}
+    for alpha in (1, 0.25, 0):
+        data = pack(tmp_path / f"packed-{alpha}", home.pairs, home.model)
+        assert call(score.main, "--data", data, *BASE, "--ld_alpha", alpha) == 0
+        stored[alpha] = plain.read_reference(data)[1][0]  # (pairs, 2, S)
+    assert (stored[1] == plain.read_reference(home.data)[1][0]).all()
+    assert np.allclose(stored[0.25], 0.25 * stored[1] + 0.75 * stored[0], rtol=1e-5, atol=1e-5)
+    lengths = [[len(side) for side in sides] for _, *sides in home.pairs]
+    for n, one, other in zip(lengths, stored[1], stored[0]):
+        for side in (0, 1):
+            assert np.allclose(one[side], other[side]) == (n[side] == min(n))
+    argv = ["--data", str(data), *BASE]
+    assert "ld_alpha is 0.0 there and None in this run" in refusal(train_dpo.main, capsys, *argv)
+    cut = train_dpo.prepare(train_dpo.read_arguments([*argv, "--ld_alpha", "0"]))[0]
+    for whole, part in zip(objective_of(home, "sigmoid", {}).responses((4, 0)), cut.responses((4, 0))):
+        tail = len(home.pairs[4][0]) + min(lengths[4])
+        assert (part.weight[:, :tail] == whole.weight[:, :tail]).all() and not part.weight[:, tail:].any()
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 
@@ -248,6 +269,7 @@ def test_masks_are_those_that_would_be_stored(home):
         (["--loss_type", "exo_pair"], "needs --label_smoothing above 0"),
         (["--simpo_gamma", "1"], "--simpo_gamma 1.0 belongs to --loss_type simpo, not sigmoid"),
         (["--loss_type", "simpo", "--cpo_alpha", "0"], "--cpo_alpha 0.0 belongs to --loss_type cpo"),
+        (["--ld_alpha", "1.5"], "--ld_alpha is 1.5, expected 0 to 1"),
         (["--loss_type", "discopop", "--discopop_tau", "0"], "--discopop_tau is 0.0"),
     ],
 )
