@@ -61,12 +61,18 @@ def uses_chat(tokenizer, template):
     templates = tokenizer.chat_template
     if template == "chat" and not templates:
         raise InputError("--template chat: this tokenizer has no chat template; use --template none")
-    if isinstance(templates, dict) and templates and "default" not in templates:
+    if templates and not default_template(tokenizer):
         raise InputError(
             f"this tokenizer has chat templates for {', '.join(sorted(templates))} and none named default; rename one "
             "in its tokenizer_config.json (or in additional_chat_templates/), or use --template none"
         )
     return bool(templates)
+
+
+def default_template(tokenizer):
+    """The chat template that is applied: a tokenizer may have several by name. None where there is none."""
+    templates = tokenizer.chat_template
+    return templates.get("default") if isinstance(templates, dict) else templates
 
 
 def prompt_text(tokenizer, prompt, template):
@@ -199,5 +205,5 @@ def tokenizer_fingerprint(tokenizer):
         sorted(tokenizer.get_vocab().items()),
         sorted(tokenizer.all_special_tokens),
         encode(tokenizer, PROBE),
-        tokenizer.get_chat_template() if tokenizer.chat_template else None,
+        default_template(tokenizer),
     )

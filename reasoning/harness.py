@@ -193,11 +193,11 @@ class MaskedDiffusion(LM):
             raise InputError(
                 f"--apply_chat_template {chat_template}: expected the flag alone; the model's template is used"
             )
-        if not self.tokenizer.chat_template:
+        if not tokenization.uses_chat(self.tokenizer, "auto"):
             raise InputError(
                 f"--apply_chat_template: the tokenizer of {self.sample.model_name_or_path} has no chat template"
             )
-        return self.tokenizer.chat_template
+        return tokenization.default_template(self.tokenizer)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         """The text of a dialogue up to and with the assistant's header, or with the assistant's words so far."""

@@ -14,7 +14,8 @@ from small import ROOT, execute
 
 import config
 from cli import exits
-from cli.parser import names
+from cli.other_names import OTHER_NAMES
+from cli.parser import LISTED, names
 from files import InputError
 
 
@@ -260,6 +261,56 @@ def test_unknown_flag(words, said):
     with pytest.raises(InputError) as error:
         config.parse(words, "x", config.NoiseArguments)
     assert f"unknown argument {said}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("groups", [config.GROUPS, (config.SampleArguments, config.LikelihoodArguments)])
+def test_a_hidden_flag_is_never_suggested(groups):
+    """Of names of other software: what to write here, or where that is said, if this command has no such flag."""
+    accepted = names(*groups) | {"base_model"} | ({"in"} if config.DataArguments in groups else set())
+    for name, instead in OTHER_NAMES.items():
+        if name not in accepted:
+            for word in (f"--{name}", f"--{name.replace('_', '-')}=1"):
+                with pytest.raises(InputError) as error:
+                    config.parse([word], "x", *groups)
+                known = all(flag[2:] in accepted for flag in re.findall(r"--\w+", instead))
+                assert str(error.value) == f"unknown argument {word}; {instead if known else LISTED}"
+    with pytest.raises(InputError) as error:
+        config.parse(["--local_ran", "0"], "x", *groups)
+    assert "local_rank" not in str(error.value)
+
+
+def test_names_of_other_software(tmp_path):
+    for words, said in (
+        ("--lora_rank", "write --lora_r"),
+        ("--warmup-steps", "write --warmup_ratio, a share of the steps"),
+        ("--rpo_alpha", "write --sft_weight"),
+        ("--num_epochs", "write --num_train_epochs"),
+    ):
+        with pytest.raises(InputError, match=f"unknown argument {words}; {said}$"):
+            config.parse([words, "1"], "x", *config.GROUPS)
+    (tmp_path / "run.yaml").write_text("lora_rank: 8\n")
+    with pytest.raises(InputError, match="run.yaml: unknown argument lora_rank; write lora_r$"):
+        config.parse(["--config_file", str(tmp_path / "run.yaml")], "x", *config.GROUPS)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--beta 0.1 --beta 0.2", "--beta is given twice; leave one out"),
+        ("--beta=0.1 --beta=0.1", "--beta is given twice;"),
+        ("--in a --preference-data-path b", "is given twice (--in and --preference-data-path); leave one out"),
+        ("--gradient_checkpointing true --no_gradient_checkpointing", "(--gradient_checkpointing and --no_gradient"),
+        ("--data x --max_steps 3 --out y", "--data is given twice (--data and --out)"),
+        ("--trust_remote_code --trust_remote_code", "--trust_remote_code is given twice"),
+    ],
+)
+def test_a_flag_given_twice(words, said, tmp_path):
+    with pytest.raises(InputError) as error:
+        config.parse(words.split(), "x", *config.GROUPS)
+    assert said in str(error.value)
+    (tmp_path / "run.yaml").write_text("beta: 0.3\n")  # the command line wins over a file
+    once = ["--config_file", str(tmp_path / "run.yaml"), "--beta", "0.2"]
+    assert config.parse(once, "x", config.TrainArguments)[0].beta == 0.2
 
 
 def test_no_yaml():

@@ -15,6 +15,7 @@ from test_structure import COMMANDS, ROOMS
 
 import config
 from cli import parser
+from cli.other_names import OTHER_NAMES
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS, ROOT / "bench" / "README.md", ROOT / "ds_configs" / "README.md"]
@@ -297,6 +298,14 @@ def test_flags(page, flags):
             continue
         known = flags[script[1]] if script and script[1] in flags else every
         assert not (wrong := set(re.findall(r"(?<![\w-])--[a-z]\w*", said)) - known), f"{said}: {sorted(wrong)}"
+
+
+def test_names_of_other_software(flags):
+    """Each is on the page of migration, and what the message says to write exists."""
+    page = set(re.findall(r"\w+", (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")))
+    every = set().union(*flags.values())
+    for name, instead in OTHER_NAMES.items():
+        assert name in page and set(re.findall(r"--\w+", instead)) <= every, name
 
 
 def test_yaml_blocks(tmp_path):

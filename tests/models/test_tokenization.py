@@ -13,6 +13,7 @@ from originals import edit_json, refused
 from prepared import HEADERS, TEMPLATE, with_template
 from sentencepiece import sentencepiece_model_pb2
 
+from files import InputError
 from models import architecture, tokenization
 
 
@@ -219,3 +220,17 @@ def test_response_tokenizer_of_tiny(tiny_dir, tmp_path):
         "5",
     ]
     assert response.convert_ids_to_tokens(tokenization.encode(response, "7 + 5")) == ["7", "\u2581+", "\u2581", "5"]
+
+
+def test_named_templates(chat):
+    """One of several chat templates is taken if it is named default; else the sentence says what there is."""
+    named = tokenization.load_tokenizer(str(chat))
+    want = tokenization.prompt_text(named, "hi", "auto")
+    named.chat_template = {"rag": "{{ messages }}", "default": named.chat_template}
+    assert tokenization.prompt_text(named, "hi", "auto") == want != "hi"
+    named.chat_template = {"tool_use": TEMPLATE, "rag": TEMPLATE}
+    for template in ("auto", "chat"):
+        with pytest.raises(InputError, match="chat templates for rag, tool_use and none named default"):
+            tokenization.uses_chat(named, template)
+    assert tokenization.tokenizer_fingerprint(named)
+    assert tokenization.prompt_text(named, "hi", "none") == "hi"
