@@ -53,6 +53,11 @@ class PreferenceArguments:
         False, "sample, label: choose pairs so that chosen and rejected are equally long on average"
     )
     min_gap: float = arg(0.0, "label: the scores of a pair differ by more than this")
+    columns: Optional[str] = arg(
+        None, "label: names of the columns, such as prompt=q,response=text,score=judge", metavar="NAME=COLUMN,..."
+    )
+    ignore_columns: Optional[str] = arg(None, f"label: {config.IGNORE_COLUMNS}", metavar="COLUMN,...")
+    reasoning: Literal["auto", "drop", "inline"] = arg("auto", f"label: {config.REASONING}")
 
 
 def read_arguments(argv=None):
@@ -73,6 +78,10 @@ def check(args, sampling):
         raise InputError(f"--out {args.out} is the file that --in reads, which it would replace; give another")
     if args.strategy == "label" and (args.task or not args.source):
         raise InputError("--strategy label pairs the responses of a file: give --in judged.jsonl and no --task")
+    if args.strategy != "label" and (args.columns or args.ignore_columns or args.reasoning != "auto"):
+        raise InputError(
+            "--columns, --ignore_columns and --reasoning are for --strategy label, which reads a file's columns"
+        )
     if args.strategy == "corrupt" and bool(args.task) == bool(args.source):
         raise InputError(
             f"--strategy corrupt plants errors in correct solutions: give --task ({', '.join(tasks.FAMILIES)}, or "
@@ -116,6 +125,7 @@ import jsonlines
 
 from files import replacing
 from models.folders import model_fingerprint
+from preferences import columns
 from reasoning import answers, judged, mistakes, problems, prompts, sampler, samples
 from reasoning.pairing import Pairing
 
@@ -217,7 +227,8 @@ def describe_samples(path, responses):
 def labelled(args, sampling):
     """Made of the better against the worse scored responses of --in."""
     pairing = Pairing(args.pairs_per_prompt, args.length_balanced, sampling.seed)
-    found = judged.read(args.source)
+    given = columns.parse_columns(args.columns, (*judged.NAMES, *columns.PARTS))
+    found = judged.read(args.source, given, columns.parse_names(args.ignore_columns), args.reasoning)
     rows, without = [], 0  # prompts without a pair
     for prompt, scores in found.groups.items():
         pairs = [(a, b) for a in scores for b in scores if scores[a] - scores[b] > args.min_gap]
@@ -232,9 +243,9 @@ def labelled(args, sampling):
             rows.append({"prompt": json.loads(prompt), "chosen": chosen, "rejected": rejected, "meta": meta})
     report = (
         f"{args.source}: {found.responses} scored responses to {len(found.groups)} prompts, {without} of which have no "
-        f"better and worse one; {found.left_out} responses left out, cut off, empty or without a score"
+        f"better and worse one; {found.left_out} responses left out, cut off, null, empty or without a score"
     )
-    return Made(rows, [report])
+    return Made(rows, [*found.lines, report])
 
 
 # --- corrupt: planted errors ------------------------------------------------------------------------------
