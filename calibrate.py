@@ -316,7 +316,7 @@ def main(argv=None):
         return 0
     deepspeed_config.read_ds_config(model_args.deepspeed)
     packed = disk.Packed(data_args.data)
-    packed.need_pairs()
+    packed.need("preferences")
     masking = recipe.check(packed, model_args, noise_args)
     run(packed, model_args, noise_args, args, masking, engine.start())
     return engine.leave()

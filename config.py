@@ -31,9 +31,10 @@ REASONING = (
 
 @dataclass
 class DataArguments:
-    task: Literal["preferences", "sft"] = arg(
+    task: Literal["preferences", "sft", "kto"] = arg(
         "preferences",
-        "what a row is: a preference, or a prompt with one response (for --loss_type sft)",
+        "what a row is: a preference, a prompt with one response (for --loss_type sft), or that with a label that says "
+        "whether the response is desirable (for --loss_type kto)",
         heading="Data",
     )
     preference_data_path: Optional[list[str]] = arg(
@@ -164,6 +165,8 @@ class TrainArguments:
         None, "weight of each loss of --loss_type, such as 1,0.1; default: 1 for each", metavar="X,..."
     )
     beta: float = arg(0.1, "DPO's beta: a larger value keeps the policy nearer to the reference")
+    desirable_weight: float = arg(1.0, "kto: weight of desirable responses, to balance unequal numbers")
+    undesirable_weight: float = arg(1.0, "kto: weight of undesirable ones; change one of the two")
     label_smoothing: float = arg(0.0, "probability that a preference is wrong (conservative DPO), from 0 to below 0.5")
     simpo_gamma: float = arg(0.5, "simpo: margin that beta times the scores per token should have")
     cpo_alpha: float = arg(1.0, "cpo: weight of the chosen response's masked-diffusion NLL per token")
@@ -346,7 +349,8 @@ def check_scoring(model_args, noise_args):
 
 def check(args):
     """Refuse training arguments that have no meaning, such as not-a-number."""
-    for name in ("learning_rate", "beta", "discopop_tau", "per_device_train_batch_size", "gradient_accumulation_steps"):
+    more_than_0 = ("learning_rate", "beta", "discopop_tau", "desirable_weight", "undesirable_weight")
+    for name in (*more_than_0, "per_device_train_batch_size", "gradient_accumulation_steps"):
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name} is {getattr(args, name)}, expected more than 0")
     for name in ("sft_weight", "simpo_gamma", "cpo_alpha", "sft_pad_to", "max_grad_norm", "weight_decay"):

@@ -23,7 +23,7 @@ import config
 from cli import exits
 from cli.parser import arg, names
 from files import InputError
-from preferences import reuse, sources
+from preferences import packed, reuse, sources
 
 USED = {"model_name_or_path", "trust_remote_code", "mask_token_id", "end_token_id", "block_size"}  # of ModelArguments
 UNUSED = names(config.ModelArguments) - USED
@@ -44,7 +44,7 @@ def read_arguments(argv=None):
     groups = config.parse(argv, __doc__, config.DataArguments, config.ModelArguments, PackArguments, hide=UNUSED)
     args, _, own = groups
     if not args.preference_data_path and not own.reuse:
-        raise InputError(f"no {reuse.rows_of(args.task)} given; add --in FILE.jsonl")
+        raise InputError(f"no {packed.NOUNS[args.task]} given; add --in FILE.jsonl")
     if os.path.exists(args.data) and not os.path.isdir(args.data):
         raise InputError(f"{args.data}: expected a folder for the packed arrays, found a file")
     if args.preference_data_path:
@@ -56,7 +56,8 @@ def nothing_to_pack(args, model_args, own):
     """Why there is nothing to do with --reuse, else None. Fills in the model."""
     model_args.model_name_or_path = model_args.model_name_or_path or reuse.default_model(args.data, own.reuse)
     there = reuse.up_to_date(args, model_args) if own.reuse else None
-    return there and f"{there.folder}: {len(there)} {'SFT rows' if there.task == 'sft' else 'pairs'}, up to date"
+    noun = there and ("pairs" if there.task == "preferences" else packed.NOUNS[there.task])
+    return there and f"{there.folder}: {len(there)} {noun}, up to date"
 
 
 def early():
@@ -71,7 +72,7 @@ import numpy as np
 
 import files
 from models import architecture, families, folders, tokenization
-from preferences import columns, forms, packed, rows, several, summary
+from preferences import columns, forms, rows, several, summary, unpaired
 from preferences.encoding import encode_rows, make_encoder, refuse_ids_beyond
 from preferences.sources import LeftOut
 
@@ -153,6 +154,8 @@ def prepare(args, encoder):
     if stop:
         refuse_malformed(table, sources.described(args.preference_data_path))
     leave_out_duplicates(table)
+    if args.task == "kto":
+        unpaired.add_mismatched([row for row in table if not row.reason], encoder.max_length)
     return table, form, lines
 
 
@@ -167,19 +170,21 @@ def read(args, encoder):
     columns.leave_out(table, names, source)
     found, form = forms.find_columns(args.task, table, given, source)
     of_a_pair = found
-    if args.task == "preferences":
+    if "response" not in found:
         count = len(table)
         table, of_a_pair = several.one_pair_each(table, found)
         form += f" ({count} rows hold {len(table)} pairs)" if len(table) > count else ""
 
     # 2. Texts
-    texts_of = rows.demonstration if args.task == "sft" else rows.preference
+    texts_of = rows.demonstration if "response" in found else rows.preference
     no_template = "this tokenizer has none" if args.template != "none" else "--template none was given"
     for row in table:
         if not row.reason:
             row.parts = judge(row, texts_of, row.value, of_a_pair, encoder.template == "chat", args.reasoning)
         if not row.reason and encoder.template == "none" and isinstance(row.parts[0], list):
             row.leave_out("malformed", f"conversational rows need a chat template, and {no_template}")
+    if args.task == "kto":
+        table = unpaired.labelled(table, found)
 
     # 3. What is not read
     if args.reasoning != "auto":
@@ -212,11 +217,11 @@ def refuse_malformed(table, source):
 
 
 def leave_out_duplicates(table):
-    """Keep the first of the rows that have the same ids."""
+    """Keep the first of the rows that have the same ids and label."""
     seen = {}
     for row in table:
         if not row.reason:
-            first = seen.setdefault(files.fingerprint(*row.ids), row)
+            first = seen.setdefault((files.fingerprint(*row.ids), row.label), row)
             if first is not row:
                 row.leave_out("duplicate", f"of {first.number if first.source == row.source else first.place}")
 
@@ -241,12 +246,13 @@ def write(folder, kept, left_out, meta):
             reject = {"file": row.source, "line": row.number, "reason": row.reason, "detail": row.detail}
             reject["text"] = files.shorten(text, 500)
             file.write(json.dumps(reject) + "\n")
-    packed.write_packed(folder, (row.ids for row in kept), {**meta, "lines": files.fingerprint(lines)})
+    labels = [row.label for row in kept] if meta["task"] == "kto" else None
+    packed.write_packed(folder, (row.ids for row in kept), {**meta, "lines": files.fingerprint(lines)}, labels)
 
 
 def next_command(args, model_args, argv):
     """launch.sh with the arguments of this command: it finds the arrays up to date, and scores and trains with them."""
-    loss = ["--loss_type", "sft"] if args.task == "sft" and "--loss_type" not in argv else []
+    loss = [] if args.task == "preferences" or "--loss_type" in argv else ["--loss_type", args.task]
     before = [None, *argv]  # launch.sh takes the ds_config as its first word, not as a flag
     words = [word for word, last in zip(argv, before) if "--deepspeed" not in (last, word.split("=")[0])]
     return shlex.join(["bash", "launch.sh", model_args.deepspeed or DS_CONFIG, *loss, *words])

@@ -25,6 +25,14 @@ class Pair(NamedTuple):
         return self.chosen - self.rejected
 
 
+class Judgement(NamedTuple):
+    """What a loss of one judged response is computed from: gain and kl () float32."""
+
+    gain: Any
+    kl: Any  # mean gain of responses beside prompts that they do not belong to, at least 0
+    is_desirable: bool
+
+
 def logsigmoid(x):
     """log(1 / (1 + exp(-x))), finite for all x."""
     import torch.nn.functional  # config.py reads this file before a command may import torch
@@ -144,19 +152,31 @@ def sft(pair, _):
     return pair.nll
 
 
+def kto(judgement, args):
+    """w (1 - sigmoid(beta (gain - kl))) of a desirable response, w (1 - sigmoid(beta (kl - gain))) of another.
+
+    KTO, arXiv 2402.01306, equation 8. w: --desirable_weight or --undesirable_weight.
+    """
+    logit = args.beta * (judgement.gain - judgement.kl)
+    if judgement.is_desirable:
+        return args.desirable_weight * (1 - logit.sigmoid())
+    return args.undesirable_weight * (1 - (-logit).sigmoid())
+
+
 # --- the table --------------------------------------------------------------------------------------------
 
 
 class Loss(NamedTuple):
     """A row of the table. label: what a report calls it. method: what a model card calls it, with its source."""
 
-    function: Callable  # (Pair, TrainArguments) -> loss ()
+    function: Callable  # (Pair or Judgement, TrainArguments) -> loss ()
     label: str
     method: str
     is_per_token: bool = False  # gains are means over the tokens of a response
     has_reference: bool = True  # gains are less the reference's scores
     has_nll: bool = False  # SFT's row of the chosen response is scored, too
     reads: tuple = ()  # the arguments of TrainArguments that it alone, or few, read
+    tasks: tuple = ("preferences",)  # whose packed data it trains on
 
     def gain(self, score, ref, tokens):
         """The gain of responses with these scores. ref: their scores under the reference. tokens: their lengths."""
@@ -197,7 +217,9 @@ LOSSES = {
         "supervised fine-tuning by the masked-diffusion loss (arXiv 2502.09992)",
         has_reference=False,
         has_nll=True,
+        tasks=("sft", "preferences"),
     ),
+    "kto": Loss(kto, "KTO", "KTO (arXiv 2402.01306)", reads=("desirable_weight", "undesirable_weight"), tasks=("kto",)),
 }  # by a name of --loss_type
 
 
@@ -217,6 +239,8 @@ def loss_names(text):
     for name in names:
         if name not in LOSSES:
             raise ArgumentTypeError(f"no loss is called {name!r}, expected {', '.join(LOSSES)}, or several with commas")
+    if "kto" in names and len(names) > 1:
+        raise ArgumentTypeError(f"{text}: kto trains on single responses, and cannot be part of a sum")
     if len(set(names)) < len(names):
         raise ArgumentTypeError(f"{text} names a loss twice")
     return text

@@ -53,6 +53,7 @@ import score
 from models import quantized
 from reasoning import tasks
 from scoring import recipe, reference
+from scoring.judged import Judged
 from scoring.objective import SFT, Preference, Stream, split
 from training import deepspeed_config, engine, guard, nvme, resume, stopping, tracking
 from training.policy import check_row_lengths, check_start, fit, longest_row, save_final, start_policy
@@ -162,10 +163,9 @@ def optimizer_step(job, step, record, rate, saving):
     """
     for group in job.policy.optimizer.param_groups:
         group["lr"] = rate
-    micro_steps = job.args.gradient_accumulation_steps
-    work = [job.objective.work(micro_batch(job, step, micro)) for micro in range(micro_steps)]
+    micro_steps, objective = job.args.gradient_accumulation_steps, job.objective
+    work = [objective.work(micro_batch(job, step, micro)) for micro in range(micro_steps)]
     items, shares = zip(*itertools.chain.from_iterable(work))
-    pieces = [job.objective.piece(item, share / micro_steps) for item, share in zip(items, shares)]
 
     def backward(loss, is_last):
         """Add the gradient of the loss, which is NaN if the loss is not finite."""
@@ -178,10 +178,12 @@ def optimizer_step(job, step, record, rate, saving):
         job.stop.check()
 
     with saving():
+        tokens = objective.set_baseline(items, functools.partial(job.scores, after_pass=after_pass), job.ranks.device)
+        pieces = [objective.piece(item, share / micro_steps) for item, share in zip(items, shares)]
         scored = score.score_and_backward(job.policy, pieces, job.tokens_per_forward, job.ranks, backward, after_pass)
     results = [(item, *each) for item, each in zip(items, scored)]
-    sums = sum(job.objective.measure(*each) for each in results)
-    tokens = sum(states.tokens for piece in pieces for states in piece.responses)
+    sums = sum(objective.measure(*each) for each in results)
+    tokens += sum(states.tokens for piece in pieces for states in piece.responses)
     return StepResult(sums, tokens, engine.step(job.policy), results)
 
 
@@ -208,15 +210,18 @@ def evaluate(job, record, held_out_pairs, step, write=True):
 
     The pairs are dealt over the ranks, with the same forwards on each. write: their scores to scores.jsonl, too.
     """
-    sums = torch.zeros(len(job.objective.metrics) + 1, dtype=torch.float64, device=job.ranks.device)
+    sums = torch.zeros(job.objective.sums, dtype=torch.float64, device=job.ranks.device)
     pieces, count, world = [], len(held_out_pairs), job.ranks.world
+    scores_of = functools.partial(job.scores, after_pass=job.stop.check)
+    own_items = [(int(pair), 0) for pair in held_out_pairs[job.ranks.rank :: world]]
+    job.objective.set_baseline(own_items, scores_of, job.ranks.device)
     most = int(job.objective.tokens()[held_out_pairs].max())
     at_once = math.ceil(FULL_PASSES * job.tokens_per_forward / most)  # pairs of a rank, in passes that are mostly full
     for turn in range(0, count, at_once * world):
         mine = held_out_pairs[turn + job.ranks.rank : turn + at_once * world : world]
         items = [item for pair in mine for item, _ in job.objective.work([(int(pair), 0)])]
         parts = [job.objective.piece(item) for item in items]
-        scores = iter(job.scores([states for part in parts for states in part.responses], job.stop.check))
+        scores = iter(scores_of([states for part in parts for states in part.responses]))
         for item, part in zip(items, parts):
             own = [next(scores) for _ in part.responses]
             loss = part.loss_of([each.sum() for each in own])
@@ -225,7 +230,7 @@ def evaluate(job, record, held_out_pairs, step, write=True):
         record.rewrite(f"step {step} | evaluating {min(turn + at_once * world, count)}/{count} held-out pairs")
     if write:
         record.pairs(step, "eval", pieces)
-    means = tracking.add_up_over_ranks(sums, 0).means(job.objective.metrics, "eval_")
+    means = tracking.means(job.objective, tracking.add_up_over_ranks(sums, 0), "eval_")
     if "eval_rewards/accuracies" in means:
         means["eval_rewards/accuracies_ci95"] = tasks.wilson(means["eval_rewards/accuracies"], count)
     return means
@@ -236,13 +241,13 @@ def evaluate(job, record, held_out_pairs, step, write=True):
 
 def prepare(given):
     """Read what the run replays; refuse what cannot be right. Returns the objective, and what the scores depend on."""
-    args, is_sft = given.train, given.train.loss_type == "sft"
+    args, tasks = given.train, losses.leading(given.train.loss_type).tasks
     tracking.names(args.report_to)
-    packed, masking, wanted, _ = reference.prepare(given.data, given.model, given.noise, sft=is_sft)
+    packed, masking, wanted, _ = reference.prepare(given.data, given.model, given.noise, tasks)
     check_start(given.model)
     quantized.check(given.model, deepspeed_config.read_ds_config(given.model.deepspeed))
     sft = recipe.sft_recipe(given.model)
-    if is_sft:
+    if args.loss_type == "sft":
         check_row_lengths(packed, args, given.model)
         return SFT(args, given.noise, packed, masking, sft), wanted
     scored = None
@@ -250,6 +255,8 @@ def prepare(given):
         flags = config.flags((*recipe.SAME, "deepspeed"), given.model, given.noise)
         mend = f"python score.py --data {shlex.quote(given.data.data)} {flags}"
         scored = reference.Reference(packed, wanted, given.noise.noise_sets, mend)
+    if packed.task == "kto":
+        return Judged(args, given.noise, packed, scored, masking), wanted
     return Preference(args, given.noise, packed, scored, masking, sft), wanted
 
 
@@ -282,12 +289,10 @@ def make_job(given, objective, run, train_pairs, ds_config, ranks, checkpoint):
 
 def begin(job, run, given, arguments, wanted, held_out_pairs, checkpoint):
     """Start the run, or resume it from a checkpoint. Returns its Progress and its Record."""
-    precision, is_sft = given.model.use_mixed_precision, given.train.loss_type == "sft"
-    has_reference = losses.has_reference(given.train.loss_type)
+    precision, noun = given.model.use_mixed_precision, job.objective.noun
     progress = resume.load(job, checkpoint, precision) if checkpoint else resume.Progress()
     record = tracking.new_record(job, run, held_out_pairs, progress.step)
     if job.ranks.first:
-        noun = "rows" if is_sft else "pairs"
         place = f"; resuming after step {progress.step} ({checkpoint})" if checkpoint else ""
         print(
             f"{job.objective.packed.folder}, {given.model.model_name_or_path} -> {run.folder}: "
@@ -295,7 +300,7 @@ def begin(job, run, given, arguments, wanted, held_out_pairs, checkpoint):
             f"{job.pairs_per_step} {noun}, {job.tokens_per_forward} tokens in a forward pass{place}",
             flush=True,
         )
-    if not checkpoint and has_reference:
+    if not checkpoint and losses.has_reference(given.train.loss_type):
         gap = guard.check_reference(job, micro_batch(job, 0, 0), precision)
         if job.ranks.first:
             print(f"policy and reference agree to {gap:.1e} per token", flush=True)

@@ -14,7 +14,12 @@ from files import InputError
 from preferences.columns import PARTS, listed, prompt_parts, refuse_judged
 from preferences.sources import as_text, kind
 
-COLUMNS = {"preferences": ("prompt", "chosen", "rejected"), "sft": ("prompt", "response")}  # what a row holds, by task
+# what a row holds, by task
+COLUMNS = {
+    "preferences": ("prompt", "chosen", "rejected"),
+    "sft": ("prompt", "response"),
+    "kto": ("prompt", "response", "label"),
+}
 
 # names of the prompt's column, the first that a file has
 ASKED = ("prompt", "question", "instruction", "query", "input", "conversations", "conversation", "messages")
@@ -41,6 +46,7 @@ DEMONSTRATIONS = (
     (None, "conversations"),  # ShareGPT's
     (None, "conversation"),
 )
+LABELS = ("label", "kto_tag")  # whether a response is desirable: TRL's and LLaMA-Factory's names
 PREFERENCE = ("preference", "preferred", "winner", "choice", "better_response_id", "label", "labels")
 STRENGTH = ("preference_strength", "overall_preference")  # HelpSteer's: below 0 the first is better, above 0 the second
 WINNERS = ("winner_model_a", "winner_model_b")  # Chatbot Arena's: 1 in the column of the winner, 0 in both for a tie
@@ -85,7 +91,9 @@ def find_columns(task, rows, given, path):
             raise InputError(f"{path}: no column '{name}'; the columns are {listed(present)}")
     ours = {role: name for role, name in given.items() if role not in PARTS}
     candidates = [(form, columns | ours) for form, columns in forms_of(task)]
-    if task == "preferences" and not {"chosen", "rejected"} & ours.keys():
+    if task == "kto":  # of a pair, both responses
+        candidates += [(form, columns | ours) for form, columns in forms_of("preferences")]
+    if task != "sft" and not {"chosen", "rejected"} & ours.keys():
         candidates += [(form, columns | ours) for form, columns in judged_forms(rows, ours)]
     if not (found := choose(candidates, rows, set(present))):
         expected = ",".join(f"{name}=..." for name in COLUMNS[task])
@@ -96,7 +104,7 @@ def find_columns(task, rows, given, path):
     form, columns = found
     if columns.get("preference") in PREFERENCE:
         refuse_other_numbers(rows, columns, path)
-    elif task == "preferences" and "prompt" not in columns:
+    elif "chosen" in columns and "prompt" not in columns:
         refuse_other_prompt(rows, present, columns, path)
     elif task == "sft" and not ours:
         refuse_judged(rows, columns, path)
@@ -111,6 +119,8 @@ def objects(rows):
 def forms_of(task):
     """Yields (form, columns) of the forms that their columns alone tell."""
     several = DEMONSTRATIONS
+    if task == "kto":
+        several = [(*names, label) for names in DEMONSTRATIONS for label in LABELS]
     if task == "preferences":
         several = [(prompt, *pair) for pair in ANSWERS for prompt in (*ASKED, None) if prompt not in pair]
     for names in several:
@@ -162,7 +172,10 @@ def why_unknown(task, present):
         return "no known form of --task sft has these columns"
     two_responses = any(present.issuperset(pair) for pair in SIDES)
     if present >= {"completion", "label"}:
-        return "these are single judged responses, and DPO needs pairs (make_prefs.py --strategy label makes them)"
+        return (
+            "these are single judged responses, and DPO needs pairs (make_prefs.py --strategy label pairs them; "
+            "--task kto packs them for --loss_type kto)"
+        )
     if not two_responses and present & SINGLE and not any(WORSE.search(name) for name in present):
         return "these look like single responses, which --task sft packs"
     if two_responses and present.intersection(ASKED):

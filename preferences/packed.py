@@ -2,6 +2,8 @@
 
 tokens.npy      uint32 (tokens,): all pairs, prompt, chosen, rejected
 bounds.npy      int64 (pairs, 4): start, prompt end, chosen end, rejected end; the rejected of an SFT row is empty
+labels.npy      bool (rows,), of KTO data alone: whether the response, which is in the place of the chosen one, is
+                desirable; in the place of the rejected one is a response of another prompt
 lines.npy       int64 (pairs,): the line of its file that a pair came from, or its place in the list of a .json
 meta.json       what they were made of
 rejects.jsonl   the rows left out, with reasons
@@ -17,18 +19,23 @@ import numpy as np
 from files import InputError, fingerprint, open_array, read_json, sealed, unharmed, write_array, write_json
 
 FORMAT = 2
+# By task: what its rows are called, a file of them, and the --loss_type that most train on them
+NOUNS = {"preferences": "preferences", "sft": "SFT rows", "kto": "judged responses"}
+EXAMPLES = {"preferences": "prefs.jsonl", "sft": "sft.jsonl", "kto": "judged.jsonl"}
+LOSSES = {"preferences": "sigmoid", "sft": "sft", "kto": "kto"}
 
 
 def command(folder, task="preferences", sources=(), model=None):
     """The command that packs `sources` into `folder`."""
-    sft = task == "sft"
-    words = ["python", "data_prep.py", *(["--task", "sft"] if sft else [])]
-    words += ["--in", *(sources or ["sft.jsonl" if sft else "prefs.jsonl"]), "--out", folder]
+    words = ["python", "data_prep.py", *([] if task == "preferences" else ["--task", task])]
+    words += ["--in", *(sources or [EXAMPLES[task]]), "--out", folder]
     return shlex.join(map(str, words + (["--model_name_or_path", model] if model else [])))
 
 
-def write_packed(folder, pairs, meta):
+def write_packed(folder, pairs, meta, labels=None):
     """Write the arrays of `pairs`, an iterable of (prompt, chosen, rejected) id sequences; meta.json comes last.
+
+    labels: of KTO data, whether each response is desirable.
 
     The old meta.json is removed first, so that a job killed half-way leaves a folder that no one takes for finished.
     """
@@ -47,13 +54,18 @@ def write_packed(folder, pairs, meta):
     bounds = np.asarray(bounds, np.int64).reshape(-1, 4)
     write_array(folder / "tokens.npy", tokens)
     write_array(folder / "bounds.npy", bounds)
+    if labels is not None:
+        labels = np.asarray(labels, bool)
+        write_array(folder / "labels.npy", labels)
+        meta = meta | {"labels": fingerprint(labels)}
     data = content_fingerprint(tokens, bounds, meta)
     write_json(folder / "meta.json", sealed({"format": FORMAT, "fingerprint": data, "pairs": len(bounds), **meta}))
 
 
 def content_fingerprint(tokens, bounds, meta):
-    """What scores are keyed by: the tokens, and what they mean; not where they came from."""
-    return fingerprint(tokens, bounds, meta["tokenizer"], meta["end_token_id"])
+    """What scores and runs are keyed by: the tokens, and what they mean; not where they came from."""
+    labels = [meta["labels"]] if "labels" in meta else []
+    return fingerprint(tokens, bounds, meta["tokenizer"], meta["end_token_id"], *labels)
 
 
 class Packed:
@@ -80,7 +92,7 @@ class Packed:
 
     @property
     def task(self):
-        """The task, "preferences" or "sft"; a folder that does not name one holds preferences."""
+        """The task, a name of NOUNS; a folder that does not name one holds preferences."""
         return self.meta.get("task", "preferences")
 
     @property
@@ -98,21 +110,29 @@ class Packed:
         ends = np.cumsum(list(self.files.values()))
         return list(self.files)[np.searchsorted(ends, index, side="right")]
 
-    def need_pairs(self):
-        """Refuse SFT data where preferences are needed."""
-        if self.task == "sft":
+    def need(self, *tasks):
+        """Refuse data of another task than `tasks`."""
+        if self.task not in tasks:
             raise InputError(
-                f"{self.folder}: holds SFT data, one response a prompt and no preferences; run: python train_dpo.py "
-                f"--loss_type sft --data {shlex.quote(str(self.folder))}, or pack preferences into another folder"
+                f"{self.folder}: holds {NOUNS[self.task]}, expected {NOUNS[tasks[0]]}; pack those into another folder "
+                f"({command(f'{self.folder}-{tasks[0]}', tasks[0])}), or give --loss_type {LOSSES[self.task]}"
             )
 
     def lines(self):
         """(pairs,) int64: each pair's line in the source."""
-        path = self.folder / "lines.npy"
-        lines = open_array(path, self.remake)
-        if fingerprint(lines) != self.meta.get("lines"):
+        return self.column("lines")
+
+    def labels(self):
+        """(rows,) bool: whether each response of KTO data is desirable."""
+        return self.column("labels")
+
+    def column(self, name):
+        """The array in NAME.npy, of which meta.json has the fingerprint."""
+        path = self.folder / f"{name}.npy"
+        column = open_array(path, self.remake)
+        if fingerprint(column) != self.meta.get(name):
             raise InputError(f"{path}: is not as it was written; run: {self.remake}")
-        return lines
+        return column
 
     def __len__(self):
         return len(self.bounds)

@@ -11,7 +11,7 @@ from files import InputError, read_json
 from models import folders
 from preferences.columns import parse_columns, parse_names
 from preferences.forms import roles
-from preferences.packed import Packed, command
+from preferences.packed import NOUNS, Packed, command
 from preferences.sources import source_sha256
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny"  # the model when none is given
@@ -40,11 +40,6 @@ def known(tokenizer):
     return Tokenizer(tokenization.tokenizer_fingerprint(tokenizer), bool(tokenizer.chat_template))
 
 
-def rows_of(task):
-    """What rows of --task are called."""
-    return "SFT rows" if task == "sft" else "preferences"
-
-
 def default_model(folder, reuse):
     """The model when none is given: the one that packed the folder if that is reused, else the embedded one."""
     meta = Path(folder) / "meta.json"
@@ -63,7 +58,7 @@ def up_to_date(args, model_args):
         if source:
             return None
         raise InputError(
-            f"{args.data}: holds no packed {rows_of(args.task)}, and --in was not given; "
+            f"{args.data}: holds no packed {NOUNS[args.task]}, and --in was not given; "
             f"run: {command(args.data, args.task, model=model)} (the embedded example: --config_file configs/tiny.yaml)"
         )
     try:
@@ -93,9 +88,9 @@ def check_without_source(packed, args, tokenizer, model):
             f"{args.data}: made with another tokenizer, that of {packed.meta.get('model_name_or_path')}; "
             f"run: {command(args.data, packed.task, model=model)}"
         )
-    if args.task == "sft" != packed.task:
+    if args.task not in ("preferences", packed.task):
         raise InputError(
-            f"{args.data}: holds preferences, and --task sft was given; leave it out, "
+            f"{args.data}: holds {NOUNS[packed.task]}, and --task {args.task} was given; leave it out, "
             f"or run: {command(args.data, args.task, model=model)}"
         )
 

@@ -40,6 +40,7 @@ class Row:
     detail: str = ""
     parts: tuple = ()  # prompt (a string or messages), list of responses
     ids: tuple = ()  # prompt, chosen, rejected as arrays of ids, uint32
+    label: bool | None = None  # of --task kto: whether the response is desirable
     source: str = ""  # the file
     is_line: bool = False  # whether number is a line of it
 

@@ -1,4 +1,4 @@
-"""Messages that a column of texts holds, written as JSON or as Python writes lists: read where half of the column is so."""
+"""Messages in a column of texts, written as JSON or as Python writes lists: read where half of the column is so."""
 
 import ast
 import json

@@ -28,7 +28,7 @@ class Chart(NamedTuple):
 
 def every_chart(runs):
     """[StepChart or PairChart] in the page's order."""
-    sft = all(run.sft for run in runs)
+    nouns = " or ".join(dict.fromkeys(run.noun for run in runs))
     clips = {run.arguments["max_grad_norm"] for run in runs} - {0}
     clipped = Level(clips.pop(), "clipped here") if len(clips) == 1 else None
     reward_axis, margin_axis = runs[0].reward_axis, runs[0].margin_axis
@@ -41,9 +41,10 @@ def every_chart(runs):
         StepChart(
             "accuracy",
             "Accuracy",
-            y_axis="accuracy (share of pairs)",
+            y_axis=f"accuracy (share of {nouns})",
             columns={"rewards/accuracies": "accuracy"},
-            shows="Share of pairs whose margin is above 0.",
+            shows="Share of pairs whose margin is above 0. Of KTO's rows: whose reward is above beta * KL if "
+            "desirable, and not if undesirable.",
             level=Level(0.5, "chance"),
             intervals=True,
             is_share=True,
@@ -71,6 +72,15 @@ def every_chart(runs):
             columns={"logps/chosen": "chosen", "logps/rejected": "rejected"},
             shows="Score of all tokens of a response.",
         ),
+        StepChart(
+            "kl",
+            "KL",
+            y_axis="KL (nats)",
+            columns={"kl": "KL"},
+            shows="What KTO compares rewards with, times beta: mean log-ratio of policy and reference over responses "
+            "of other prompts, at least 0.",
+            from_zero=True,
+        ),
         BY_STEP,
         BY_LENGTH,
         StepChart(
@@ -92,11 +102,7 @@ def every_chart(runs):
             skips=True,
         ),
         StepChart(
-            "speed",
-            "Speed",
-            y_axis="rows per second" if sft else "pairs per second",
-            columns={"pairs_per_second": "pairs"},
-            from_zero=True,
+            "speed", "Speed", y_axis=f"{nouns} per second", columns={"pairs_per_second": "pairs"}, from_zero=True
         ),
         StepChart(
             "memory",

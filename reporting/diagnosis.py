@@ -107,8 +107,7 @@ def speed_headline(run):
         return None
     seconds_a_pair = 1 / speed
     training = clock(run.pairs_a_step * seconds_a_pair.sum())
-    unit = "rows/s" if run.sft else "pairs/s"
-    return Headline(unit, f"{1 / seconds_a_pair.mean():.3g}", f"{training} of training, without evaluations")
+    return Headline(f"{run.noun}/s", f"{1 / seconds_a_pair.mean():.3g}", f"{training} of training, without evaluations")
 
 
 def memory_headline(run, column, title):

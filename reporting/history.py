@@ -45,6 +45,11 @@ class History:
         return self.arguments["loss_type"] == "sft"
 
     @property
+    def noun(self):
+        """What the run's work is counted in."""
+        return "pairs" if self.loss.tasks == ("preferences",) else "rows"
+
+    @property
     def plain_dpo(self):
         """Whether the loss is DPO's own, which is ln 2 before anything is learned."""
         args = self.arguments
@@ -137,7 +142,7 @@ def read(folder):
         skipped=list(jsonl.rows_of(run.skipped_path)),
     )
     found.packed = find_packed(found)
-    if not found.sft:
+    if found.noun == "pairs":
         found.scored = scored_pairs.read(found)
         if found.arguments["estimator"] == "elbo":
             found.missing.append(

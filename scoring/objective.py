@@ -83,14 +83,31 @@ class Stream:
         return np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
 
 
-class Preference:
+class Objective:
+    """What every objective has."""
+
+    def set_baseline(self, items, score, device):
+        """Score what the losses of `items` are measured against: nothing. Returns the tokens that took."""
+        return 0
+
+    def means(self, totals):
+        """{metric: its mean} of tracking.Totals."""
+        return {name: total / totals.pairs for name, total in zip(self.metrics, totals.metrics)}
+
+    @property
+    def sums(self):
+        """The number of sums that measure() returns."""
+        return len(self.metrics) + 1
+
+
+class Preference(Objective):
     """A preference loss on pairs: a piece of work is (pair index, epoch).
 
     reference: the stored masks and scores, or None for a loss without them, whose masks are drawn here. sft: the noise
     of the chosen's SFT row.
     """
 
-    least_tokens = 0  # of a response
+    least_tokens, noun = 0, "pairs"  # of a response; what work is counted in
 
     def __init__(self, args, noise_args, packed, reference, masking, sft=noise.LLADA_SFT):
         self.args, self.noise, self.masking, self.sft = args, noise_args, masking, sft
@@ -213,11 +230,13 @@ class Preference:
         return sum(tokens_of(prompt, response, S, self.masking.blocks) for response, S in rows)
 
 
-class SFT:
+class SFT(Objective):
     """Masked-diffusion NLL of the chosen response: a piece of work is a micro-batch, whose rows are padded alike.
 
     sft: how the family draws its noise.
     """
+
+    noun = "rows"
 
     def __init__(self, args, noise_args, packed, masking, sft=noise.LLADA_SFT):
         self.args, self.noise, self.packed, self.masking, self.sft = args, noise_args, packed, masking, sft

@@ -17,6 +17,8 @@ from models import families
 from preferences.packed import Packed
 from scoring import calibration, recipe
 
+SCORED = ("preferences", "kto")  # tasks whose data have reference scores
+
 
 class Prepared(NamedTuple):
     """The pairs, the model's masking, what stored scores of this run must depend on, and the folder of those scores."""
@@ -27,16 +29,15 @@ class Prepared(NamedTuple):
     folder: Path
 
 
-def prepare(data_args, model_args, noise_args, sft=False):
+def prepare(data_args, model_args, noise_args, tasks=SCORED):
     """Read the packed arrays, fill in the arguments that are auto, and refuse what makes no score. Imports no torch.
 
-    sft: no preferences are needed, and no calibration.
+    tasks: the packed data that a command can use.
     """
     packed = Packed(data_args.data)
-    if not sft:
-        packed.need_pairs()
+    packed.need(*tasks)
     masking = recipe.check(packed, model_args, noise_args)
-    if noise_args.diffusion_steps == "auto" and not sft:
+    if noise_args.diffusion_steps == "auto" and "sft" not in tasks:
         calibration.settle(packed, model_args, noise_args)
     wanted = recipe.depends_on(packed, model_args, noise_args)
     return Prepared(packed, masking, wanted, packed.folder / f"ref-{files.fingerprint(wanted)}")

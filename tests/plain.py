@@ -144,8 +144,29 @@ def pair_loss(model, reference, pair, reveal, T, beta, smoothing=0.0):
     return preference_loss((win - lose) - (ref_w - ref_l), beta, smoothing)
 
 
-def train(model, reference, batches, T, *, rates, betas, eps, weight_decay, clip, beta):
-    """AdamW with clipping by the global norm over `batches` of (pair, reveal), each with its rate.
+def kto_losses(model, reference, batch, T, beta, weights):
+    """The losses of a batch of ((prompt, response, mismatched), reveal, label): KTO, arXiv 2402.01306, equation 8.
+
+    weights: of an undesirable row and of a desirable one.
+    """
+    with torch.no_grad():
+        gaps = [
+            score(model, prompt, other, reveal[1], T) - score(reference, prompt, other, reveal[1], T)
+            for (prompt, _, other), reveal, _ in batch
+        ]
+    kl = max(0.0, sum(float(gap) for gap in gaps) / len(gaps))
+    found = []
+    for (prompt, response, _), reveal, label in batch:
+        with torch.no_grad():
+            ref = score(reference, prompt, response, reveal[0], T)
+        gain = score(model, prompt, response, reveal[0], T) - ref
+        value = torch.sigmoid(beta * (gain - kl) if label else beta * (kl - gain))
+        found.append(weights[label] * (1 - value))
+    return found
+
+
+def train(model, losses_of, batches, *, rates, betas, eps, weight_decay, clip):
+    """AdamW with clipping by the global norm over `batches`, each with its rate. losses_of(model, batch) -> losses.
 
     Yields (mean loss, norm of the gradient, weights after the step).
     """
@@ -154,8 +175,8 @@ def train(model, reference, batches, T, *, rates, betas, eps, weight_decay, clip
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         losses = []
-        for pair, reveal in batch:
-            loss = pair_loss(model, reference, pair, reveal, T, beta) / len(batch)
+        for each in losses_of(model, batch):
+            loss = each / len(batch)
             loss.backward()
             losses.append(loss.item())
         norm = math.sqrt(sum(float((value.grad**2).sum()) for value in model.values()))

@@ -97,8 +97,8 @@ def make_pairs(lengths, seed=0):
     return [(ids(p), ids(w - 1) + [EOS], ids(l - 1) + [EOS]) for p, w, l in lengths]
 
 
-def pack(folder, pairs, model):
-    """packed/ of `pairs` as data_prep.py writes it."""
+def pack(folder, pairs, model, labels=None):
+    """packed/ of `pairs` as data_prep.py writes it; with labels of KTO's rows."""
     tokenizer, lines = tokenization.load_tokenizer(str(model)), np.arange(1, len(pairs) + 1)
     packed.write_packed(
         folder,
@@ -112,7 +112,9 @@ def pack(folder, pairs, model):
             "pad_token_id": EOS,
             "mask_token_id": MASK,
             "template": "none",
+            **({"task": "kto"} if labels else {}),
         },
+        labels,
     )
     files.write_array(Path(folder) / "lines.npy", lines)
     return Path(folder)

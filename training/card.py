@@ -16,10 +16,8 @@ from models import folders
 
 # The run's arguments that shape the result
 SHOWN = """
-    loss_type loss_weights beta label_smoothing simpo_gamma cpo_alpha discopop_tau sft_weight sft_pad_to estimator
-    diffusion_steps trajectories order block_length ld_alpha backprop_steps noise_sets noise_seed learning_rate
-    lr_scheduler_type warmup_ratio weight_decay max_grad_norm use_mixed_precision lora_r lora_alpha lora_targets
-    load_in_4bit seed
+    loss_type loss_weights beta ld_alpha desirable_weight undesirable_weight label_smoothing simpo_gamma cpo_alpha
+    discopop_tau sft_weight sft_pad_to estimator
     """.split()
 # Those that SFT does not use
 OF_PAIRS = """
@@ -55,6 +53,7 @@ def metadata(source, arguments, data_sources):
     base_card, lora = card_of_base(source), bool(arguments["lora_r"])
     base = source if is_hub(source) else base_card.get("base_model")
     relation = "adapter" if lora else "finetune"
+    tag = arguments["loss_type"] if arguments["loss_type"] in ("sft", "kto") else "dpo"
     found = {
         "library_name": "peft" if lora else "transformers",
         "pipeline_tag": "text-generation",
@@ -62,7 +61,7 @@ def metadata(source, arguments, data_sources):
         "base_model_relation": relation if base else None,
         **{name: base_card.get(name) for name in ("license", "license_name", "license_link", "language")},
         "datasets": [each for each in data_sources if is_hub(each)] or None,
-        "tags": ["diffusion-language-model", "sft" if arguments["loss_type"] == "sft" else "dpo"],
+        "tags": ["diffusion-language-model", tag],
     }
     return {name: value for name, value in found.items() if value}
 

@@ -74,10 +74,8 @@ class Work(NamedTuple):
     carrying: list  # the States of each that carry the gradient
     is_linear: bool  # no pass without a graph is needed
     tokens_per_forward: int = 1
-
-    @property
-    def noun(self):
-        return "row" if self.is_linear else "pair"
+    apart: tuple = ()  # the States of a piece's responses that are scored before, without a graph: KTO's mismatched one
+    noun: str = "pair"
 
     @property
     def least_tokens(self):
@@ -109,6 +107,9 @@ class Work(NamedTuple):
         found = passes.divide(lengths, graph_lengths, tokens, is_linear=self.is_linear)
         whole = [rows * len(pieces) for pieces in found.whole]
         without_graph = [[rows[index] for _, index in each] for each in found.without_graph]
+        if apart := self.rows(self.apart, tokens) * self.pieces:
+            filled = passes.fill([row.tokens for row in apart], tokens, False)
+            without_graph = [[apart[index] for index in each] for each in filled] + without_graph
         return without_graph, whole + [[graph_rows[index] for _, index in each] for each in found.with_graph]
 
     @property
@@ -176,12 +177,15 @@ def work_of(lengths, noise_args, train_args, diffusion_steps, blocks=None):
     if train_args.loss_type == "sft":
         padded = lengths._replace(response=max(lengths.response, train_args.sft_pad_to))
         rows = [sft_states(padded, blocks)] * batch
-        return Work(padded, micro_steps, pairs, rows, rows, is_linear=True)
+        return Work(padded, micro_steps, pairs, rows, rows, is_linear=True, noun="row")
     drawn = drawn_states(lengths, noise_args, diffusion_steps, blocks)
     counts, carrying = objective.counts(train_args, len(drawn.inputs))
     responses = [[first_of(drawn, count) for count in each[:2]] for each in (counts, carrying)]
     if losses.has_nll(train_args):
         responses = [[*each, sft_states(lengths, blocks)] for each in responses]
+    if train_args.loss_type == "kto":
+        [own, mismatched], [carrying, _] = responses
+        return Work(lengths, pairs, pairs, [own], [carrying], is_linear=False, apart=(mismatched,), noun="row")
     return Work(lengths, pairs, pairs, *responses, is_linear=False)
 
 
@@ -250,7 +254,7 @@ def operations_with_graph(shape, rows, model_args):
 def scoring_cost(shape, work, ds, model_args, machine):
     """Cost of scores without a gradient: in the reference job, or of held-out pairs."""
     tokens = max(work.tokens_per_forward, passes.ENOUGH)
-    scored = work.responses[:2] if not work.is_linear else work.responses[:1]
+    scored = [*work.responses, *work.apart][:2] if not work.is_linear else work.responses[:1]
     rows = work.rows(scored, tokens)
     pairs = max(1, tokens // rows[0].tokens) / len(rows)  # in a pass full of them
     operations = pairs * sum(operations_of(shape, rows))

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import config
+import losses
 from files import InputError, file_sha256, hold, naming, owner, read_json, read_sealed, replacing, sealed, write_json
 from scoring import reference
 
@@ -259,7 +260,7 @@ def finished(given):
     run = Run(given.train.output_dir)
     if not run.finished:
         return None
-    prepared = reference.prepare(given.data, given.model, given.noise, sft=given.train.loss_type == "sft")
+    prepared = reference.prepare(given.data, given.model, given.noise, losses.leading(given.train.loss_type).tasks)
     run.check_same(arguments_of(given), prepared.wanted)
     return f"{run.final}: this run is finished; another needs another --output_dir"
 

@@ -34,13 +34,9 @@ from training import guard, memory, runs
 class Totals(NamedTuple):
     """Sums over the pairs of every rank."""
 
-    metrics: list  # of floats, in the order of objective.metrics
+    metrics: list  # of floats, as objective.measure() has them
     pairs: float
     tokens: float  # that went through the model
-
-    def means(self, names, prefix=""):
-        """{prefix + name: mean over the pairs} of the metrics; None for one that is not finite."""
-        return {prefix + name: guard.plain(total / self.pairs) for name, total in zip(names, self.metrics)}
 
 
 def add_up_over_ranks(sums, tokens):
@@ -52,6 +48,11 @@ def add_up_over_ranks(sums, tokens):
     dist.all_reduce(everything)
     *metrics, pairs, tokens = everything.tolist()
     return Totals(metrics, pairs, tokens)
+
+
+def means(objective, totals, prefix=""):
+    """{prefix + name: mean} of the objective's metrics; None for one that is not finite."""
+    return {prefix + name: guard.plain(value) for name, value in objective.means(totals).items()}
 
 
 # --- the time left ----------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def measured(job, step, totals, seconds):
     return {
         "step": step + 1,
         "epoch": round((step + 1) * totals.pairs / len(job.stream.train), 4),
-        **totals.means(job.objective.metrics),
+        **means(job.objective, totals),
         "pairs_per_second": totals.pairs / seconds,
         "tokens_per_second": totals.tokens / seconds,
         "gpu_peak_gib": gpu,

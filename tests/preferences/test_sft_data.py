@@ -345,10 +345,7 @@ def test_scripts_from_rows_to_a_model(model, tmp_path):
     for script, more in (("train_dpo.py", []), ("train_dpo.py", ["--loss_type", "ipo"])):
         said = run([ROOT / script, *argv, *more], code=2)
         assert said.count("error: ") == 1 and "Traceback" not in said
-        assert (
-            f"{out}: holds SFT data, one response a prompt and no preferences; run: python train_dpo.py --loss_type sft"
-            in said
-        )
+        assert f"{out}: holds SFT rows, expected preferences; pack those into another folder" in said
 
 
 def test_what_needs_preferences_refuses_sft_data(model, tmp_path, capsys):
@@ -356,11 +353,11 @@ def test_what_needs_preferences_refuses_sft_data(model, tmp_path, capsys):
     before = sorted(path.name for path in out.iterdir())
     for main, more in ((score.main, []), (score.main, ["--diffusion_steps", "auto"]), (calibrate.main, [])):
         said = refusal(main, capsys, "--data", out, *more)
-        assert said.startswith(f"error: {out}: holds SFT data")
+        assert said.startswith(f"error: {out}: holds SFT rows")
         assert said.endswith("or pack preferences into another folder")
     assert sorted(path.name for path in out.iterdir()) == before
     for more in ([], ["--loss_type", "hinge", "--diffusion_steps", "auto"]):
-        assert f"{out}: holds SFT data" in refusal(
+        assert f"{out}: holds SFT rows" in refusal(
             train_dpo.main, capsys, "--data", out, "--output_dir", tmp_path / "run", *more
         )
     argv = flags(data=out, loss_type="sft", diffusion_steps="auto")  # SFT takes no steps: nothing to calibrate

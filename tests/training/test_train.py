@@ -6,6 +6,7 @@ Each of 1 and 2 ranks is started once and makes its runs one after the other (wo
 process of its own.
 """
 
+import functools
 import json
 import math
 import os
@@ -130,17 +131,20 @@ def truth(runs, home):
     return list(
         plain.train(
             plain.load(home.model),
-            plain.load(home.model),
+            functools.partial(pair_losses, plain.load(home.model)),
             parts,
-            T,
             rates=(0.01, 0.0075, 0.0025),
             betas=(0.8, 0.95),
             eps=ADAM["eps"],
             weight_decay=0.1,
             clip=0.5,
-            beta=0.05,
         )
     )
+
+
+def pair_losses(reference, model, batch):
+    """The losses of [(pair, reveal)], each made when it is asked for."""
+    return (plain.pair_loss(model, reference, pair, reveal, T, beta=0.05) for pair, reveal in batch)
 
 
 def held_out(runs):
