@@ -381,7 +381,7 @@ def check_losses(args, chosen):
             raise InputError(f"--{item.name} {value} belongs to --loss_type {', '.join(readers)}, not {args.loss_type}")
     if "exo_pair" in chosen and not args.label_smoothing:
         raise InputError("--loss_type exo_pair needs --label_smoothing above 0, such as its paper's 0.001")
-    if args.sft_weight and "sft" in chosen:
+    if args.sft_weight and {"sft", "kto"} & set(chosen):
         raise InputError(
             f"--sft_weight {args.sft_weight} adds SFT to a preference loss; leave it out with --loss_type "
             f"{args.loss_type}"
