@@ -75,6 +75,11 @@ def check(packed, model_args, noise_args):
     model_config = folders.plain_config(model_args.model_name_or_path)
     blocks = families.blocks(model_config, model_args.block_size, model_args.shift_logits)
     noise.settle(noise_args, blocks is not None)
+    if packed.task == "kto" and (noise_args.ld_alpha != 1 or noise_args.diffusion_steps == "auto"):
+        raise InputError(
+            f"{packed.folder}: judged responses have no pairs, which --ld_alpha and --diffusion_steps auto need; leave "
+            "out the first, give the second a number"
+        )
     if noise_args.order == "blocks" and noise_args.diffusion_steps == "auto":
         raise InputError("--diffusion_steps auto is measured in random order; give --order blocks a number")
     if noise_args.order == "blocks" and noise_args.estimator not in ("stepwise", "auto"):

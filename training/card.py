@@ -16,8 +16,10 @@ from models import folders
 
 # The run's arguments that shape the result
 SHOWN = """
-    loss_type loss_weights beta ld_alpha desirable_weight undesirable_weight label_smoothing simpo_gamma cpo_alpha
-    discopop_tau sft_weight sft_pad_to estimator
+    loss_type loss_weights beta desirable_weight undesirable_weight label_smoothing simpo_gamma cpo_alpha discopop_tau
+    sft_weight sft_pad_to estimator diffusion_steps trajectories order block_length ld_alpha backprop_steps noise_sets
+    noise_seed learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm use_mixed_precision lora_r
+    lora_alpha lora_targets load_in_4bit seed
     """.split()
 # Those that SFT does not use
 OF_PAIRS = """

@@ -117,6 +117,8 @@ def test_data_of_another_task(runs, model, tmp_path, capsys):
     assert "holds judged responses, expected SFT rows" in said
     said = refusal(train_dpo.main, capsys, "--data", runs[2], "--loss_type", "kto,sft")
     assert "kto trains on single responses" in said
+    said = refusal(train_dpo.main, capsys, "--data", runs[2], "--loss_type", "kto", "--ld_alpha", 0.5)
+    assert "judged responses have no pairs" in said
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
