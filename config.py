@@ -386,6 +386,12 @@ def check_losses(args, chosen):
             f"--sft_weight {args.sft_weight} adds SFT to a preference loss; leave it out with --loss_type "
             f"{args.loss_type}"
         )
+    if len(chosen) == 1 and args.loss_weights:
+        raise InputError(
+            f"--loss_weights {args.loss_weights} belongs to a sum, and --loss_type {args.loss_type} is one loss"
+        )
+    if len(chosen) > 1 and args.sft_pad_to:
+        raise InputError(f"--sft_pad_to {args.sft_pad_to} pads rows of --loss_type sft alone, not of {args.loss_type}")
     count = len(args.loss_weights.split(",")) if args.loss_weights else len(chosen)
     if count != len(chosen):
         raise InputError(

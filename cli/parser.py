@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import textwrap
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from dataclasses import field, fields
 from typing import Literal, Union, get_args, get_origin
 
@@ -59,6 +59,20 @@ def truth(text):
 METAVARS = {int: "N", float: "X", truth: "true|false", number_or_auto: "N|auto"}  # what --help calls a value
 
 
+class WithCommas(Action):
+    """An argument of several values, with commas as we write them or with spaces as HfArgumentParser reads lists."""
+
+    def __init__(self, *flags, convert, **settings):
+        super().__init__(*flags, **settings)
+        self.convert = convert  # the type of the whole value
+
+    def __call__(self, parser, found, words, flag=None):
+        try:
+            setattr(found, self.dest, self.convert(",".join(words)))
+        except ArgumentTypeError as error:
+            raise ArgumentError(self, str(error)) from None
+
+
 class Parser(ArgumentParser):
     """One flag a field of each dataclass in `groups`. A mistake is an InputError, and --help has headings.
 
@@ -84,6 +98,8 @@ class Parser(ArgumentParser):
             settings.update(choices=get_args(kind), type=str)
         elif kind is bool:
             settings.update(type=truth, nargs="?", const=True)
+        elif str(settings["metavar"]).endswith(",..."):
+            settings.update(action=WithCommas, convert=kind, nargs="+")
         else:
             settings.update(type=kind, nargs="+" if many else None)
         self.add_argument(*flags, *dashed, **settings)

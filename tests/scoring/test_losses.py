@@ -182,8 +182,8 @@ def test_gradient(home, true_scores, loss_type):
     given, weights_of = GIVEN.get(loss_type, {}), {loss_type: 1.0}
     if loss_type == SUM:
         given, weights_of = {"simpo_gamma": 0.7}, dict(zip(SUM.split(","), WEIGHTS))
-    listed = ",".join(map(str, weights_of.values()))
-    made_by = objective_of(home, loss_type, given, "--loss_weights", listed)
+    listed = ["--loss_weights", *map(str, weights_of.values())] if loss_type == SUM else []
+    made_by = objective_of(home, loss_type, given, *listed)
     weights, scores = true_scores
     total, values = 0.0, []
     for item, scale in ITEMS.items():
@@ -262,6 +262,9 @@ def test_ld_alpha(home, tmp_path, capsys):
         (["--loss_type", "sigmoid,sigmoid"], "names a loss twice"),
         (["--loss_type", "sigmoid,"], "no loss is called ''"),
         (["--loss_type", "sigmoid,sft", "--loss_weights", "1"], "1 weights, --loss_type sigmoid,sft has 2"),
+        (["--loss_weights", "2"], "belongs to a sum, and --loss_type sigmoid is one loss"),
+        (["--loss_type", "sigmoid", "sigmoid"], "names a loss twice"),
+        (["--loss_type", "sigmoid,sft", "--sft_pad_to", "9"], "pads rows of --loss_type sft alone"),
         (["--loss_weights", "1,x"], "1,x is not numbers"),
         (["--loss_weights", "-1"], "expected numbers above 0"),
         (["--loss_weights", "nan"], "expected numbers above 0"),
