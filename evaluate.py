@@ -44,10 +44,14 @@ class EvaluateArguments:
     )
     source: Optional[List[str]] = arg(
         None,
-        ".jsonl files of problems of your own, a prompt (or question) and its answer a line; each is a task",
+        "files of problems of your own, a prompt (or question) and its answer a row; each is a task",
         "--in",
         metavar="FILE",
     )
+    columns: Optional[str] = arg(
+        None, "--in: names of its columns, such as prompt=q,answer=gold", metavar="NAME=COLUMN,..."
+    )
+    ignore_columns: Optional[str] = arg(None, f"--in: {config.IGNORE_COLUMNS}", metavar="COLUMN,...")
     limit: Optional[int] = arg(
         None, f"number of items of each task, the first ones; default: all, or {EMBEDDED} of an embedded task"
     )
@@ -80,6 +84,8 @@ def read_arguments(argv=None):
                 f"--tasks: no task '{name}'; there are {', '.join(OURS)}, and {HARNESS}NAME for those of "
                 "lm-evaluation-harness"
             )
+    if (args.columns or args.ignore_columns) and not args.source:
+        raise InputError("--columns and --ignore_columns name columns of a file of problems: give --in FILE")
     own_files(args)
     return groups
 
@@ -91,7 +97,7 @@ def task_names(args):
 
 
 def own_files(args):
-    """{name of the task: path} of --in: a file's name without .jsonl."""
+    """{name of the task: path} of --in: a file's name without its ending."""
     found = {}
     for path in args.source or []:
         name = Path(path).stem
@@ -109,6 +115,7 @@ import jsonlines
 import score
 from files import fingerprint, not_writable, read_json, replacing, write_json
 from models import folders, tokenization
+from preferences import columns
 from reasoning import answers, comparison, harness, leaks, problems, prompts, samples
 
 # --- tasks ------------------------------------------------------------------------------------------------
@@ -136,7 +143,7 @@ def read_items(name, theirs, args, seed):
     if path := own_files(args).get(name):
         return [
             benchmarks.Item(str(number), own.text, own.prompt, own.answer, own.kind)
-            for number, own in enumerate(problems.read(path)[: args.limit], 1)
+            for number, own in enumerate(read_own(path, args)[: args.limit], 1)
         ]
     if name in benchmarks.BENCHMARKS:
         return benchmarks.read(name, args.data_dir)[: args.limit]
@@ -145,6 +152,12 @@ def read_items(name, theirs, args, seed):
         benchmarks.Item(str(number), problem.prompt, problem.prompt, problem.answer, answers.gold(problem.answer).kind)
         for number, problem in enumerate(drawn, 1)
     ]
+
+
+def read_own(path, args):
+    """[problems.Own] of a file of --in."""
+    given = columns.parse_columns(args.columns, problems.ROLES)
+    return problems.read(path, given, columns.parse_names(args.ignore_columns))
 
 
 def check_templates(models, items, theirs, sample):

@@ -85,6 +85,7 @@ WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf)\w*\s*\{([^{}\\]*)\}")
 LETTER = re.compile(r"\W*([A-HJ])\W*")
 LONGEST = 200  # characters of a gold answer
 MOST_WORDS = 10
+YES_OR_NO = {"yes", "no", "true", "false"}
 
 
 # --- words: the names and colours of the embedded tasks, yes and no --------------------------------------
@@ -128,10 +129,16 @@ def f1(answer, right):
 
 
 def same_words(answer, right):
-    """An exact match; None where the right words stand among others, as in "Mia is the oldest"."""
-    if exact_match(answer, right):
+    """An exact match; None where the right words stand among others, as in "Mia is the oldest".
+
+    Of yes and no, the first word counts: "No, she is not."
+    """
+    ours, theirs = plain_words(answer), plain_words(right)
+    if ours == theirs:
         return True
-    return None if set(plain_words(right)) <= set(plain_words(answer)) else False
+    if len(theirs) == 1 and {theirs[0], *ours[:1]} <= YES_OR_NO:
+        return ours[0] == theirs[0]
+    return None if set(theirs) <= set(ours) else False
 
 
 # --- expressions, compared by math-verify -----------------------------------------------------------------

@@ -9,7 +9,12 @@ import re
 UNCLEAR = ""  # what a parser says of a place with several answers, or with a calculation: nothing else is looked at
 
 NEXT = re.compile(
-    r"\n[ \t#*>-]*(?:(?:Next )?(?:Question|Problem|Exercise|Instruction|Human|User)(?: ?\d+)?|Q ?\d*)\**:\**\s*\S"
+    r"\n[ \t#*>-]*(?:Next )?(?:Question|Problem|Exercise|Instruction|Human|User|Q)(?: ?\d+\**[.:)]|\**:)\**\s*\S"
+)
+PARAGRAPH = re.compile(r"####[^\w\n]*\d[^\n]*\n(?=[ \t]*\n)")  # "#### 18" and an empty line
+HEADING = re.compile(
+    r"\W*(?:(?i:(?:step|part|case|phase|section|day|week|method)\s+\d|(?:explanation|reasoning|note|check|verification)\b)"
+    r"|\d[.)] +[A-Z])"
 )
 ANSWERED = re.compile(r"(?:####[ \t]*[^\s#]|\\boxed\s*\{|</answer>|(?i:\banswer is\b))[^\n]*\n")
 EMPHASIS = re.compile(r"(?<!\d)\*\*|\*\*(?!\d)|`")  # 2**3 is a power
@@ -33,11 +38,13 @@ def without_thoughts(text):
 def problems(text):
     """`text` in parts, one for each problem that it solves: a model may run on into others after its answer.
 
-    A part ends before a line that begins with "Question:" or the like, and after an answer with a question mark behind.
+    A part ends before a line that begins with "Question:" or the like, after an answer with a question mark behind, and
+    after a paragraph that ends in #### and a number.
     """
     last_question = text.rfind("?")
     ends = {found.start() for found in NEXT.finditer(text)}
     ends |= {found.end() - 1 for found in ANSWERED.finditer(text) if found.end() <= last_question}
+    ends |= {found.end() - 1 for found in PARAGRAPH.finditer(text)}
     places = [0, *sorted(ends), len(text)]
     return [text[start:end] for start, end in zip(places, places[1:])]
 
@@ -62,6 +69,7 @@ def marked_places(text):
     _, *marked = text.split("####")
     box_after = boxed(marked[-1]) if marked else None
     lines = [each.strip().partition("\n")[0] for each in reversed(marked)]
+    lines = [line for line in lines if not HEADING.match(line)]
     tags = [each.strip() for each in TAG.findall(text)[-1:]]
     return [place for place in (box_after, *lines, boxed(text), *tags) if place is not None]
 

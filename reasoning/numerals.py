@@ -17,7 +17,6 @@ NUMBER = re.compile(
 )
 SCALE = {"thousand": 3, "million": 6, "billion": 9, "k": 3, "K": 3, "M": 6}
 LONGEST = 200  # characters of a number; Python refuses to read thousands
-HEADING = re.compile(r"\W*(?:(?i:step|part|case|phase|section|day|week|method)\s+\d|\d[.)] +[A-Z])")  # "#### Step 1"
 GOES_ON = re.compile(  # what makes a number one of several, or the beginning of a calculation
     r"\w*\d|\s?[xyzn]\b|\(|[.:,]\d|\s*[\^\\]"
     r"|\s*(?:[-+*/=:;±÷,]|\*\*|x\b|(?:[A-Za-z]+\s+){0,2}(?:or|and|to)\b|[A-Za-z]+(?=\s)|(?=\s))\s*\(?-?\.?\d"
@@ -87,8 +86,6 @@ def right_side(text):
 def number(text):
     """The number that a marked place holds: "$18 a day", "x = 18" and "\\frac{36}{2} = 18" hold 18, "5 + 3" none."""
     text = plain(text)
-    if HEADING.match(text):
-        return None
     if TWO_NAMES.search(text) or "=" in text[len(CLAUSE.split(text)[0]) :]:
         return UNCLEAR
     text = re.sub(r"\A\W*?- (?=[.\d])", "-", right_side(text).strip())
@@ -96,14 +93,16 @@ def number(text):
     if not found:
         return UNCLEAR if re.search(r"\d", text) else None
     before, after = text[: found.start()], text[found.end() :]
-    is_several = re.search(r"[A-Za-z]{2}", before) and NUMBER.search(after)
-    if is_several or "\\" in before or GOES_ON.match(after):
+    if re.search(r"[A-Za-z]{2}", before) and NUMBER.search(after):
+        return None  # a sentence
+    if "\\" in before or GOES_ON.match(after):
         return UNCLEAR
     return spelled(found)
 
 
 def number_in_prose(text):
-    """The number after the last "the answer is", else the only one of the last sentence that has any."""
+    """The number after the last "the answer is", else that of a first line without words, else the only one of the last
+    sentence that has any."""
     if is_marked(text):
         return None
     for verb, said in said_places(text):
@@ -111,6 +110,8 @@ def number_in_prose(text):
             return answer
         if not verb and (answer := only_number(said)):
             return answer
+    if "=" not in (first := text.strip().partition("\n")[0]) and is_number(first):
+        return number(first)
     sentences = [re.sub(r"\A\s*[-*•] ", "", each) for each in SENTENCE.split(text)]
     return next((found for each in reversed(sentences) if (found := only_number(each)) is not None), None)
 

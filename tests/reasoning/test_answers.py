@@ -50,6 +50,8 @@ MARKED = [
     ("#### 1.5e3", "1500"),
     ("#### 15e-1", "1.5"),
     ("#### 18####", "18"),
+    ("#### 18\n#### Explanation: 9 + 9", "18"),
+    ("#### 18\n#### Each of the 9 costs 2", "18"),
     ("#### 18\n#### 18\n####", "18"),
     ("#### Final Answer\n\\boxed{18}", "18"),
     ("#### Step 1: the cost\n5\n#### Step 2: the profit\n\nThe profit is \\boxed{70000}.", "70000"),
@@ -80,6 +82,7 @@ UNMARKED = [
     ("8 m2", "8"),
     ("24/6", "24/6"),
     ("A: 65960", "65960"),
+    ("18\n\nExplanation: there are 2 ducks.", "18"),
     ("She makes $18.\nThat is her income.", "18"),
     ("1,234,567.00 in all.", "1234567"),
     ("at 12:00.", "12"),
@@ -95,6 +98,8 @@ RUN_ON = [  # the first answer counts
     "so 3*6 = 18.\n\nQuestion: Tom has 2. Answer: 2+3=5\n#### 5",
     "<answer>18</answer>\nWhat next?\n<answer>5</answer>",
     "#### 18 eggs.\n\nHuman: thanks, and 5?",
+    "#### 18\n\nCalculate 2 + 3.\n#### 5",
+    "#### 18\n\nQ2. Tom has 2.\n#### 5",
     "Question: Janet has eggs.\nAnswer: 2 * 9\n#### 18",  # its own question, said again
 ]
 UNREADABLE = [
@@ -258,7 +263,9 @@ def test_letters(text, name):
         ("the red box", "#### red Box", True),
         ("O'Neil", "#### O'Neil", True),
         ("yes", "#### no", False),
-        ("yes", "Yes, they are.", None),
+        ("yes", "Yes, they are.", True),
+        ("yes", "No, they are not.", False),
+        ("True", "The answer is true.", True),
     ],
 )
 def test_times_and_words(right, text, verdict):

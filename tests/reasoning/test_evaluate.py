@@ -153,23 +153,6 @@ def test_own_problems(tmp_path):
     assert rows["examples-tiny-mine"] == own
 
 
-@pytest.mark.parametrize(
-    "row, words",
-    [
-        ({"prompt": "Q"}, '"answer"'),
-        ({"answer": "8"}, '"prompt"'),
-        ({"prompt": "Q", "answer": "two\nlines"}, "nothing that can be verified"),
-        ({"prompt": "Q", "answer": ["8"]}, '"answer"'),
-        ({"prompt": 5, "answer": "8"}, '"prompt"'),
-    ],
-)
-def test_own_problems_without_an_answer_are_refused(row, words, tmp_path, capsys):
-    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
-    argv = ["--model", TINY, *SAMPLE, "--in", tmp_path / "mine.jsonl", "--output_dir", tmp_path / "out"]
-    said = refusal(evaluate.main, capsys, *argv)
-    assert f"{tmp_path / 'mine.jsonl'}:1" in said and words in said and not (tmp_path / "out").exists()
-
-
 # --- the benchmarks ---------------------------------------------------------------------------------------
 
 
@@ -198,6 +181,7 @@ def test_benchmarks_from_their_files(shared, tmp_path):
         (["--tasks", "sums"], "no task 'sums'"),
         (["--limit", 0], "--limit is 0"),
         (["--in", "no/file.jsonl"], "no/file.jsonl"),
+        (["--columns", "prompt=q"], "give --in FILE"),
         (["--in", "a/x.jsonl", "b/x.jsonl"], "there is another task x"),
         (["--tasks", "gsm8k", "--in", "gsm8k.jsonl"], "there is another task gsm8k"),
         (["--compare", TINY], "is there twice"),
