@@ -54,9 +54,11 @@ class PreferenceArguments:
     )
     min_gap: float = arg(0.0, "label: the scores of a pair differ by more than this")
     columns: Optional[str] = arg(
-        None, "label: names of the columns, such as prompt=q,response=text,score=judge", metavar="NAME=COLUMN,..."
+        None,
+        "names of the columns of --in, such as prompt=q,answer=gold, or prompt=q,response=text,score=judge (label)",
+        metavar="NAME=COLUMN,...",
     )
-    ignore_columns: Optional[str] = arg(None, f"label: {config.IGNORE_COLUMNS}", metavar="COLUMN,...")
+    ignore_columns: Optional[str] = arg(None, f"--in: {config.IGNORE_COLUMNS}", metavar="COLUMN,...")
     reasoning: Literal["auto", "drop", "inline"] = arg("auto", f"label: {config.REASONING}")
 
 
@@ -78,10 +80,10 @@ def check(args, sampling):
         raise InputError(f"--out {args.out} is the file that --in reads, which it would replace; give another")
     if args.strategy == "label" and (args.task or not args.source):
         raise InputError("--strategy label pairs the responses of a file: give --in judged.jsonl and no --task")
-    if args.strategy != "label" and (args.columns or args.ignore_columns or args.reasoning != "auto"):
-        raise InputError(
-            "--columns, --ignore_columns and --reasoning are for --strategy label, which reads a file's columns"
-        )
+    if not args.source and (args.columns or args.ignore_columns):
+        raise InputError("--columns and --ignore_columns name columns of a file: give --in FILE")
+    if args.strategy != "label" and args.reasoning != "auto":
+        raise InputError("--reasoning is for --strategy label, which reads the messages of responses")
     if args.strategy == "corrupt" and bool(args.task) == bool(args.source):
         raise InputError(
             f"--strategy corrupt plants errors in correct solutions: give --task ({', '.join(tasks.FAMILIES)}, or "
@@ -126,7 +128,7 @@ import jsonlines
 from files import replacing
 from models.folders import model_fingerprint
 from preferences import columns
-from reasoning import answers, judged, mistakes, problems, prompts, sampler, samples
+from reasoning import answers, judged, mistakes, problems, sampler, samples
 from reasoning.pairing import Pairing
 
 
@@ -162,12 +164,24 @@ def sampled(args, sampling):
 def problems_of(args, seed):
     """[problems.Own], generated or read; the place names a row in messages and in meta."""
     if args.source:
-        return problems.read(args.source)
+        return read_problems(args, problems.NAMES)
     found = tasks.generate(args.num, "train", seed, families(args.task))
     return [
-        problems.Own(problem.prompt, problem.prompt, *answers.gold(problem.answer), f"{problem.family} {number}")
+        problems.Own(
+            problem.prompt,
+            problem.prompt,
+            *answers.gold(problem.answer),
+            solution=problem.solution,
+            place=f"{problem.family} {number}",
+        )
         for number, problem in enumerate(found, 1)
     ]
+
+
+def read_problems(args, names):
+    """[problems.Own] of --in; names: {role: names that its column may have}."""
+    given = columns.parse_columns(args.columns, problems.ROLES)
+    return problems.read(args.source, given, columns.parse_names(args.ignore_columns), names)
 
 
 def complete(group):
@@ -259,33 +273,23 @@ def corrupted(args, sampling):
         rows = list(tasks.preference_rows(args.num, "train", seed, families(args.task)))
         return Made([row | {"meta": meta | row["meta"]} for row in rows], [])
     rng = random.Random(f"corrupt {seed}")
-    solutions = prompts.read_rows(args.source)
+    solutions = read_problems(args, problems.WORKED)
     rows = []
-    for place, row in solutions.items():
-        prompt, solution = worked(row, place)
-        answer = answers.gold(solution).text
-        possible = tasks.leading_astray(mistakes.errors(prompt, solution), answer)
+    for each in solutions:
+        if "####" not in each.solution:
+            raise InputError(
+                f'{each.place}: expected a correct "response" (or "solution", "answer") that ends in "#### 8", its '
+                "answer"
+            )
+        possible = tasks.leading_astray(mistakes.errors(each.text, each.solution), each.answer)
         if possible:
             rejected, kind = tasks.choose(possible, rng)
-            about = meta | {"place": place, "error": kind, "answer": answer}
-            rows.append({"prompt": prompt, "chosen": mistakes.plain(solution), "rejected": rejected, "meta": about})
+            about = meta | {"place": each.place, "error": kind, "answer": each.answer}
+            chosen = mistakes.plain(each.solution)
+            rows.append({"prompt": each.prompt, "chosen": chosen, "rejected": rejected, "meta": about})
     left_out = len(solutions) - len(rows)
     report = f"{args.source}: {left_out} of {len(solutions)} solutions left out: none of their equations can be changed"
     return Made(rows, [report] if left_out else [])
-
-
-def worked(row, place):
-    """(prompt, solution) of a row with a worked solution that ends in "#### answer", as GSM8K's do."""
-    fields = row if isinstance(row, dict) else {}
-    prompt = next((fields[name] for name in ("prompt", "question") if name in fields), None)
-    solution = next((fields[name] for name in ("response", "solution", "answer") if name in fields), None)
-    is_solution = isinstance(solution, str) and "####" in solution and answers.gold(solution) is not None
-    if not isinstance(prompt, str) or not is_solution:
-        raise InputError(
-            f'{place}: expected a "prompt" (or "question") and a correct "response" (or "solution", "answer") '
-            'that ends in "#### 8", its answer'
-        )
-    return prompt, solution
 
 
 # --- command line -----------------------------------------------------------------------------------------

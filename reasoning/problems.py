@@ -14,9 +14,11 @@ from preferences.prompt import whole_prompt
 from preferences.sources import Malformed
 from reasoning import answers, prompts
 
-NAMES = {"prompt": ("prompt", "question", "problem"), "answer": ("answer",)}  # ours, GSM8K's, MATH's
+PROMPT = ("prompt", "question", "problem")  # ours, GSM8K's, MATH's
+NAMES = {"prompt": PROMPT, "answer": ("answer",)}  # {role: names that its column may have}
+WORKED = {"prompt": PROMPT, "answer": ("response", "solution", "answer")}  # where the answer is a worked solution
 ROLES = (*NAMES, *columns.PARTS)  # what --columns names
-SOLUTION = ("solution", "rationale", "explanation")  # columns that say how the answer is found
+SOLUTION = ("answer", "solution", "rationale", "explanation")  # columns that say what the answer is, too
 
 
 class Own(NamedTuple):
@@ -26,10 +28,11 @@ class Own(NamedTuple):
     text: str  # of its messages
     kind: str  # of answer, a name in answers.KINDS
     answer: str  # gold
+    solution: str  # what the column of the answer holds
     place: str  # FILE:LINE
 
 
-def read(path, given=None, ignored=()):
+def read(path, given=None, ignored=(), names=NAMES):
     """[Own] of a file; prints which columns are part of the prompt, and which are not read.
 
     given: {role: column} of --columns; ignored: names of --ignore_columns. Raises InputError for a row without a
@@ -41,10 +44,10 @@ def read(path, given=None, ignored=()):
     columns.leave_out(table, ignored, path)
     found, read_columns, harmless = [], {}, list(ignored)
     for row in table:
-        names = columns_of(row.value, given or {})
-        each, others = own(row, names, given or {}, ignored)
+        used = columns_of(row.value, names, given or {})
+        each, others = own(row, used, given or {}, ignored)
         found.append(each)
-        read_columns |= names
+        read_columns |= used
         harmless += others
     for line in columns.lines(read_columns, harmless):
         print(f"{path}: {line}", flush=True)
@@ -53,11 +56,11 @@ def read(path, given=None, ignored=()):
     return found
 
 
-def columns_of(row, given):
+def columns_of(row, names, given):
     """{role: the row's column} of the prompt, its parts and the answer."""
     fields = row if isinstance(row, dict) else {}
-    found = {role: next((name for name in names if name in fields), None) for role, names in NAMES.items()}
-    found |= {role: name for role, name in given.items() if role in NAMES}
+    found = {role: next((name for name in each if name in fields), None) for role, each in names.items()}
+    found |= {role: name for role, name in given.items() if role in names}
     found = {role: name for role, name in found.items() if name in fields}
     return found | columns.prompt_parts(fields, found, given)
 
@@ -88,4 +91,4 @@ def own(row, names, given, ignored):
     if unread := {name: what for name, what in unread.items() if name not in ignored}:
         raise InputError(f"{row.place}: {columns.way_out(unread, names, given)}")
     text = "\n".join(message["content"] for message in prompts.messages_of(prompt, row.place))
-    return Own(prompt, text, *gold, row.place), [*harmless, *solution]
+    return Own(prompt, text, *gold, str(answer), row.place), [*harmless, *solution]

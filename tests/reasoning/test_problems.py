@@ -67,6 +67,12 @@ def test_rows_that_are_refused(tmp_path, row, words):
     assert f"{tmp_path}/problems.jsonl:2: " in str(error.value) and words in str(error.value)
 
 
+def test_worked_solutions(tmp_path, capsys):
+    row = {"problem": "Q", "solution": "7 + 5 = 12\n#### 12", "answer": "12"}
+    [own] = read(tmp_path, row, names=problems.WORKED)
+    assert (own.solution, own.answer) == (row["solution"], "12") and "not read: answer" in capsys.readouterr().out
+
+
 def test_columns_that_are_named_and_that_are_ignored(tmp_path, capsys):
     row = {"q": "Q", "gold": "8", "hint": "H is it.", "note": "Ten pens are a box."}
     [own] = read(tmp_path, row, given={"prompt": "q", "answer": "gold", "context": "hint"}, ignored=["note"])
