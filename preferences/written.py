@@ -1,4 +1,4 @@
-"""Messages in a column of texts, written as JSON or as Python writes lists: read where half of the column is so."""
+"""Messages in columns of texts, written as JSON or as Python writes lists: read where half of the column is so."""
 
 import ast
 import json
@@ -8,15 +8,8 @@ from dataclasses import dataclass
 ROLES = dict.fromkeys(("user", "human", "prompter"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "bard", "bing", "model"), "assistant")
 ROLES |= dict.fromkeys(("system", "developer"), "system")
-TOOLS = {
-    "tool",
-    "function",
-    "function_call",
-    "tool_call",
-    "tool_response",
-    "observation",
-    "ipython",
-}  # are refused later
+# of turns that rows.py refuses
+TOOLS = {"tool", "tools", "function", "function_call", "tool_call", "tool_response", "observation", "ipython"}
 BEGINNING = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|content|from|value|messages)["']\s*:\s*["'\[]""")  # of messages
 
 
