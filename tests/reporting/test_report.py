@@ -19,7 +19,8 @@ from written import HOSTILE, R, Reader, T, page_of, write_run
 import files
 import report
 from models import tokenization
-from reporting import colours, diagnosis, history, pair_charts, texts
+from preferences import packed
+from reporting import colours, diagnosis, history, page, pair_charts, scored_pairs, texts
 from reporting.page import differ
 from training import runs
 
@@ -358,3 +359,14 @@ def test_refusals(tmp_path, capsys):
     assert "--out" in refusal(report.main, capsys, folder, "--out", tmp_path / "file" / "x")
     (folder / "run.json").write_text((folder / "run.json").read_text().replace('"beta": 0.5', '"beta": 0.6'))
     assert "not as it was written" in refusal(report.main, capsys, folder)
+
+
+def test_a_pair_of_several_files_is_shown_with_its_file():
+    """One file is named above the pairs, several beside each."""
+    rewards = np.zeros((2, 2, 1))
+    scored = scored_pairs.Scored(True, 1, np.array([0, 3]), np.array([7, 7]), rewards, None, 0)
+    for named, shown in (({"a.jsonl": 5}, "line 7</summary>"), ({"a.jsonl": 2, "b.jsonl": 3}, "line 7 of b.jsonl")):
+        reader = packed.Packed.__new__(packed.Packed)
+        reader.meta, reader.bounds = {"files": named}, np.zeros((5, 4))
+        run = SimpleNamespace(scored=scored, packed=reader, tokenizer=None)
+        assert shown in page.pair_of(run, 1, False)
