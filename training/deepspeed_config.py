@@ -93,8 +93,10 @@ def filled_in(section, where=""):
 
 
 def with_one_name(config):
-    """`config` with DeepSpeed's documented names: a key of stage 3 may also be written without its "stage3_"."""
-    zero = config.get("zero_optimization", {})
+    """`config` with DeepSpeed's names of today: of a key of stage 3, the one with "stage3_"."""
+    aio, zero = config.get("aio", {}), config.get("zero_optimization", {})
+    if "thread_count" in aio:  # its name in transformers' documentation, which DeepSpeed 0.19.8 ignores
+        aio.setdefault("intra_op_parallelism", aio.pop("thread_count"))
     for name, field in DeepSpeedZeroConfig.model_fields.items():
         if field.alias and name in zero and field.alias not in zero:
             zero[field.alias] = zero.pop(name)

@@ -30,7 +30,7 @@ SECTIONS = {
     ),
     **of_type(str, "communication_data_type log_level"),
     "bf16": DeepSpeedBF16Config,
-    "fp16": DeepSpeedFP16Config,
+    "fp16": dict.fromkeys(DeepSpeedFP16Config.model_fields, object) | {"enabled": bool},  # the rest is not read
     "zero_optimization": DeepSpeedZeroConfig,
     "optimizer": {
         "type": str,
@@ -58,7 +58,7 @@ SECTIONS = {
         "number_checkpoints": int | bool | None,
     },
     "aio": {
-        **of_type(int, "block_size queue_depth intra_op_parallelism"),
+        **of_type(int, "block_size queue_depth intra_op_parallelism thread_count"),
         **of_type(bool, "single_submit overlap_events use_gds"),
     },
     "checkpoint": {
@@ -142,6 +142,7 @@ WITHOUT_A_SWITCH = {  # sections that count if they hold anything that is not fa
 }
 SAME_WEIGHTS = ((False,), "policy and reference would not have the same weights; leave it out")
 LIMITED = {  # {key: (the values that are taken, what to do instead of another)}
+    "aio.use_gds": ((False,), "leave it out"),
     "checkpoint.load_universal": ((False,), "a run is resumed from its own checkpoints; leave it out"),
     "checkpoint.use_node_local_storage": ((False,), "output_dir is one folder for all ranks; leave it out"),
     "communication_data_type": (("fp32", "bf16"), 'write "fp32" or "bf16"'),

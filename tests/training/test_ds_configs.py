@@ -16,7 +16,7 @@ from training import deepspeed_config, footprint
 from training.deepspeed_keys import FROM_THE_RUN, LIMITED, OURS, SECTIONS, WITH_A_SWITCH, WITHOUT_A_SWITCH
 
 FROM_TRANSFORMERS = {  # as its documentation shows ZeRO-3 with offload, and every "auto" that its files are found with
-    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1},
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1e-5},
     "bf16": {"enabled": "auto"},
     "optimizer": {
         "type": "AdamW",
@@ -40,6 +40,7 @@ FROM_TRANSFORMERS = {  # as its documentation shows ZeRO-3 with offload, and eve
         "max_reuse_distance": "auto",
         "stage3_gather_16bit_weights_on_model_save": "auto",
     },
+    "aio": {"block_size": 262144, "thread_count": 2, "single_submit": False},
     "flops_profiler": {"enabled": False, "profile_step": 1},
     "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
     "gradient_accumulation_steps": "auto",
@@ -84,6 +85,7 @@ def test_every_auto_becomes_a_value(made):
     assert (params["lr"], params["betas"], engine["gradient_clipping"]) == (0.25, [0.9, 0.999], 1.0)
     assert zero["reduce_bucket_size"] == zero["stage3_prefetch_bucket_size"] == 5e7
     assert zero["stage3_param_persistence_threshold"] == 1e5 and zero["stage3_max_reuse_distance"] == 5e8
+    assert engine["aio"]["intra_op_parallelism"] == 2 and "thread_count" not in engine["aio"]
     assert zero["sub_group_size"] == 1e9 and "overlap_comm" not in zero
     gone = {"fp16", "scheduler", "flops_profiler", "activation_checkpointing", "train_batch_size"}
     assert engine["bf16"] == {"enabled": True} and not gone & engine.keys()
