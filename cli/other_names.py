@@ -100,7 +100,6 @@ OTHER_NAMES = {
     "rpo_alpha": "write --sft_weight",
     "sft_alpha": "write --sft_weight",
     "ftx_gamma": "write --sft_weight",
-    "cpo_alpha": "write --loss_type cpo,sft and --loss_weights",
     "dpo_label_smoothing": "write --label_smoothing",
     "precompute_ref_log_probs": PRECOMPUTED,
     "precompute_ref_batch_size": f"{PRECOMPUTED}, with --tokens_per_forward",
