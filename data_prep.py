@@ -162,11 +162,9 @@ def prepare(args, encoder):
 def read(args, encoder):
     """(rows, form, lines to print): all rows, each with its texts or the reason to leave it out; what is not read."""
     # 1. Columns
-    names, given = columns.parse_names(args.ignore_columns), columns.parse_columns(args.columns, forms.roles(args.task))
-    source, table = (
-        sources.described(args.preference_data_path),
-        sources.read_rows(args.preference_data_path, args.split),
-    )
+    paths, names = args.preference_data_path, columns.parse_names(args.ignore_columns)
+    given = columns.parse_columns(args.columns, forms.roles(args.task))
+    source, table = sources.described(paths), sources.read_rows(paths, args.split)
     columns.leave_out(table, names, source)
     found, form = forms.find_columns(args.task, table, given, source)
     of_a_pair = found
@@ -183,16 +181,16 @@ def read(args, encoder):
             row.parts = judge(row, texts_of, row.value, of_a_pair, encoder.template == "chat", args.reasoning)
         if not row.reason and encoder.template == "none" and isinstance(row.parts[0], list):
             row.leave_out("malformed", f"conversational rows need a chat template, and {no_template}")
-    if args.task == "kto":
-        table = unpaired.labelled(table, found)
 
     # 3. What is not read
-    if args.reasoning != "auto":
-        names = [*names, *columns.REASONING]
-    elif encoder.turn:
-        names = [*names, *tokenization.rendered_fields(encoder.tokenizer, columns.REASONING)]
-    others = columns.refuse_unread(table, found | of_a_pair, given, names, source, (*forms.TEXTS, "rank"))
-    return table, form, columns.lines(found, [*columns.parse_names(args.ignore_columns), *others])
+    reasoning = columns.REASONING
+    if args.reasoning == "auto":
+        reasoning = tokenization.rendered_fields(encoder.tokenizer, reasoning) if encoder.turn else []
+    read_fields = {*forms.TEXTS, "rank", *reasoning}
+    others = columns.refuse_unread(table, found | of_a_pair, given, read_fields, source)
+    if args.task == "kto":
+        table = unpaired.labelled(table, found)
+    return table, form, columns.lines(found, [*names, *others])
 
 
 def judge(row, function, *arguments):

@@ -217,7 +217,7 @@ def spoil(rng, row, line, columns, chat):
         "raw NUL": lambda: (line.replace(b": ", b": \0", 1), "bad"),
         "deep": lambda: (rng.choice([b"[" * 10**5, b'{"a":' * 10**5, nested(5000).encode()]), "bad"),
         "digits": lambda: (more + b', "x": ' + b"9" * 5000 + b"}", "bad"),
-        "system": lambda: (changed(system=rng.choice([7, ["S"], {"a": 1}]) if chat else "S"), "bad"),
+        "system": lambda: (changed(system=rng.choice([7, ["S"], {"a": 1}])), "bad"),
         "stray": lambda: (json.dumps(rng.choice(STRAY)).encode(), "bad"),
         "flip": lambda: (flipped(rng, line), "free"),
         "nested": lambda: (more + f', "x": {nested(rng.randrange(2, 1200))}}}'.encode(), "free"),
@@ -228,7 +228,7 @@ def spoil(rng, row, line, columns, chat):
     }
     if "instruction" in row:
         ways["input"] = lambda: (changed(input=rng.choice([7, 0, ["x"], {"a": 1}])), "bad")
-        wrong = [7, "ab", ["ab"], {"ab": 1}, [["a"]], [["a", 1]]]
+        wrong = [7, ["ab"], {"ab": 1}, [["a"]], [["a", 1]]]
         ways["history"] = lambda: (changed(history=rng.choice(wrong)), "bad")
     return ways[rng.choice(list(ways))]()
 
@@ -303,7 +303,7 @@ def make_parquet(rng, path, made):
         row = {name: value for name, value in row.items() if name != "x" and not name.isdigit()}
         if lines and rng.random() < 0.1:
             row[next(iter(row))], made_row = None, Made(made_row.line, frozenset({"malformed"}))
-        table.append(row | {"when": datetime.datetime(2026, 1, 2), "worth": decimal.Decimal("0.50"), "raw": b"\xff\0"})
+        table.append(row | {"when": datetime.datetime(2026, 1, 2), "worth": decimal.Decimal("0.50")})
         lines.append(made_row)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
     return lines

@@ -29,7 +29,8 @@ LABELS = set(
     id ids idx index uid uuid guid hash sha256 md5 ip url urls uri link links path paths file filename source sources
     origin dataset datasets license licence language languages lang locale country split datasplit subset category
     categories topic topics subject domain domains type kind tag tags difficulty level quality group cluster name model
-    models generator judge worker author timestamp timestamps tstamp time date at utc version score scores rating
+    models generator judge worker author timestamp timestamps tstamp time date created updated at utc version score
+    scores rating
     ratings reward rewards rank ranks winner label labels safety severity toxicity status state principle
     """.split()
 )
@@ -41,6 +42,7 @@ TOOLS = {"tool", "tools", "function", "functions"}
 ANSWERS = {"answer", "answers", "gold", "extracted"}  # what scored responses were graded by
 JUDGED = ("label", "score", "rating")
 REJECTED = re.compile("reject|non_preferred", re.I)  # columns that SFT leaves out: it trains on the chosen ones
+NUMBER = re.compile(r"[-+]?[\d.,]+%?|\d{4}-\d\d-\d\d([T ][\d:.,+-]+Z?)?")  # texts that are numbers or times
 NOTHING = {"", "[]", "{}", "null", "none", "nan"}  # texts that say nothing
 ROLE_WORDS = {"user", "assistant", "system", "human", "gpt", "text"}
 # the fields of an object that are read, by the first of them that it has
@@ -48,7 +50,8 @@ FIELDS = (("messages",), ("human", "assistant"), ("from", "value"), ("role", "co
 INSIDE = {"prompt", "question", "instruction", "query", "messages", "conversation", "conversations", *PARTS}
 INSIDE |= {*PARTS["system"], *IMAGES, *TOOLS, "tool_calls", "function_call"}  # no metadata
 
-HELD = {"text": "text", "field": "a field of messages", "messages": "messages", "reasoning": "reasoning"}
+HELD = {"text": "text", "object": "an object that holds text", "messages": "messages", "reasoning": "reasoning"}
+HELD |= {"field": "a field of messages"}
 HELD |= {"tools": "tools or their calls", "images": "images, video or audio"}
 
 
@@ -87,15 +90,17 @@ def prompt_parts(present, columns, given):
 
 
 def leave_out(table, names, path):
-    """Take the columns `names` out of the rows of a file; raises InputError for a name of no column and of no field."""
-    values = [row.value for row in table if isinstance(row.value, dict)]
-    for name in names:
-        if values and not any(name in value for value in values) and name not in keys_in(values):
-            present = list(dict.fromkeys(each for value in values for each in value))
-            raise InputError(f"{path}: no column '{name}'; the columns are {listed(present)}")
-    for row in table:
-        if isinstance(row.value, dict):
-            row.value = {name: value for name, value in row.value.items() if name not in names}
+    """Take columns and fields of messages out of the rows of a file; raises InputError for a name that there is not."""
+    values, missing = [row.value for row in table if isinstance(row.value, dict)], set(names)
+    present = list(dict.fromkeys(name for value in values for name in value))
+    for value in values if names else ():
+        inside = [(each, known) for column in value.values() for each, known in objects(column)]
+        for each, known in [(value, ()), *inside]:
+            for name in (name for name in names if name in each and name not in known):
+                missing.discard(name)
+                del each[name]
+    if values and missing:
+        raise InputError(f"{path}: no column '{min(missing)}'; the columns are {listed(present)}")
 
 
 def lines(columns, not_read):
@@ -107,19 +112,6 @@ def lines(columns, not_read):
 
 
 # --- what a value holds ---
-
-
-def keys_in(value):
-    """The names of all fields of the objects in a value."""
-    waiting, found = [value], set()
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, dict):
-            found |= each.keys()
-            waiting += each.values()
-        elif isinstance(each, (list, tuple)):
-            waiting += each
-    return found
 
 
 def leaves(value):
@@ -144,6 +136,11 @@ def texts_in(value):
     """[(key, text)] of the texts in a value that say something."""
     found = [(key, str(leaf)) for key, leaf in leaves(value) if isinstance(leaf, (str, Unlike))]
     return [(key, text) for key, text in found if text.strip().lower() not in NOTHING]
+
+
+def is_text(value):
+    """Whether a value is a text or a list of texts."""
+    return all(isinstance(each, str) for each in (value if isinstance(value, list) else [value]))
 
 
 def holds_messages(value):
@@ -182,22 +179,20 @@ def is_harmless(name, value, texts):
 
 
 def held(name, value):
-    """What an unread column or field holds: text, messages, images, tools or reasoning; None if it is harmless."""
+    """What an unread column or field holds, a key of HELD; None if it is harmless."""
     words, texts = set(words_of(name)), texts_in(value)
     filled = [leaf for _, leaf in leaves(value) if leaf is not None]
     if any(isinstance(leaf, bytes) and leaf for leaf in filled):
         return "images"
     if words & IMAGES and (texts or filled and isinstance(value, (list, dict))):
         return "images"
-    if not texts:
+    if all(NUMBER.fullmatch(text.strip()) for _, text in texts):
         return None
     if words & TOOLS:
         return "tools"
-    if name in REASONING:
-        return "reasoning"
     if is_harmless(name, value, texts):
         return None
-    return "messages" if holds_messages(value) else "text"
+    return "messages" if holds_messages(value) else "text" if is_text(value) else "object"
 
 
 def says_nothing_new(name, value, columns, parts):
@@ -206,6 +201,7 @@ def says_nothing_new(name, value, columns, parts):
     columns: the values of those that are read. parts: what was read.
     """
     texts = [text.strip() for _, text in texts_in(value)]
+    columns = [value for value in columns if value is not None]
     strings = [text for text in columns if isinstance(text, str)]
     if name == "text" and len(strings) == len(columns):
         return all(text.strip() in texts[0] for text in strings)
@@ -216,43 +212,46 @@ def says_nothing_new(name, value, columns, parts):
 # --- the rule ---
 
 
-def fields(value, names):
-    """Yields (field, its value) of the fields of messages, and of the lists that they are in, that no one reads.
-
-    names: of the fields that hold a response where a column is a list of objects with their scores or ranks.
-    """
+def objects(value):
+    """Yields (object, names of its fields that are read) of the messages in a value and of the objects they are in."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
         if isinstance(value, list):
             waiting += value
         elif isinstance(value, dict):
-            known = next((each for each in FIELDS if each[0] in value), names)
-            for name, inner in value.items():
-                if name in known:
-                    waiting.append(inner)
-                else:
-                    yield name, inner
+            known = next((names for names in FIELDS if names[0] in value), ())
+            waiting += [value[name] for name in known if name in value]
+            yield value, known
 
 
-def not_read(row, columns, parts, inside=()):
+def not_read(row, columns, parts, read_fields=()):
     """({name: what it holds}, [name]): the unread columns and fields of a row that stop the job, and the harmless ones.
 
-    columns: {role: column that is read}. parts: what was read of the row. inside: see fields().
+    columns: {role: column that is read}. parts: what was read of the row. read_fields: those of messages, and of the
+    objects of a list of responses, that are read beside FIELDS.
     """
-    read = set(columns.values())
-    others = [field for name in read for field in fields(row.get(name), inside)]
+    values = {name: row.get(name) for name in columns.values()}
     found, harmless = {}, []
-    for name, value in [*others, *((name, row[name]) for name in row if name not in read)]:
-        what = held(name, value)
-        if what in ("text", "messages"):
-            values = [row[name] for name in read if row.get(name) is not None]
-            what = None if says_nothing_new(name, value, values, parts) else what if name in row else "field"
+    for each, known in objects(list(values.values())):
+        for name in (name for name in each if name not in known and name not in read_fields):
+            if what := held(name, each[name]):
+                found[name] = "reasoning" if name in REASONING else what if what in ("images", "tools") else "field"
+            elif says_anything(each[name]):
+                harmless.append(name)
+    for name in (name for name in row if name not in values):
+        what = held(name, row[name])
+        if what in ("text", "messages", "object") and says_nothing_new(name, row[name], list(values.values()), parts):
+            what = None
         if what and not ("response" in columns and REJECTED.search(name)):
             found[name] = what
-        elif any(leaf is not None for _, leaf in leaves(value)):
+        elif says_anything(row[name]):
             harmless.append(name)
     return found, harmless
+
+
+def says_anything(value):
+    return any(leaf is not None for _, leaf in leaves(value))
 
 
 def way_out(found, roles, given):
@@ -273,19 +272,18 @@ def way_out(found, roles, given):
     return f"nothing reads {names}, which would be lost; {', or '.join(ways)}"
 
 
-def refuse_unread(table, columns, given, ignored, path, inside=()):
+def refuse_unread(table, columns, given, read_fields, path):
     """The names of the columns and fields that are not read and harmless. Refuses the others.
 
     table: Rows, each with its parts. Columns that half of the rows fill stop the job; rows that fill others are
-    malformed. columns: {role: column that is read}. given: the columns that --columns names; ignored: names that are
-    harmless, of --ignore_columns and of fields that the chat template reads. inside: see fields().
+    malformed. columns: {role: column that is read}. given: those that --columns names. read_fields: see not_read().
     """
     usable = [row for row in table if not row.reason]
     count, stray, harmless = Counter(), [], {}
     for row in usable:
-        found, others = not_read(row.value, columns, row.parts, inside)
+        found, others = not_read(row.value, columns, row.parts, read_fields)
         harmless |= dict.fromkeys(others)
-        if found := {name: what for name, what in found.items() if name not in ignored}:
+        if found:
             count.update(found.items())
             stray.append((row, found))
     if most := {name: what for (name, what), rows in count.items() if 2 * rows >= len(usable)}:

@@ -42,6 +42,8 @@ def said_before(value, name, part):
         raise Malformed(f"expected '{name}' to be a string, found {kind(value)}")
     if part == "history":
         value = turns_of(value, name)
+    if part == "context" and isinstance(value, list) and all(isinstance(text, str) for text in value):
+        return "\n\n".join(value)
     return conversation(value, name) if value else []
 
 

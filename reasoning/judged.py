@@ -62,7 +62,7 @@ def read(path, given=None, ignored=(), reasoning="auto"):
     columns.leave_out(table, ignored, path)
     for row in table:
         names = columns_of(row.value, given)
-        prompt, pairs, others = read_row(row, names, given, ignored, reasoning)
+        prompt, pairs, others = read_row(row, names, given, reasoning)
         names_of_all |= names
         harmless |= dict.fromkeys(others)
         cut_off = row.value.get("ended") is False  # evaluate.py's: the response has no end of its own
@@ -82,7 +82,7 @@ def mean_scores(group):
     return {text: sum(scores) / len(scores) for text, scores in group.items()}
 
 
-def read_row(row, names, given, ignored, reasoning):
+def read_row(row, names, given, reasoning):
     """(prompt, [(response, score)], the names of the columns that are not read) of a Row; raises InputError."""
     try:
         if row.reason:
@@ -90,9 +90,9 @@ def read_row(row, names, given, ignored, reasoning):
         prompt, pairs = parse(row.value, names, reasoning)
     except Malformed as malformed:
         raise InputError(f"{row.place}: {malformed.args[1]}") from None
-    found, others = columns.not_read(row.value, names, [prompt, [text for text, _ in pairs]], INSIDE)
-    known = {*ignored, *ABOUT, *(columns.REASONING if reasoning != "auto" else ())}
-    if found := {name: what for name, what in found.items() if name not in known}:
+    read_fields = {*INSIDE, *(columns.REASONING if reasoning != "auto" else ())}
+    found, others = columns.not_read(row.value, names, [prompt, [text for text, _ in pairs]], read_fields)
+    if found := {name: what for name, what in found.items() if name not in ABOUT}:
         raise InputError(f"{row.place}: {columns.way_out(found, names, given)}")
     return prompt, pairs, others
 
