@@ -27,23 +27,8 @@ from preferences.sources import LeftOut, Malformed, kind
 from preferences.written import ROLES
 
 # preferences for neither, as letters alone: "tie (bothbad)" is "tiebothbad"
-TIES = {
-    "",
-    "none",
-    "null",
-    "nan",
-    "tie",
-    "tied",
-    "draw",
-    "both",
-    "neither",
-    "equal",
-    "same",
-    "05",
-    "bothbad",
-    "bothgood",
-}
-TIES |= {"tiebothbad", "bothequal", "equallygood", "equallybad", "nopreference", "notsure"}
+TIES = {"", *"none null nan tie tied draw both neither equal same 05 bothbad bothgood tiebothbad bothequal".split()}
+TIES |= {"equallygood", "equallybad", "nopreference", "notsure"}
 
 
 def preference(row, columns, chat, reasoning="auto"):
@@ -55,6 +40,9 @@ def preference(row, columns, chat, reasoning="auto"):
         names = columns["chosen"], columns["rejected"]
     prompt = conversation(row[columns["prompt"]], columns["prompt"]) if "prompt" in columns else None
     sides = [conversation(row[name], name) for name in names]
+    are_dialogues = all(isinstance(side, list) for side in sides)
+    if "first" in columns and are_dialogues and sides[0][:-1] != sides[1][:-1]:
+        raise LeftOut("dialogues differ", "before the last message")  # of two models that both answered each question
     if not all(isinstance(side, str) for side in sides):
         prompt, sides = split_messages(prompt, *sides)
     elif prompt is None:

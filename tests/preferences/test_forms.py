@@ -126,6 +126,11 @@ READ = {  # what it is: (row, form, pairs)
     "55k: the second wins": ({**ARENA, "winner_model_a": "0", "winner_model_b": True}, None, [("Q", ["6", "5"])]),
     "55k: a tie": ({**ARENA, "winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1}, None, TIE),
     "55k: several turns": ({**TURNS, "winner_model_a": 0, "winner_model_b": 1}, None, [(FIRST, ["5", "6"])]),
+    "two models that answered each question": (
+        {**TURNS, "response_a": ["Hey", "6"], "winner": "model_b"},
+        None,
+        [("dialogues differ",)],
+    ),
     "more questions than answers": ({**TURNS, "prompt": ["Hi", "Q", "R"], "winner": "model_b"}, None, MALFORMED),
     "turns and a winner": ({**TURNS, "winner": "model_b"}, None, [(FIRST, ["5", "6"])]),
     "both are bad": ({"prompt": "Q", "response_a": "5", "response_b": "6", "winner": "Both bad"}, None, TIE),
