@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hostile import FORMS, HEADERS, MAKERS, MOST, TEMPLATE, decoded, make_row
+from hostile import FORMS, HEADERS, MAKERS, MOST, TEMPLATE, decoded, make_extra, make_row, with_extra
 
+EXTRAS = 0.3  # share of files whose rows have a column or field beside those of their form
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data_prep  # noqa: E402
@@ -43,13 +44,15 @@ class Outcome:
     kept: dict = None  # line: (prompt, chosen, rejected) ids
     listed: dict = None  # line: (reason, detail)
     meta: dict = None
+    said: str = ""  # what was printed
 
 
 def attempt(source, out, model, *flags):
     """data_prep.main on `source`, in this process."""
     shutil.rmtree(out, ignore_errors=True)
+    said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
             words = ["--in", source, "--out", out, "--model_name_or_path", model, "--num_proc", 1]
             data_prep.main([str(word) for word in (*words, "--max_length", MOST, *flags)])
     except InputError as error:
@@ -62,6 +65,7 @@ def attempt(source, out, model, *flags):
     return Outcome(
         kept=dict(zip(numbers, there, strict=True)),
         meta=there.meta,
+        said=said.getvalue(),
         listed={each["line"]: (each["reason"], each["detail"]) for each in rejects},
     )
 
@@ -181,6 +185,32 @@ def check(lines, outcome, source, reader, stop):
     return list(check_rows(lines, outcome, reader))
 
 
+def check_extra(extra, added, lines, outcome, again, source, reader):
+    """What is wrong with what became of a file whose rows have an Extra, which adds the texts `added`.
+
+    again(*flags): the Outcome of the file with more flags.
+    """
+    if extra.becomes == "refused":
+        if f"nothing reads {extra.name} (" not in outcome.refused:
+            yield outcome.crash or f"{extra.name} was not refused: {outcome.refused}"
+            return
+        outcome = again("--ignore_columns", extra.name)
+    if outcome.crash or outcome.refused:
+        yield outcome.crash or f"refused: {outcome.refused}"
+        return
+    if extra.becomes == "listed" and f"not read: {extra.name}\n" not in outcome.said:
+        yield f"{extra.name} is not said to be left out"
+    if extra.becomes != "prompt":
+        yield from check_rows(lines, outcome, reader)
+        return
+    for number, (prompt, *_) in outcome.kept.items():
+        got = reader.text(prompt.tolist())
+        if not all(each.strip() in got for each in (added[number - 1], lines[number - 1].parts[0])):
+            yield f"{number}: the prompt says {got}, expected '{extra.name}' in it: {added[number - 1]}"
+    if len(outcome.kept) < len(lines):
+        yield f"{len(lines) - len(outcome.kept)} rows are not kept"
+
+
 # --- the job ---
 
 
@@ -211,6 +241,19 @@ def make_rows(rng, size, stop, *kind):
     return rows
 
 
+def run_extra(rng, reader, task, columns, build, has_messages, size, folder):
+    """Try a file of `size` rows with an Extra: (rows, what is wrong)."""
+    extra, source = make_extra(rng, has_messages), folder / "rows.jsonl"
+    made = [make_row(rng, task, columns, build, reader.chat, plain=True) for _ in range(size)]
+    lines, added = zip(*(with_extra(row, extra) for row in made))
+    source.write_bytes(b"\n".join(row.line for row in lines))
+
+    def again(*flags):
+        return attempt(source, folder / "packed", reader.folder, "--task", task, *flags)
+
+    return size, list(check_extra(extra, added, lines, again(), again, source, reader))
+
+
 def run(rows, seed, folder, per_file=200, show=print):
     """Fuzz with `rows` rows; the counts."""
     folder, counts, rng = Path(folder), Counter(), random.Random(seed)
@@ -219,7 +262,16 @@ def run(rows, seed, folder, per_file=200, show=print):
         # 1. A file
         reader, task = rng.choice(readers), rng.choice(["preferences", "sft"])
         ending = rng.choices(list(MAKERS), (6, 2, 1))[0]
-        columns, build = rng.choice(FORMS[task, False] + (FORMS[task, True] if reader.chat else []))
+        has_messages = reader.chat and rng.random() < 0.5
+        columns, build = rng.choice(FORMS[task, has_messages])
+        if rng.random() < EXTRAS:
+            tried, faults = run_extra(rng, reader, task, columns, build, has_messages, per_file, folder)
+            counts.update(
+                {"files": 1, "files with unread columns": 1, "rows tried": tried, "wrong results": len(faults)}
+            )
+            for fault in faults[:3]:
+                show(f"file {counts['files']} ({task}, {columns}, {reader.folder.name}): {fault}")
+            continue
         stop = rng.random() < 0.1
         made = make_rows(rng, min(per_file, rows - counts["rows tried"]), stop, task, columns, build, reader.chat)
         source = folder / f"rows{ending}"

@@ -1,14 +1,15 @@
 """Files of hostile rows, each row with what must become of it. For fuzz.py and the tests.
 
 Rows are of the forms of preferences/forms.py. Their texts are odd (control tokens, NUL, surrogates, look-alikes), and
-half of them are spoilt: torn, of wrong types, in other encodings, nested, with keys twice. All of it comes from one
-random.Random.
+half of them are spoilt: torn, of wrong types, in other encodings, nested, with keys twice. Or all rows of a file have
+an Extra: a column or field that no form reads, or messages written as JSON. All comes from one random.Random.
 """
 
 import datetime
 import decimal
 import gzip
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 HEADERS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"]
@@ -258,6 +259,70 @@ def make_row(rng, task, columns, build, chat, plain=False):
     if outcome == "bad":
         return Made(line, frozenset({"malformed"}))
     return Made(line, reasons, outcome == "free", parts if outcome == "good" else ())
+
+
+# --- columns and fields beside those of a form ---
+
+
+UNREAD = ["notes", "explanation", "passage", "premise", "transcript", "reference_solution", "hint", "followUp", "extra"]
+HARMLESS = ["id", "source", "model", "language", "created_at", "topic", "split", "prompt_id", "messageTree_id"]
+PARTS = ["context", "history", "system", "system_prompt", "system_message"]
+MEDIA = ["image", "images", "video", "audio", "tools", "functions"]
+
+
+@dataclass
+class Extra:
+    """What every row of a file has besides. becomes: "refused", "listed", "prompt" (a part of it) or "same"."""
+
+    name: str
+    becomes: str
+    add: Callable  # row -> (row, the text that was added)
+
+
+def make_extra(rng, has_messages):
+    """A random Extra."""
+
+    def column(name, value):
+        return lambda row: (row | {name: (made := value())}, made)
+
+    def sentence():
+        return f"{text(rng, False)}. That is said {rng.randrange(10**6)} times."
+
+    def call():
+        return [{"name": "add", "arguments": {"question": sentence()}}]
+
+    kinds = {
+        "unread": lambda name: Extra(name, "refused", column(name, sentence)),
+        "dialogue": lambda name: Extra(name, "refused", column(name, lambda: whole(sentence(), sentence()))),
+        "media": lambda name: Extra(name, "refused", column(name, call)),
+        "harmless": lambda name: Extra(name, "listed", column(name, lambda: f"x-{rng.randrange(10**6)}")),
+        "part": lambda name: Extra(name, "prompt", column(name, sentence)),
+    }
+    names = {"unread": UNREAD, "dialogue": UNREAD, "media": MEDIA, "harmless": HARMLESS, "part": PARTS}
+    if has_messages:
+        kinds["field"] = lambda name: Extra(name, "refused", lambda row: (in_messages(row, {name: call()}), ""))
+        kinds["as JSON"] = lambda name: Extra(name, "same", lambda row: (as_strings(row), ""))
+        names |= {"field": ["tool_calls", "function_call", "images"], "as JSON": [""]}
+    kind = rng.choice(list(kinds))
+    return kinds[kind](rng.choice(names[kind]))
+
+
+def in_messages(value, fields):
+    """A row with `fields` in the last of every list of messages."""
+    if isinstance(value, dict):
+        return {name: in_messages(each, fields) for name, each in value.items()}
+    return [*value[:-1], value[-1] | fields] if isinstance(value, list) and value else value
+
+
+def as_strings(row):
+    """A row whose messages are written as JSON."""
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in row.items()}
+
+
+def with_extra(made, extra):
+    """(Made, text): a row that is not spoilt, with an Extra, and the text that it adds."""
+    row, added = extra.add(json.loads(made.line))
+    return Made(json.dumps(row).encode(), made.reasons, parts=made.parts), added
 
 
 # --- files ---
