@@ -432,13 +432,13 @@ def test_hours_for_pairs(folder, capsys):
     """One line: reference scores are forward passes alone, training has its held-out pairs too."""
     ds_config = ROOT / "ds_configs" / "zero3_offload_4080.json"
     argv = ["--model_name_or_path", folder, "--deepspeed", str(ds_config), "--gpu_gib", "16", "--host_gib", "256"]
-    argv += ["--lora_r", "16", "--pairs", "800", "--eval_fraction", "0.05"]
+    argv += ["--lora_r", "16"]
     made = planned(folder, "zero3_offload_4080", "--lora_r", "16")
     scoring = made.scoring.seconds(LARGE)
     assert scoring == pytest.approx(made.seconds / 3, rel=0.01)  # else forward, recomputed and backward
 
     def line(*more):
-        plan.main([*argv, *more])
+        plan.main([*argv, "--pairs", "800", *more])
         [said] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("800 ")]
         return said
 
@@ -454,6 +454,8 @@ def test_hours_for_pairs(folder, capsys):
     evaluated = (760 * made.seconds + 4 * 40 * scoring) / 3600
     assert f" {evaluated:.1f} h of training" in line("--eval_steps", "25")
     assert line("--ranks", "2").endswith("(48 steps of 16, 40 held out)")
+    unscored = f"800 pairs (prompt and response 1024 tokens): {trained:.1f} h of training"
+    assert line("--loss_type", "simpo").startswith(unscored)
     said = line("--loss_type", "sft")
     assert said.startswith("800 rows (prompt and response 1024 tokens): ") and "reference" not in said
     assert "--pairs is -1" in refusal(plan.main, capsys, *argv, "--pairs", "-1")
