@@ -39,7 +39,6 @@ JUDGEMENTS |= {"moderation", "meta", "metadata"}
 IMAGES = {"image", "images", "img", "picture", "pictures", "photo", "photos", "pixel", "frames"}
 IMAGES |= {"video", "videos", "audio", "audios"}
 TOOLS = {"tool", "tools", "function", "functions"}
-ANSWERS = {"answer", "answers", "gold", "extracted"}  # what scored responses were graded by
 JUDGED = ("label", "score", "rating")
 REJECTED = re.compile("reject|non_preferred", re.I)  # columns that SFT leaves out: it trains on the chosen ones
 NUMBER = re.compile(r"[-+]?[\d.,]+%?|\d{4}-\d\d-\d\d([T ][\d:.,+-]+Z?)?")  # texts that are numbers or times

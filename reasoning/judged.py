@@ -92,7 +92,7 @@ def read_row(row, names, given, reasoning):
         raise InputError(f"{row.place}: {malformed.args[1]}") from None
     read_fields = {*INSIDE, *(columns.REASONING if reasoning != "auto" else ())}
     found, others = columns.not_read(row.value, names, [prompt, [text for text, _ in pairs]], read_fields)
-    if found := {name: what for name, what in found.items() if name not in ABOUT}:
+    if found := {name: what for name, what in found.items() if not ABOUT & {name, *columns.words_of(name)}}:
         raise InputError(f"{row.place}: {columns.way_out(found, names, given)}")
     return prompt, pairs, others
 

@@ -197,7 +197,7 @@ def jsonl_corpus(good):
         ),
         "columns": (g[:-1] + many + b"}\n" + other[:-1] + many + b', "7": 1}', [1], [2]),
         "huge rows": (
-            g + b"\n" + put("x" * 10**6) + b"\n" + other[:-1] + b', "x": "' + b"y" * 10**6 + b'"}',
+            g + b"\n" + put("x" * 10**6) + b"\n" + other[:-1] + b', "id": "' + b"y" * 10**6 + b'"}',
             [1, 3],
             [2],
         ),
@@ -408,11 +408,7 @@ def test_one_dialogue_among_strings_is_listed(task, attempt, tmp_path):
             {"input": "i", "preferred_output": "p", "non_preferred_output": "n"},
             "expected a column 'prompt'",
         ),
-        (
-            "sft",
-            {"prompt": "p", "response": "r", "context": "c"},
-            "a column 'context' beside prompt and response would be left out",
-        ),
+        ("sft", {"prompt": "p", "response": "r", "passage": "c"}, "nothing reads passage (text), which would be lost"),
         ("sft", {"prompt": "p", "completion": "c"}, "expected a column 'response'"),
     ],
 )
@@ -423,9 +419,8 @@ def test_a_stray_row_does_not_decide_the_form(task, stray, words, attempt, tmp_p
     refused(attempt(source, "--task", task), f"{source}:2: {words}")
     outcome = attempt(source, "--task", task, "--on_bad_row", "skip")
     assert [*outcome.kept] == [1, 3] and outcome.listed[2][0] == "malformed"
-    source.write_text("\n".join(json.dumps(row) for row in (GOOD[task], GOOD[task] | {"prompt": "Q", "context": "c"})))
-    if task == "sft":
-        refused(attempt(source, "--task", task, "--on_bad_row", "skip"), f"{source}: a column 'context'")
+    source.write_text("\n".join(json.dumps(row) for row in (GOOD[task], GOOD[task] | {"prompt": "Q", "passage": "c"})))
+    refused(attempt(source, "--task", task, "--on_bad_row", "skip"), f"{source}: nothing reads passage (text)")
 
 
 @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
