@@ -178,6 +178,8 @@ def why_unknown(task, present):
         )
     if not two_responses and present & SINGLE and not any(WORSE.search(name) for name in present):
         return "these look like single responses, which --task sft packs"
+    if two_responses and present.intersection((*PREFERENCE, *STRENGTH)):
+        return "two responses and a preference, and no known column holds the prompt (--columns prompt=NAME says which)"
     if two_responses and present.intersection(ASKED):
         return f"two responses, and no column that says which is preferred ({', '.join((*PREFERENCE, *STRENGTH))})"
     return "no known form has these columns"

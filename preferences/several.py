@@ -7,6 +7,7 @@ Each pair becomes a Row of its own with the number of the row that it came from.
 """
 
 import dataclasses
+import json
 import math
 
 from preferences.forms import TEXTS, is_ranked, number_or_nan
@@ -17,6 +18,8 @@ def one_pair_each(table, columns):
     """(rows of one pair each, their columns) of the rows and columns of a file of preferences."""
     if "first" in columns:
         return table, columns
+    if "rejected" in columns:
+        read_lists([row.value for row in table if isinstance(row.value, dict)], columns)
     made = []
     for row in table:
         if row.reason or not isinstance(row.value, dict):
@@ -32,6 +35,30 @@ def one_pair_each(table, columns):
         columns = {name: columns[name] for name in columns if name != "ranked"}
         columns |= {"chosen": "chosen", "rejected": "rejected"}
     return made, columns
+
+
+def read_lists(tables, columns):
+    """Read lists of rejected texts that are written as JSON, in place, where half of the rows have one.
+
+    Where the chosen one is JSON, too, both are answers of that kind, and stay texts.
+    """
+    chosen, rejected = columns["chosen"], columns["rejected"]
+    plain = [table for table in tables if not str(table.get(chosen)).lstrip().startswith(("[", "{"))]
+    written = [(table, texts) for table in plain if (texts := list_in(table.get(rejected)))]
+    if 2 * len(written) >= len(tables):
+        for table, texts in written:
+            table[rejected] = texts
+
+
+def list_in(value):
+    """The list of texts that a text writes as JSON, or []."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return []
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return []
+    return found if all(isinstance(each, str) for each in found) else []
 
 
 def rejected_pairs(row, columns):

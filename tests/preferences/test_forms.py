@@ -158,6 +158,11 @@ READ = {  # what it is: (row, form, pairs)
     ),
     "a rank that is none": ({"prompt": "Q", "answers": [*RANKED, {"answer": "8"}]}, None, MALFORMED),
     "several rejected": ({"prompt": "Q", "chosen": ["5"], "rejected": ["6", "7"]}, None, [TEXT, ("Q", ["5", "7"])]),
+    "several rejected, as JSON": (
+        {"prompt": "Q", "chosen": "5", "rejected": '["6", "7"]'},
+        None,
+        [TEXT, ("Q", ["5", "7"])],
+    ),
     "several rejected dialogues": (
         {"chosen": [ASKED, FIVE], "rejected": [[ASKED, SIX], [ASKED, FIVE]]},
         None,
@@ -256,6 +261,7 @@ def test_sft_rows(name, tmp_path):
         ([{"answer_1": "5", "answer_2": "6", "preferred": word} for word in (1.0, "3", None)], "is 3 in some rows"),
         ([{"output_1": "5", "output_2": "6", "label": word} for word in (2, 1.5)], "is 1.5 in some rows"),
         ([{"response": "5", "rejected_answer": "6"}], "no known form has these columns"),
+        ([{"thing": "T", "answer_a": "5", "answer_b": "6", "winner": "a"}], "--columns prompt=NAME says which"),
         ([{"answer": "5", "worse_answer": "6"}], "no known form has these columns"),
         ([{"turns": "Two", "chosen": "an a", "rejected": "an e"}], "if 'turns' does: --columns prompt=turns"),
     ],
@@ -263,7 +269,14 @@ def test_sft_rows(name, tmp_path):
 def test_files_that_are_refused(table, said, tmp_path):
     """Numbers that name no response; --task sft is not proposed where a column says rejected; no common beginning."""
     with pytest.raises(InputError, match=re.escape(said)):
-        read([write_rows(tmp_path / "x.jsonl", [row if "turns" in row else {"prompt": "Q", **row} for row in table])])
+        read(
+            [
+                write_rows(
+                    tmp_path / "x.jsonl",
+                    [row if {"turns", "thing"} & row.keys() else {"prompt": "Q", **row} for row in table],
+                )
+            ]
+        )
 
 
 def test_half_of_a_columns_texts_decide_whether_they_are_messages(tmp_path):
