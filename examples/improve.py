@@ -73,7 +73,7 @@ class Seed:
         for name, path in self.paths.items():
             for line in (self.evaluated / f"{self.names[str(path)]}-arithmetic.jsonl").read_text().splitlines():
                 response = json.loads(line)
-                yield len(problems[int(response["id"]) - 1].steps), name, response["correct"]
+                yield len(problems[int(response["id"]) - 1].steps), name, response["correct"] is True
 
 
 def shares_by_steps(seeds):

@@ -136,7 +136,7 @@ def same_words(answer, right):
     ours, theirs = plain_words(answer), plain_words(right)
     if ours == theirs:
         return True
-    if len(theirs) == 1 and {theirs[0], *ours[:1]} <= YES_OR_NO:
+    if len(theirs) == 1 and ours and {theirs[0], ours[0]} <= YES_OR_NO:
         return ours[0] == theirs[0]
     return None if set(theirs) <= set(ours) else False
 

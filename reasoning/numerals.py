@@ -51,7 +51,8 @@ def plain(text):
 
 def spelled(found):
     """One spelling for one number, a match of NUMBER: 1,200.50 -> 1200.5, -0 -> 0, 007 -> 7, 1 1/2 -> 3/2."""
-    if len(found[0]) > LONGEST:
+    is_mixed = found["over"] and (found["decimals"] or found["scale"] or not found["whole"])  # 1.5 1/2 is no number
+    if len(found[0]) > LONGEST or is_mixed:
         return UNCLEAR
     whole, decimals = re.sub(r"\D", "", found["whole"] or ""), found["decimals"][1:]
     point = len(whole) + exponent((found["scale"] or "").strip())
