@@ -100,6 +100,8 @@ OTHER_NAMES = {
     "rpo_alpha": "write --sft_weight",
     "sft_alpha": "write --sft_weight",
     "ftx_gamma": "write --sft_weight",
+    "kto_chosen_weight": "write --desirable_weight",
+    "kto_rejected_weight": "write --undesirable_weight",
     "dpo_label_smoothing": "write --label_smoothing",
     "precompute_ref_log_probs": PRECOMPUTED,
     "precompute_ref_batch_size": f"{PRECOMPUTED}, with --tokens_per_forward",

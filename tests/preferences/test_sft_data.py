@@ -354,7 +354,7 @@ def test_what_needs_preferences_refuses_sft_data(model, tmp_path, capsys):
     for main, more in ((score.main, []), (score.main, ["--diffusion_steps", "auto"]), (calibrate.main, [])):
         said = refusal(main, capsys, "--data", out, *more)
         assert said.startswith(f"error: {out}: holds SFT rows")
-        assert said.endswith("or pack preferences into another folder")
+        assert said.endswith("or give --loss_type sft")
     assert sorted(path.name for path in out.iterdir()) == before
     for more in ([], ["--loss_type", "hinge", "--diffusion_steps", "auto"]):
         assert f"{out}: holds SFT rows" in refusal(
