@@ -1,4 +1,4 @@
-"""Tests of losses.py: every loss of pairs against TRL's formula, its gradient, losses without a reference, what is refused.
+"""Tests of losses.py: every loss of pairs against TRL's formula, its gradient, no reference, what is refused.
 
 bash tests/run.sh tests/scoring/test_losses.py
 """
