@@ -10,6 +10,7 @@ ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "bard", "bing", "m
 ROLES |= dict.fromkeys(("system", "developer"), "system")
 # of turns that rows.py refuses
 TOOLS = {"tool", "tools", "function", "function_call", "tool_call", "tool_response", "observation", "ipython"}
+NAMED = re.compile(r"""["'](role|from)["']\s*:""")
 BEGINNING = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|content|from|value|messages)["']\s*:\s*["'\[]""")  # of messages
 
 
@@ -47,7 +48,7 @@ def read_messages(tables):
 
 def written_in(text):
     """The messages that a text writes, [] where it begins like messages and cannot be read, None where it has none."""
-    if text.lstrip()[0] not in "[{":
+    if text.lstrip()[0] not in "[{" or not NAMED.search(text):
         return None
     for read in (json.loads, ast.literal_eval):
         try:
