@@ -228,7 +228,7 @@ def test_jsonl(task, name, attempt, tmp_path):
         refused(
             outcome,
             f"{source}: holds no row that can be used",
-            "it is empty" if listed == [] else "; the first, 1: expected a JSON object",
+            "it is empty" if listed == [] else f"; the first, {source}:1: expected a JSON object",
         )
     else:
         assert not outcome.crash and not outcome.refused, outcome
@@ -265,13 +265,13 @@ NOT_JSON += ['[{"a": 1}]'.encode("utf-16"), gzip.compress(b"[]", mtime=0)]
         *((body, "not valid JSON") for body in NOT_JSON),
         (b"7", "found a number"),
         (b"NaN", "found a number"),
-        (b"{}", "found an object"),
-        (b'{"a": [{}], "b": [{}]}', "found an object"),
+        (b"{}", "row 1: expected a column 'prompt', found an empty object"),
+        (b'{"a": [{}], "b": [{}]}', "no known form has these columns; the columns are a, b"),
         (b"[]", "it is empty"),
         (b"[[], 7]", "row 1: expected a JSON object, found a list"),
         (b'[{"a": 1, "a": 2}]', 'the key "a" occurs twice'),
         (b'[{"a\\nb": 1, "\\ud800": 2}]', 'the columns are "a\\nb", "\\ud800"'),
-        (b'{"prompt": 1}\n{"prompt": 2}', "if it holds one object per line, name it .jsonl"),
+        (b'{"prompt": 1}\n{"prompt": 2}', "no known form has these columns; the columns are prompt"),
     ],
 )
 def test_json(body, words, attempt, tmp_path):
