@@ -83,7 +83,7 @@ def prompt_parts(present, columns, given):
         free = [name for name in names if name in present and name not in columns.values()]
         if part in given:
             found[part] = given[part]
-        elif free and (part == "system" or "prompt" in columns):
+        elif free:
             found[part] = free[0]
     return found
 
@@ -253,18 +253,15 @@ def says_anything(value):
     return any(leaf is not None for _, leaf in leaves(value))
 
 
-def way_out(found, roles, given):
-    """The sentence on unread columns {name: what it holds}. roles: what the columns that are read hold;
-    given: the columns that --columns names."""
+def way_out(found, given):
+    """The sentence on unread columns {name: what it holds}; given: the columns that --columns names."""
     names = listed([f"{name} ({HELD[what]})" for name, what in found.items()])
     ways = []
     if part := next((name for name, what in found.items() if what in ("text", "messages")), None):
         ours = "history" if found[part] == "messages" else "context"
-        ours = "prompt" if "prompt" not in roles else "system" if "system" in part.lower() else ours
+        ours = "system" if "system" in part.lower() else ours
         named = ",".join(f"{role}={name}" for role, name in {**given, ours: part}.items())
-        ways.append(
-            f"--columns {shlex.quote(named)} makes '{part}' {'the prompt' if ours == 'prompt' else 'a part of it'}"
-        )
+        ways.append(f"--columns {shlex.quote(named)} makes '{part}' a part of the prompt")
     if "reasoning" in found.values():
         ways.append("--reasoning inline writes it before the answer as <think>, --reasoning drop leaves it out")
     ways.append(f"--ignore_columns {shlex.quote(','.join(found))} goes on without")
@@ -286,9 +283,9 @@ def refuse_unread(table, columns, given, read_fields, path):
             count.update(found.items())
             stray.append((row, found))
     if most := {name: what for (name, what), rows in count.items() if 2 * rows >= len(usable)}:
-        raise InputError(f"{path}: {way_out(most, columns, given)}")
+        raise InputError(f"{path}: {way_out(most, given)}")
     for row, found in stray:
-        row.leave_out("malformed", way_out(found, columns, given))
+        row.leave_out("malformed", way_out(found, given))
     return list(harmless)
 
 

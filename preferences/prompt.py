@@ -9,14 +9,15 @@
 import json
 
 from preferences.columns import PARTS, says
-from preferences.messages import assistant, conversation, shown, user
+from preferences.messages import assistant, contents, conversation, shown, user
 from preferences.sources import Malformed, kind
 
 
 def whole_prompt(row, columns, prompt, chat):
     """`prompt`, a string or messages, with the columns of PARTS that `columns` names; raises Malformed.
 
-    Texts come before the prompt's own with an empty line between, turns before its messages. chat: there is a template.
+    Texts that it does not repeat come before its own with an empty line between, turns before its messages. chat: there
+    is a template.
     """
     names = {part: columns[part] for part in PARTS if part in columns and is_filled(row.get(columns[part]))}
     parts = {part: said_before(row[name], name, part) for part, name in names.items()}
@@ -25,9 +26,9 @@ def whole_prompt(row, columns, prompt, chat):
         prompt = with_text(prompt, "\n", after=parts.pop("input"))
     turns = []
     for part in reversed(parts.values()):
-        if isinstance(part, str):
+        if isinstance(part, str) and part.strip() not in [text.strip() for text in contents(prompt)]:
             prompt = with_text(prompt, "\n\n", before=part)
-        else:
+        elif isinstance(part, list):
             turns = [*part, *turns]
     return with_system(after_turns(turns, prompt), system, chat)
 
@@ -62,11 +63,13 @@ def turns_of(history, name):
 
 
 def with_text(prompt, between, before="", after=""):
-    """`prompt` with a text before or after its own, which is its last message where it has messages."""
+    """`prompt` with a text before its own or after it, in its first or last message of the user's."""
     if isinstance(prompt, str):
         return between.join(text for text in (before, prompt, after) if text.strip())
-    *head, last = prompt
-    return [*head, last | {"content": with_text(last["content"], between, before, after)}]
+    users = [place for place, said in enumerate(prompt) if said["role"] == "user"] or [0]
+    place = users[0] if before else users[-1]
+    changed = prompt[place] | {"content": with_text(prompt[place]["content"], between, before, after)}
+    return [*prompt[:place], changed, *prompt[place + 1 :]]
 
 
 def after_turns(turns, prompt):

@@ -93,7 +93,7 @@ def read_row(row, names, given, reasoning):
     read_fields = {*INSIDE, *(columns.REASONING if reasoning != "auto" else ())}
     found, others = columns.not_read(row.value, names, [prompt, [text for text, _ in pairs]], read_fields)
     if found := {name: what for name, what in found.items() if not ABOUT & {name, *columns.words_of(name)}}:
-        raise InputError(f"{row.place}: {columns.way_out(found, names, given)}")
+        raise InputError(f"{row.place}: {columns.way_out(found, given)}")
     return prompt, pairs, others
 
 

@@ -132,6 +132,15 @@ def test_two_system_texts_are_refused(read):
     assert read([PAIR | {"prompt": messages, "system": "own "}])[0] == [(messages, ["good", "bad"])]
 
 
+def test_parts_beside_whole_dialogues(read):
+    """Before their first question; what they repeat is not said twice."""
+    turns = [SYSTEM, {"role": "user", "content": "C\n\na"}, EARLIER[1], USER]
+    row = {"messages": [*EARLIER, USER, SAID], "context": "C", "system": "S"}
+    assert read([row], "sft")[0] == [(turns, ["good"])]
+    assert read([row | {"context": "Q", "system": ""}], "sft")[0] == [([*EARLIER, USER], ["good"])]
+    assert read([{"messages": [USER, SAID], "history": [["a", "b"]]}], "sft")[0] == [([*EARLIER, USER], ["good"])]
+
+
 # --- what is not read ---
 
 UNREAD = {  # name: (columns beside any others, the name that stops the job, what it holds)
