@@ -78,6 +78,6 @@ def test_columns_that_are_named_and_that_are_ignored(tmp_path, capsys):
     [own] = read(tmp_path, row, given={"prompt": "q", "answer": "gold", "context": "hint"}, ignored=["note"])
     assert (own.prompt, own.answer) == ("H is it.\n\nQ", "8") and "not read: note" in capsys.readouterr().out
     [own] = read(tmp_path, {"prompt": [USER | {"tool_calls": [{"name": "f"}]}], "answer": 8}, ignored=["tool_calls"])
-    assert own.prompt == [USER | {"tool_calls": [{"name": "f"}]}]
+    assert own.text == "Q"
     with pytest.raises(InputError, match="no column 'nots'"):
         read(tmp_path, row, given={"prompt": "q"}, ignored=["nots"])
