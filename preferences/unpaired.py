@@ -38,7 +38,9 @@ def labelled(table, columns):
 
 
 def label_of(value, name):
-    """Whether the response of a row is desirable."""
+    """Whether the response of a row is desirable; raises LeftOut."""
+    if value.get(name) is None:
+        raise LeftOut("no label", f"'{name}' is null")
     label = WORDS.get(word_of(value.get(name)))
     if label is None:
         raise Malformed(f"expected '{name}' to be true or false, found {shown(value.get(name))}")

@@ -197,6 +197,8 @@ def test_what_is_said_of_labels(tmp_path, capsys):
     rows = [{"prompt": f"P{index}", "completion": "A", "label": index < 4} for index in range(5)]
     prep(tmp_path, rows)
     said = capsys.readouterr().out
+    data = prep(tmp_path, [*rows, rows[0] | {"completion": "B", "label": None}])
+    assert len(data) == 5 and data.meta["dropped"] == {"no label": 1}
     assert "4  desirable" in said and "1  undesirable" in said and "--undesirable_weight 4.00" in said
     path = tmp_path / "judged.jsonl"
     path.write_text(json.dumps(rows[0] | {"label": "maybe"}) + "\n")
