@@ -123,6 +123,7 @@ def forms_of(task):
         several = [(*names, label) for names in DEMONSTRATIONS for label in LABELS]
     if task == "preferences":
         several = [(prompt, *pair) for pair in ANSWERS for prompt in (*ASKED, None) if prompt not in pair]
+        several = [names for names in several if not (names[0] and names[1] == "messages")]  # they hold the prompt
     for names in several:
         columns = {ours: theirs for ours, theirs in zip(COLUMNS[task], names) if theirs}
         yield ", ".join(columns.values()), columns

@@ -40,13 +40,22 @@ def preference(row, columns, chat, reasoning="auto"):
         names = columns["chosen"], columns["rejected"]
     prompt = conversation(row[columns["prompt"]], columns["prompt"]) if "prompt" in columns else None
     sides = [conversation(row[name], name) for name in names]
+    if columns.get("prompt") in PARTS and not is_repeated(prompt, sides):  # context beside whole dialogues, for example
+        prompt, part = None, columns["prompt"]
+        columns = {role: name for role, name in columns.items() if role != "prompt"} | {part: part}
     are_dialogues = all(isinstance(side, list) for side in sides)
     if "first" in columns and are_dialogues and sides[0][:-1] != sides[1][:-1]:
         raise LeftOut("dialogues differ", "before the last message")  # of two models that both answered each question
     if not all(isinstance(side, str) for side in sides):
         prompt, sides = split_messages(prompt, *sides)
-    elif prompt is None:
-        prompt, sides = split_text(*sides)
+    elif prompt is None or all(side.startswith(HUMAN) for side in sides):
+        asked, (prompt, sides) = prompt, split_text(*sides)
+        if asked is not None and not is_said_in(prompt, asked):
+            name = columns["prompt"]
+            raise Malformed(
+                f"expected '{name}' to be a part of the dialogues in {names[0]} and {names[1]}, found another text; if "
+                f"they hold the whole prompt: --ignore_columns {name}"
+            )
     return finished(row, columns, prompt, sides, chat, reasoning)
 
 
@@ -157,6 +166,19 @@ def split_messages(prompt, chosen, rejected):
                 "repeat the prompt"
             )
     return head or prompt, [answer(side[-1]) for side in sides]
+
+
+def is_repeated(prompt, sides):
+    """Whether responses that are whole dialogues repeat the prompt. True of other responses."""
+    if all(isinstance(side, str) for side in sides):
+        return not all(side.startswith(HUMAN) for side in sides) or is_said_in(os.path.commonprefix(sides), prompt)
+    dialogues = [side for side in sides if isinstance(side, list) and len(side) > 1]
+    return not dialogues or repeats(prompt, dialogues[0][:-1], sides)
+
+
+def is_said_in(text, prompt):
+    """Whether all texts of a prompt are in a text."""
+    return all(each.strip() in text for each in contents(prompt))
 
 
 def repeats(prompt, head, dialogues):

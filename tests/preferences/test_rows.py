@@ -12,6 +12,7 @@ from small import call, refusal
 import data_prep
 import files
 from files import InputError
+from models import tokenization
 from preferences import forms, packed, rows
 from preferences.sources import Row, find, read_rows
 
@@ -323,3 +324,33 @@ def test_real_files(name, kept, rows_in, shared, chat_dir, tmp_path):
     meta, listed = prep(shared / "prefs" / name, tmp_path / "out", chat_dir)
     assert meta["rows"] == rows_in and meta["kept"] > 0.9 * rows_in and kept in (None, meta["kept"])
     print(name, meta["form"], meta["kept"], meta["dropped"])
+
+
+@pytest.mark.parametrize("asked", ["Q", "\n\nHuman: Q\n\nAssistant:", [{"role": "user", "content": "Q"}]])
+def test_a_prompt_beside_whole_dialogues_is_not_read_twice(asked):
+    """hh-rlhf's dialogues are strings. A prompt column beside them repeats their beginning, or is another text."""
+    columns = {"prompt": "question", "chosen": "chosen", "rejected": "rejected"}
+    sides = {name: f"\n\nHuman: Q\n\nAssistant: {name}" for name in ("chosen", "rejected")}
+    prompt, responses = rows.preference({"question": asked} | sides, columns, chat=False)
+    assert prompt == "\n\nHuman: Q\n\nAssistant:" and responses == [" chosen", " rejected"]
+    with pytest.raises(rows.Malformed, match="--ignore_columns question"):
+        rows.preference({"question": "A text to read."} | sides, columns, chat=False)
+
+
+@pytest.mark.parametrize("name", ["context", "history"])
+@pytest.mark.parametrize(
+    "sides",
+    [
+        {"chosen": [*USER, *said("good")], "rejected": [*USER, *said("bad")]},
+        {"chosen": "\n\nHuman: Q\n\nAssistant: good", "rejected": "\n\nHuman: Q\n\nAssistant: bad"},
+        {"messages": [*USER, *said("good")], "rejected_response": "bad"},
+    ],
+)
+def test_context_beside_whole_dialogues_comes_before_them(name, sides, chat_dir, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(sides | {name: "Some text. Read it."}))
+    argv = ["--in", tmp_path / "rows.jsonl", "--out", tmp_path / "x", "--model_name_or_path", chat_dir]
+    assert not call(data_prep.main, *argv)
+    tokenizer = tokenization.load_tokenizer(str(chat_dir))
+    prompt, *responses = map(tokenizer.decode, packed.Packed(tmp_path / "x")[0])
+    assert prompt.index("Some text. Read it.") < prompt.index("Q") and prompt.count("Q") == 1
+    assert ["good" in responses[0], "bad" in responses[1]] == [True, True]
