@@ -39,7 +39,8 @@ JUDGEMENTS |= {"moderation", "meta", "metadata"}
 IMAGES = {"image", "images", "img", "picture", "pictures", "photo", "photos", "pixel", "frames"}
 IMAGES |= {"video", "videos", "audio", "audios"}
 TOOLS = {"tool", "tools", "function", "functions"}
-JUDGED = ("label", "score", "rating")
+CHOICES = {"choices", "options"}  # those of a question
+JUDGED = ("label", "kto_tag", "score", "rating", "reward", "correct", "desirable")
 REJECTED = re.compile("reject|non_preferred", re.I)  # columns that SFT leaves out: it trains on the chosen ones
 NUMBER = re.compile(r"[-+]?[\d.,]+%?|\d{4}-\d\d-\d\d([T ][\d:.,+-]+Z?)?")  # texts that are numbers or times
 NOTHING = {"", "[]", "{}", "null", "none", "nan"}  # texts that say nothing
@@ -48,6 +49,7 @@ ROLE_WORDS = {"user", "assistant", "system", "human", "gpt", "text"}
 FIELDS = (("messages",), ("human", "assistant"), ("from", "value"), ("role", "content"), ("type", "text", "value"))
 INSIDE = {"prompt", "question", "instruction", "query", "messages", "conversation", "conversations", *PARTS}
 INSIDE |= {*PARTS["system"], *IMAGES, *TOOLS, "tool_calls", "function_call"}  # no metadata
+ASKING = INSIDE | {"instructions", "user"}  # words of a name: its text may be part of the prompt
 
 HELD = {"text": "text", "object": "an object that holds text", "messages": "messages", "reasoning": "reasoning"}
 HELD |= {"field": "a field of messages"}
@@ -168,7 +170,7 @@ def is_harmless(name, value, texts):
     """Whether the name of a column says that its texts are no part of a prompt or of a response."""
     words = words_of(name)
     nouns = [word for word in words if word not in SIDE]
-    if JUDGEMENTS & set(words):
+    if JUDGEMENTS & set(words) and not (is_text(value) and ASKING & set(words)):
         return not any(str(key).lower() in INSIDE for key, _ in texts)
     if holds_messages(value):
         return False
@@ -185,7 +187,8 @@ def held(name, value):
         return "images"
     if words & IMAGES and (texts or filled and isinstance(value, (list, dict))):
         return "images"
-    if all(NUMBER.fullmatch(text.strip()) for _, text in texts):
+    is_choice = bool(words & CHOICES and (texts or filled and isinstance(value, list)))
+    if not is_choice and all(NUMBER.fullmatch(text.strip()) for _, text in texts):
         return None
     if words & TOOLS:
         return "tools"

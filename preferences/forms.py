@@ -172,6 +172,8 @@ def why_unknown(task, present):
             return "these look like preferences, which are packed without --task sft (or add --columns response=chosen)"
         return "no known form of --task sft has these columns"
     two_responses = any(present.issuperset(pair) for pair in SIDES)
+    if task == "kto" and not two_responses and present & SINGLE:
+        return f"no known column says whether a response is desirable ({', '.join(LABELS)})"
     if present >= {"completion", "label"}:
         return (
             "these are single judged responses, and DPO needs pairs (make_prefs.py --strategy label pairs them; "
@@ -183,6 +185,8 @@ def why_unknown(task, present):
         return "two responses and a preference, and no known column holds the prompt (--columns prompt=NAME says which)"
     if two_responses and present.intersection(ASKED):
         return f"two responses, and no column that says which is preferred ({', '.join((*PREFERENCE, *STRENGTH))})"
+    if present.intersection(RANKED) and present.intersection(ASKED):
+        return "several responses without ranks (if they have scores, make_prefs.py --strategy label pairs them)"
     return "no known form has these columns"
 
 

@@ -123,6 +123,8 @@ def with_turns(row, columns):
     turns = [row[name] for name in names]
     if "first_wins" in columns:
         turns = [strings_of(value) for value in turns]
+        if any(isinstance(each, list) and None in each for each in turns):
+            raise LeftOut("empty response", "null in a list of turns")
     if not all(isinstance(each, list) and each and all(isinstance(text, str) for text in each) for each in turns):
         return row
     asked, *answered = turns

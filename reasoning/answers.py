@@ -65,7 +65,8 @@ def gold(text):
 
     None if it is nothing that can be verified: several sentences, or nothing.
     """
-    final = next(filter(None, marked_places(text)), text.strip())
+    said = [each.rstrip(".") for _, each in said_places(text)]
+    final = next(filter(None, (*marked_places(text), *said)), text.strip())
     final = WRAPPED.sub(r"\1", final).strip()
     if not re.search(r"\w", final) or "\n" in final or len(final) > LONGEST:
         return None

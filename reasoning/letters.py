@@ -7,6 +7,7 @@ from reasoning.marks import UNCLEAR
 BARE = r"(?<![A-Za-z'])([A-HJ])(?![A-Za-z'])"  # a letter that is no word's; I is one
 LETTER = rf"\(?{BARE}(?:\)|(?=\s*(?:[.,:;!]|\n|\Z))|(?=\s+(?:because|since|as|is|or|and)\b)|(?=\s+[-–—]\s))"
 SEVERAL = re.compile(r"\s*(?:,|,?\s*(?:or|and)\b)\s*\(?" + BARE + r"(?!\)?\s+is\b)")  # "A or B", "A, B": no answer
+ENDS_IN_SEVERAL = re.compile(BARE + r"\)?" + SEVERAL.pattern + r"\)?[.!]?\Z")
 MARKUP = re.compile(r"\\?(?:boxed|text\w*|mathrm|mathbf)\s*\{|\\[()\[\]]|</?answer>|[{}$*_`\"“”‘’\[\]]|'(?=[A-HJ]'|\W)")
 OPTION = re.compile(r"(?i:(?:option|choice|answer)\s*:?\s+)?" + LETTER)
 ANSWER_IS = re.compile(r"(?i:answer\s*(?:is|:)[\s:]*(?:either\s+)?(?:option\s+|choice\s+)?)" + LETTER)
@@ -45,6 +46,8 @@ def letter_by_place(lines):
         return None
     ending = set(re.findall(r"\(([A-HJ])\)", lines[-1])) or set(re.findall(BARE + r"[.!)]?\Z", lines[-1]))
     beginning = [match[1] for match in map(OPTION.match, lines) if match]
+    if ENDS_IN_SEVERAL.search(lines[-1]):
+        return UNCLEAR
     if len(ending) == 1 and (len(lines) > 1 or not beginning):
         return ending.pop()
     return beginning[0] if len(beginning) == 1 and OPTION.match(lines[0]) else None

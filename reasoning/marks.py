@@ -20,7 +20,10 @@ ANSWERED = re.compile(r"(?:####[ \t]*[^\s#]|\\boxed\s*\{|</answer>|(?i:\banswer 
 EMPHASIS = re.compile(r"(?<!\d)\*\*|\*\*(?!\d)|`")  # 2**3 is a power
 BOX = re.compile(r"\\?(?:boxed|fbox)\s*\{")  # some models lose the backslash
 TAG = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.S)
-SAID = re.compile(r"(?i)\banswers?\b[^.:\n]{0,60}?(?:\b(is|are)\b|:)(?! not\b)[\s:]*(\S[^\n]*)")
+SAID = re.compile(  # up to the end of the line or to another "the answer is"; a question ends what is ours
+    r"(?i)\banswers?\b[^.:\n]{0,60}?(?:\b(is|are)\b|:)(?! not\b)[\s:]*"
+    r"(\S(?:(?!\bthe (?:\w+ )?answer is\b)[^\n?])*(?:\?[^\n]*)?)"
+)
 CLAUSE = re.compile(r"[.;!?](?:\s|\Z)|,\s+(?=[a-z])|\s(?:because|since|which|where|as)\b")
 
 

@@ -30,6 +30,7 @@ SPELLINGS = [  # (pattern, what it becomes), in this order
     (r"<<[^<>]*>>", ""),  # GSM8K's calculator
     (THOUSANDS, ""),
     (r"\\[dt]?frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))", r" \1\3/\2\4 "),
+    (r"(?<=\d)[²³]", "^2"),  # a power, and no number
     (r"\^\s*\{?\s*\\circ\b\s*\}?", " "),
     (r"\\(?:text|math|mbox)[a-z]*(?=[\s{])|\\(?:left|right|displaystyle|q?quad|approx)(?![A-Za-z])", " "),
     (r"\\[,;:! ()\[\]]", " "),

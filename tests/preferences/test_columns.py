@@ -158,6 +158,10 @@ UNREAD = {  # name: (columns beside any others, the name that stops the job, wha
     "a video": ({"video_path": "a.mp4"}, "video_path", "images, video or audio"),
     "tools": ({"tools": CALL}, "tools", "tools or their calls"),
     "tools as JSON": ({"tools": json.dumps(CALL)}, "tools", "tools or their calls"),
+    "a prompt named as meta": ({"meta_prompt": "You are a pirate. Talk so."}, "meta_prompt", "text"),
+    "what a user prefers": ({"user_preferences": "Short answers."}, "user_preferences", "text"),
+    "choices that are numbers": ({"choices": ["4", "5"]}, "choices", "text"),
+    "options by letter": ({"options": {"A": "4", "B": "5"}}, "options", "an object"),
     "functions": ({"available_functions": [{"name": "f"}]}, "available_functions", "tools or their calls"),
 }
 HARMLESS = {

@@ -125,6 +125,11 @@ READ = {  # what it is: (row, form, pairs)
     ),
     "55k: the second wins": ({**ARENA, "winner_model_a": "0", "winner_model_b": True}, None, [("Q", ["6", "5"])]),
     "55k: a tie": ({**ARENA, "winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1}, None, TIE),
+    "55k: no answer": (
+        {**ARENA, "response_a": "[null]", "winner_model_a": 0, "winner_model_b": 1},
+        None,
+        [("empty response",)],
+    ),
     "55k: several turns": ({**TURNS, "winner_model_a": 0, "winner_model_b": 1}, None, [(FIRST, ["5", "6"])]),
     "two models that answered each question": (
         {**TURNS, "response_a": ["Hey", "6"], "winner": "model_b"},
@@ -263,6 +268,7 @@ def test_sft_rows(name, tmp_path):
         ([{"response": "5", "rejected_answer": "6"}], "no known form has these columns"),
         ([{"thing": "T", "answer_a": "5", "answer_b": "6", "winner": "a"}], "--columns prompt=NAME says which"),
         ([{"answer": "5", "worse_answer": "6"}], "no known form has these columns"),
+        ([{"completions": [{"response": "5", "score": 9}]}], "make_prefs.py --strategy label pairs them"),
         ([{"turns": "Two", "chosen": "an a", "rejected": "an e"}], "if 'turns' does: --columns prompt=turns"),
     ],
 )

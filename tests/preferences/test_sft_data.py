@@ -218,7 +218,13 @@ def test_columns(tiny_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "row", [{"prompt": "Q", "completion": "A", "label": False}, {"prompt": "Q", "response": "A", "score": 0.1}]
+    "row",
+    [
+        {"prompt": "Q", "completion": "A", "label": False},
+        {"prompt": "Q", "response": "A", "score": 0.1},
+        {"instruction": "Q", "output": "A", "kto_tag": False},  # LLaMA-Factory's
+        {"prompt": "Q", "response": "A", "correct": False},  # evaluate.py's
+    ],
 )
 def test_judged_rows_are_not_learnt_unsaid(tiny_dir, tmp_path, capsys, row):
     """KTO's and a judge's rows hold bad responses; with --columns they were meant."""
