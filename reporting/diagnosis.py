@@ -47,8 +47,8 @@ def latest(run, name):
     """The Latest of a metric: of the last evaluation, else of training's last steps."""
     held_out = run.last(f"eval_{name}")
     if held_out is not None:
-        return Latest(held_out, "held-out pairs", True)
-    return Latest(recent(run, name), "training pairs, last tenth of the steps", False)
+        return Latest(held_out, f"held-out {run.noun}", True)
+    return Latest(recent(run, name), f"training {run.noun}, last tenth of the steps", False)
 
 
 def interval_in_words(interval):
