@@ -74,6 +74,8 @@ def gold(text):
         return Gold("letter", found[1])
     if numerals.TIME.fullmatch(final.strip(".")):
         return Gold("time", numerals.time_of_day(final))
+    if found := VERDICT.fullmatch(final):
+        return Gold("words", found[1])
     number = numerals.number(final)
     if number and numerals.is_number(final):
         return Gold("number", number)
@@ -83,10 +85,11 @@ def gold(text):
 
 
 WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf)\w*\s*\{([^{}\\]*)\}")
-LETTER = re.compile(r"\W*([A-HJ])\W*")
+LETTER = re.compile(r"\W*([A-HJ])(?:\W*|[).:]\s.*)")  # "(B)", "B. Paris"
 LONGEST = 200  # characters of a gold answer
 MOST_WORDS = 10
-YES_OR_NO = {"yes", "no", "true", "false"}
+YES_OR_NO = {"yes": True, "true": True, "no": False, "false": False}
+VERDICT = re.compile(r"(?i)(yes|no|true|false)[,;:.!]\s.*")  # "No, she is not."
 
 
 # --- words: the names and colours of the embedded tasks, yes and no --------------------------------------
@@ -137,8 +140,8 @@ def same_words(answer, right):
     ours, theirs = plain_words(answer), plain_words(right)
     if ours == theirs:
         return True
-    if len(theirs) == 1 and ours and {theirs[0], ours[0]} <= YES_OR_NO:
-        return ours[0] == theirs[0]
+    if len(theirs) == 1 and ours and {theirs[0], ours[0]} <= YES_OR_NO.keys():
+        return YES_OR_NO[ours[0]] == YES_OR_NO[theirs[0]]
     return None if set(theirs) <= set(ours) else False
 
 

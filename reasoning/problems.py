@@ -72,7 +72,7 @@ def own(row, names, given, ignored):
     if not prompt or not isinstance(answer, (str, int, float)):
         raise InputError(
             f'{row.place}: expected a "prompt" (or "question", "problem") and an "answer", such as "8" or a solution '
-            'that ends in "#### 8"'
+            'that ends in "#### 8"; name yours with --columns prompt=...,answer=...'
         )
     gold = answers.gold(str(answer))
     if gold is None:
@@ -89,6 +89,6 @@ def own(row, names, given, ignored):
     others = {name: value for name, value in fields.items() if name not in solution}
     unread, harmless = columns.not_read(others, names, [prompt])
     if unread := {name: what for name, what in unread.items() if name not in ignored}:
-        raise InputError(f"{row.place}: {columns.way_out(unread, names, given)}")
+        raise InputError(f"{row.place}: {columns.way_out(unread, given)}")
     text = "\n".join(message["content"] for message in prompts.messages_of(prompt, row.place))
     return Own(prompt, text, *gold, str(answer), row.place), [*harmless, *solution]

@@ -275,6 +275,8 @@ def test_letters(text, name):
         ("yes", "#### no", False),
         ("yes", "Yes, they are.", True),
         ("yes", "No, they are not.", False),
+        ("True", "#### Yes", True),  # a row may have true as its answer
+        ("True", "No, they are not.", False),
         ("True", "The answer is true.", True),
     ],
 )
@@ -326,6 +328,9 @@ def test_a_number_among_expressions_is_read_as_a_number():
         ("4 + 4 = 8.\nThe answer is 8.", ("number", "8")),
         (r"so it is \boxed{\frac{1}{2}}.", ("number", "1/2")),
         ("(B)", ("letter", "B")),
+        ("B. Paris", ("letter", "B")),
+        ("No, she is not.", ("words", "No")),
+        ("No Country for Old Men", ("words", "No Country for Old Men")),
         (r"\text{(B)}", ("letter", "B")),
         ("09:35", ("time", "9:35")),
         ("Mia", ("words", "Mia")),

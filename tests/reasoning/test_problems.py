@@ -47,7 +47,7 @@ def test_problems_as_people_have_them(tmp_path, capsys, row, prompt, gold, not_r
 @pytest.mark.parametrize(
     "row, words",
     [
-        ({"prompt": "Q"}, 'expected a "prompt"'),
+        ({"prompt": "Q", "solution": "8"}, "name yours with --columns prompt=...,answer=..."),
         ({"answer": "8"}, 'expected a "prompt"'),
         ("Q", 'expected a "prompt"'),
         ({"prompt": "Q", "answer": ["8"]}, 'expected a "prompt"'),
@@ -56,6 +56,7 @@ def test_problems_as_people_have_them(tmp_path, capsys, row, prompt, gold, not_r
         ({"prompt": "Q", "answer": "#### "}, "nothing that can be verified"),
         ({"question": "Q", "options": ["a red one", "a blue one"], "answer": "A"}, "--columns context=options"),
         ({"prompt": "Q", "note": "Ten pens are a box.", "answer": 8}, "--ignore_columns note"),
+        ({"question": "Q", "choices": ["4", "5"], "answer": 1}, "nothing reads choices"),
         ({"prompt": "Q", "image": "a.png", "answer": 8}, "nothing reads image"),
         ({"prompt": [USER | {"tool_calls": [{"name": "f"}]}], "answer": 8}, "nothing reads tool_calls"),
         ({"prompt": "Q", "context": [["T", ["one", "two"]]], "answer": 8}, "'context'"),
