@@ -147,7 +147,8 @@ def several(row, names):
 def expected(fields):
     return (
         'expected a "prompt" with a "response" and a number "score", or with lists "responses" and "scores" of one '
-        f"length, found {columns.listed(fields) or 'no object'}; name yours with --columns prompt=...,response=...,score=..."
+        f"length, found {columns.listed(fields) or 'no object'}; name yours with --columns prompt=...,response=...,"
+        "score=..."
     )
 
 
