@@ -313,7 +313,8 @@ def what_next(job, is_done, seconds, flags):
     done = f"{job.folder}: {len(job.packed)} pairs, {job.noise_args.noise_sets} noise set(s), {states}, {seconds:.0f} s"
     if os.environ.get("LAUNCH_COMMAND"):  # launch.sh trains next
         return done
-    return f"{done}\nnext: {shlex.join(['python', 'train_dpo.py', *flags])}"
+    loss = ["--loss_type", "kto"] if job.packed.task == "kto" and "--loss_type" not in flags else []
+    return f"{done}\nnext: {shlex.join(['python', 'train_dpo.py', *loss, *flags])}"
 
 
 def main(argv=None):

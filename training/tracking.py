@@ -220,8 +220,10 @@ class Record:
             pairs = f"pair {line['step'] * self.per_step}/{self.steps * self.per_step}"
             place = f"step {line['step']}/{self.steps} | {pairs}"
         words = [place, "skipped" if line["skipped"] else f"loss {line['loss']:.4f}"]
-        if "rewards/margins" in line and not line["skipped"]:
-            words += [f"margin {line['rewards/margins']:+.3f}", f"accuracy {line['rewards/accuracies']:.2f}"]
+        if line.get("rewards/margins") is not None and not line["skipped"]:  # None: a step of KTO's without both kinds
+            words.append(f"margin {line['rewards/margins']:+.3f}")
+        if "rewards/accuracies" in line and not line["skipped"]:
+            words.append(f"accuracy {line['rewards/accuracies']:.2f}")
         if "eval_loss" in line:
             words += ["eval loss not finite" if line["eval_loss"] is None else f"eval loss {line['eval_loss']:.4f}"]
         if "eval_rewards/accuracies" in line:

@@ -13,6 +13,7 @@ import torch
 from small import LENGTHS, call, ds_config, flags, log, make_model, make_pairs, pack, refusal, run_jobs
 
 import data_prep
+import score
 import train_dpo
 from preferences import packed
 
@@ -83,6 +84,11 @@ def test_steps_are_plain_adamw(runs, model):
 
 def kto_losses(reference, model, batch):
     return plain.kto_losses(model, reference, batch, T, beta=0.05, weights=WEIGHTS)
+
+
+def test_score_names_the_loss(runs, capsys):
+    call(score.main, "--data", runs[2], *STATES)
+    assert "next: python train_dpo.py --loss_type kto --data" in capsys.readouterr().out
 
 
 def test_metrics(runs, capsys):

@@ -447,6 +447,8 @@ def test_an_evaluation_that_is_not_finite():
         "seconds_left": 0.0,
     }
     assert "eval loss not finite | eval accuracy 0.500 [0.100, 0.900]" in record.words(line)
+    of_one_kind = line | {"rewards/margins": None}  # of KTO, a step of desirable rows alone
+    assert "margin" not in (said := record.words(of_one_kind)) and "accuracy 1.00" in said
 
 
 def test_numbers_that_json_has_no_word_for():
