@@ -48,6 +48,7 @@ ROLE_WORDS = {"user", "assistant", "system", "human", "gpt", "text"}
 # the fields of an object that are read, by the first of them that it has
 FIELDS = (("messages",), ("human", "assistant"), ("from", "value"), ("role", "content"), ("type", "text", "value"))
 INSIDE = {"prompt", "question", "instruction", "query", "messages", "conversation", "conversations", *PARTS}
+INSIDE |= {"passage", "passages", "document", "documents", "article"}
 INSIDE |= {*PARTS["system"], *IMAGES, *TOOLS, "tool_calls", "function_call"}  # no metadata
 ASKING = INSIDE | {"instructions", "user"}  # words of a name: its text may be part of the prompt
 
@@ -146,13 +147,19 @@ def is_text(value):
 
 def holds_messages(value):
     """Whether a value is a message or a list of them, or, as a text of JSON, would be."""
-    if isinstance(value, str) and value.lstrip()[:2] in ("[{", '{"'):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return False
+    value = written_value(value)
     first = value[0] if isinstance(value, list) and value else value
     return isinstance(first, dict) and any(first.keys() >= set(names[:2]) for names in FIELDS[1:4])
+
+
+def written_value(value):
+    """The object or the list of objects that a text writes as JSON; another value as it is."""
+    if not isinstance(value, str) or value.lstrip()[:2] not in ("[{", '{"'):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def words_of(name):
@@ -171,7 +178,7 @@ def is_harmless(name, value, texts):
     words = words_of(name)
     nouns = [word for word in words if word not in SIDE]
     if JUDGEMENTS & set(words) and not (is_text(value) and ASKING & set(words)):
-        return not any(str(key).lower() in INSIDE for key, _ in texts)
+        return not any(str(key).lower() in INSIDE for key, _ in texts_in(written_value(value)))
     if holds_messages(value):
         return False
     if words == ["task"]:

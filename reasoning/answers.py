@@ -135,13 +135,15 @@ def f1(answer, right):
 def same_words(answer, right):
     """An exact match; None where the right words stand among others, as in "Mia is the oldest".
 
-    Of yes and no, the first word counts: "No, she is not."
+    Of yes and no, the first word counts: "No, she is not."; "it depends" and "yes and no" are neither.
     """
     ours, theirs = plain_words(answer), plain_words(right)
     if ours == theirs:
         return True
-    if len(theirs) == 1 and ours and {theirs[0], ours[0]} <= YES_OR_NO.keys():
-        return YES_OR_NO[ours[0]] == YES_OR_NO[theirs[0]]
+    if len(theirs) == 1 and theirs[0] in YES_OR_NO:
+        said = [YES_OR_NO.get(word) for word in ours] or [None]
+        is_both = re.match(r"\w+ (?:and|or) (?:yes|no|true|false)\b", " ".join(ours))
+        return None if said[0] is None or is_both else said[0] == YES_OR_NO[theirs[0]]
     return None if set(theirs) <= set(ours) else False
 
 

@@ -55,7 +55,7 @@ def read(path, given=None, ignored=(), reasoning="auto"):
     given: {role: column} of --columns; ignored: columns that are not read; reasoning: "drop" or "inline".
     """
     given, scores_of, names_of_all, harmless = given or {}, {}, {}, dict.fromkeys(ignored)
-    responses = left_out = 0
+    responses, left_out, score_columns = 0, 0, {}  # {prompt as JSON: the column of its scores}
     table = sources.read_rows([path])
     if not table:
         raise InputError(f"--in {path}: holds no row")
@@ -71,6 +71,13 @@ def read(path, given=None, ignored=(), reasoning="auto"):
                 left_out += 1
                 continue
             responses += 1
+            column = names.get("score", "")
+            before = score_columns.setdefault(json.dumps(prompt), column)
+            if column.rstrip("s") != before.rstrip("s"):
+                raise InputError(
+                    f"{row.place}: the score is in '{column}', and in '{before}' before: two scales cannot be "
+                    "compared; keep the rows of one, or write their scores into one column"
+                )
             group = scores_of.setdefault(json.dumps(prompt), {})  # {response: [score]}
             group.setdefault(text, []).append(number(score, row.place))
     groups = {prompt: mean_scores(group) for prompt, group in scores_of.items()}

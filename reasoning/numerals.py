@@ -31,6 +31,10 @@ SPELLINGS = [  # (pattern, what it becomes), in this order
     (THOUSANDS, ""),
     (r"\\[dt]?frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))", r" \1\3/\2\4 "),
     (r"(?<=\d)[²³]", "^2"),  # a power, and no number
+    (r"½", " 1/2"),
+    (r"¼", " 1/4"),
+    (r"¾", " 3/4"),
+    (r"(?i)\b(?:minus|negative) +(?=[.\d])", "-"),
     (r"\^\s*\{?\s*\\circ\b\s*\}?", " "),
     (r"\\(?:text|math|mbox)[a-z]*(?=[\s{])|\\(?:left|right|displaystyle|q?quad|approx)(?![A-Za-z])", " "),
     (r"\\[,;:! ()\[\]]", " "),

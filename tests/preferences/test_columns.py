@@ -150,6 +150,8 @@ UNREAD = {  # name: (columns beside any others, the name that stops the job, wha
     "turns": ({"trajectory": [{"from": "user", "value": "Solve 2 + 3."}]}, "trajectory", "messages"),
     "a sentence named as a source": ({"source": "Das ist ein Haus."}, "source", "text"),
     "a prompt in the metadata": ({"metadata": {"system_prompt": "Be brief."}}, "metadata", "an object"),
+    "the same as JSON": ({"metadata": '{"system_prompt": "Be brief."}'}, "metadata", "text"),
+    "a passage in the metadata": ({"meta": {"passage": "Ann has 6 cups."}}, "meta", "an object"),
     "a second system text": ({"system": "S", "system_prompt": "T"}, "system_prompt", "text"),
     "thoughts": ({"reasoning": "It is so. It is."}, "reasoning", "text"),
     "an image": ({"image": {"bytes": "aGk=", "path": "a.jpg"}}, "image", "images, video or audio"),
@@ -384,6 +386,8 @@ def test_the_columns_of_judged_rows_can_be_named(tmp_path):
     assert judge(tmp_path, [row], given=given, ignored=["notes"]).groups == {'"Q"': {"good": 3}}
     with pytest.raises(InputError, match="expected one message in 'messages' that answers the prompt, found others"):
         judge(tmp_path, [{"prompt": "other", "messages": [USER, SAID], "score": 1}])
+    with pytest.raises(InputError, match="judged.jsonl:2: the score is in 'rating', and in 'score' before"):
+        judge(tmp_path, [JUDGED, {"prompt": "Q", "response": "bad", "rating": 4}])
 
 
 # --- the inputs of reports ---

@@ -65,10 +65,11 @@ SPELLINGS = [  # the same number, as models spell it after ####, in a box, or sa
     ("18", ["\uff11\uff18", "\u20ac18", "18 USD", r"18\%", r"18^\circ", r"18^{\circ}", r"18 \text{ cm}"]),
     ("18", [r"\text{18}", r"\mathbf{18}", r"\text{18 eggs}", "18:00", "18 = x"]),
     ("18", ["= 18", r"\approx 18", r"\frac{36}{2} = 18", r"2 \times 9 = 18"]),
-    ("-18", ["-18", "\u221218", "\u201318", r"\(-18\)", "-$18", "$-18", "x = \u221218"]),
+    ("-18", ["minus 18", "negative 18", "-18", "\u221218", "\u201318", r"\(-18\)", "-$18", "$-18", "x = \u221218"]),
     ("1234", ["1,234", r"1\,234", "1{,}234", r"1,\!234", r"1\ 234", "1 234", "1\u202f234", "1\u00a0234", "1234.00"]),
     ("1234567", [r"1\,234\,567", "1,234,567", "1 234 567"]),
-    ("3/4", [r"\frac{3}{4}", r"\dfrac34", "3/4", r"x = \tfrac{3}{4}"]),
+    ("7/2", ["3\u00bd", "3 \u00bd"]),
+    ("3/4", ["\u00be", r"\frac{3}{4}", r"\dfrac34", "3/4", r"x = \tfrac{3}{4}"]),
     ("1500", [r"1.5\times10^{3}", r"1.5 \cdot 10^3", "1.5 thousand"]),
 ]
 UNMARKED = [
@@ -275,6 +276,8 @@ def test_letters(text, name):
         ("yes", "#### no", False),
         ("yes", "Yes, they are.", True),
         ("yes", "No, they are not.", False),
+        ("yes", "#### Yes and no.", None),
+        ("no", "#### It depends.", None),
         ("True", "#### Yes", True),  # a row may have true as its answer
         ("True", "No, they are not.", False),
         ("True", "The answer is true.", True),
