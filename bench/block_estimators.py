@@ -44,7 +44,7 @@ WAYS = ("row", "block", "ranks", "stratified", "own")
 COPIES = (1, 2, 4, 8)
 TRUTH_MASKS, TRUTH_DRAWS = 4, 3
 TRAINING = "--use_mixed_precision no --lr_scheduler_type constant --eval_fraction 0 --report_to none".split()
-SFT = "--loss_type sft --task sft --learning_rate 3e-3 --max_steps 400 --per_device_train_batch_size 16".split()
+SFT = "--loss_type sft --task sft --learning_rate 3e-3 --per_device_train_batch_size 16".split()
 DPO = "--learning_rate 3e-4 --max_steps 15".split()
 
 
@@ -52,7 +52,7 @@ DPO = "--learning_rate 3e-4 --max_steps 15".split()
 
 
 def models_of(size, work, steps):
-    """(packed, reference, policy) folders of a block size, made once. steps: of SFT, instead of 400."""
+    """(packed, reference, policy) folders of a block size, made once. steps: of SFT."""
     prefs, init = ROOT / "examples" / "prefs.jsonl", work / f"init-{size}"
     sft, data, reference, policy = (work / f"{name}-{size}" for name in ("sft-data", "packed", "reference", "policy"))
     if (policy / "final").exists():
@@ -65,7 +65,7 @@ def models_of(size, work, steps):
         file.writelines(json.dumps({"prompt": row["prompt"], "response": row["chosen"]}) + "\n" for row in rows)
     plain = ["--template", "none"]
     run("data_prep.py", "--task", "sft", "--in", work / "sft.jsonl", "--out", sft, "--model_name_or_path", init, *plain)
-    more = ["--gradient_accumulation_steps", 1, *(["--max_steps", steps] if steps else [])]
+    more = ["--gradient_accumulation_steps", 1, "--max_steps", steps]
     run("train_dpo.py", "--data", sft, "--output_dir", reference, *TRAINING, *SFT, *more)
     run("data_prep.py", "--in", prefs, "--out", data, "--model_name_or_path", reference / "final", *plain)
     run("score.py", "--data", data, *TRAINING)
@@ -193,7 +193,7 @@ def read_arguments(argv):
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--draws", type=int, default=8, help="of each way for each pair")
     parser.add_argument("--lengths", type=int, nargs=2, default=[18, 100], help="least and most tokens of a response")
-    parser.add_argument("--steps", type=int, help="of SFT")
+    parser.add_argument("--steps", type=int, default=400, help="of SFT")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "block-estimators")
     parser.add_argument("--json", help="write the table there")
     return parser.parse_args(argv)

@@ -22,6 +22,7 @@ from small import (
     ROOT,
     call,
     flags,
+    last_of_each,
     log,
     make_model,
     make_pairs,
@@ -124,7 +125,7 @@ def test_launch_stops_and_goes_on(home, tmp_path, number):
     """launch.sh on two ranks gets a signal: the ranks save, and the command that is printed resumes the run."""
     argv = [*home.argv, *flags(num_gpus=2, model_name_or_path=home.model, output_dir=tmp_path / "run")]
     argv += flags(gradient_accumulation_steps=1)
-    command = ["bash", ROOT / "launch.sh", DS, *map(str, argv)]
+    command = ["bash", ROOT / "launch.sh", DS, *last_of_each(argv)]
     one_pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, cwd=ROOT, text=True, env=shell_environment(), **one_pipe)
     wait_for(process, lambda: (tmp_path / "run" / "log.jsonl").exists())

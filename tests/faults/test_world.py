@@ -9,7 +9,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
-from small import LENGTHS, ROOT, flags, log, make_model, make_pairs, pack, run_jobs, shell_environment
+from small import LENGTHS, ROOT, flags, last_of_each, log, make_model, make_pairs, pack, run_jobs, shell_environment
 
 CLOSE = 2e-5  # between the losses of two worlds in float32, which add up in another order
 NOISE = flags(use_mixed_precision="no", diffusion_steps=2, trajectories=2, tokens_per_forward=100)
@@ -69,7 +69,7 @@ def command(home, out, *more):
     (out / "prefs.jsonl").write_text("".join(rows))
     argv = ["--in", out / "prefs.jsonl", "--data", out / "packed", "--model_name_or_path", home.model]
     argv += [*NOISE, *TRAIN, "--output_dir", out / "run", *more]
-    return ["bash", str(ROOT / "launch.sh"), str(ROOT / "ds_configs" / "zero3_offload_4080.json"), *map(str, argv)]
+    return ["bash", str(ROOT / "launch.sh"), str(ROOT / "ds_configs" / "zero3_offload_4080.json"), *last_of_each(argv)]
 
 
 def launch(command, **variables):
