@@ -126,7 +126,10 @@ def check_rows(lines, outcome, reader):
     """What is wrong with an outcome that is no refusal: every row is kept or listed, as it was made to be."""
     rows = {number: row for number, row in enumerate(lines, 1) if not row.blank}
     kept, listed = outcome.kept, outcome.listed
-    if kept.keys() & listed.keys() or kept.keys() | listed.keys() != rows.keys() or outcome.meta["rows"] != len(rows):
+    both = [number for number in kept.keys() & listed.keys() if not rows[number].free]
+    count, is_any = outcome.meta["rows"], any(row.free for row in rows.values())  # a free row may hold several pairs
+    is_counted = count >= len(rows) if is_any else count == len(rows)
+    if both or kept.keys() | listed.keys() != rows.keys() or not is_counted:
         yield f"rows {sorted(rows.keys() ^ (kept.keys() | listed.keys()))[:5]} are not accounted for"
         return
     if len({files.fingerprint(*ids) for ids in kept.values()}) < len(kept):
