@@ -10,7 +10,7 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
-from small import LENGTHS, ROOT, call, execute, flags, log, make_model, make_pairs, numbers, pack, shell
+from small import LENGTHS, ROOT, call, execute, flags, last_of_each, log, make_model, make_pairs, numbers, pack, shell
 
 import files
 import score
@@ -88,7 +88,7 @@ def launch(home, tmp_path, full, *more):
     )
     (place / "python3").chmod(0o755)
     argv = [*home.argv, *flags(model_name_or_path=home.model, output_dir=tmp_path / "run"), *more]
-    command = shlex.join(["bash", str(ROOT / "launch.sh"), str(DS), *map(str, argv)])
+    command = shlex.join(["bash", str(ROOT / "launch.sh"), str(DS), *last_of_each(argv)])
     return shell(f"PATH={place}:$PATH {command}", ROOT), command
 
 
