@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from files import InputError, fingerprint, open_array, read_json, sealed, unharmed, write_array, write_json
+from losses import LOSSES
 
 FORMAT = 2
-# By task: what its rows are called, a file of them, and the --loss_type that most train on them
+# By task: what its rows are called, and a file of them
 NOUNS = {"preferences": "preferences", "sft": "SFT rows", "kto": "judged responses"}
 EXAMPLES = {"preferences": "prefs.jsonl", "sft": "sft.jsonl", "kto": "judged.jsonl"}
-LOSSES = {"preferences": "sigmoid", "sft": "sft", "kto": "kto"}
 
 
 def command(folder, task="preferences", sources=(), model=None):
@@ -113,9 +113,10 @@ class Packed:
     def need(self, *tasks):
         """Refuse data of another task than `tasks`."""
         if self.task not in tasks:
+            loss = next(name for name, loss in LOSSES.items() if loss.tasks[0] == self.task)
             raise InputError(
                 f"{self.folder}: holds {NOUNS[self.task]}, expected {NOUNS[tasks[0]]}; pack those into another folder "
-                f"({command(f'{self.folder}-{tasks[0]}', tasks[0])}), or give --loss_type {LOSSES[self.task]}"
+                f"({command(f'{self.folder}-{tasks[0]}', tasks[0])}), or give --loss_type {loss}"
             )
 
     def lines(self):

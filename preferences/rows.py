@@ -197,10 +197,8 @@ def finished(row, columns, prompt, responses, chat, reasoning):
         prompt, responses = dialogue(prompt), [response.strip() for response in responses]
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise Malformed("expected a prompt whose last message is the user's, found the assistant's")
-    prompt, responses = (
-        whole_prompt(row, columns, prompt, chat),
-        [answer(settled(said, reasoning)) for said in responses],
-    )
+    prompt = whole_prompt(row, columns, prompt, chat)
+    responses = [answer(settled(said, reasoning)) for said in responses]
     if isinstance(prompt, list):
         prompt = [settled(said, reasoning) for said in prompt]
     try:

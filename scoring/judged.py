@@ -32,7 +32,7 @@ class Judged(objective.Preference):
         return len(self.metrics) + 2
 
     def piece(self, item, scale=1.0):
-        return Piece(self.responses(item)[:1], self.loss(item), scale)
+        return Piece([self.response(item, 0)], self.loss(item), scale)
 
     def set_baseline(self, items, score, device):
         """Find kl from the mismatched responses of this rank's `items` and those of the others.
@@ -40,7 +40,7 @@ class Judged(objective.Preference):
         score: list of States -> their scores [(S,)], without a graph. This communicates: every rank must call it.
         Returns the tokens that went through the model.
         """
-        states = [self.responses(item)[1] for item in items]
+        states = [self.response(item, 1) for item in items]
         with torch.no_grad():
             scores = score(states)
         total = torch.tensor([0.0, len(items)], dtype=torch.float64, device=device)

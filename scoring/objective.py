@@ -129,23 +129,24 @@ class Preference(Objective):
 
     def responses(self, item):
         """The States of chosen and rejected and, where a loss has_nll, the chosen's SFT row."""
-        index, epoch = item
-        prompt, *sides = self.packed[index]
-        masks = self.masks(index, epoch % self.noise.noise_sets)
-        replayed = [self.noise, self.masking, min(map(len, sides))]
-        states = [recipe.replay(prompt, side, masked, *replayed) for side, masked in zip(sides, masks)]
-        if self.carrying != self.counts:
-            states = [self.with_gradient_states(side, masked, item) for side, masked in zip(states, masks)]
+        states = [self.response(item, side) for side in (0, 1)]
         if self.has_nll:
             states += sft_rows([item], self.packed, 0, self.noise.noise_seed, self.masking, self.sft)
         return states
 
-    def masks(self, index, noise_set):
-        """masked (S, n) of chosen and of rejected, bool."""
+    def response(self, item, side):
+        """The States of chosen (side 0) or rejected (side 1)."""
+        index, epoch = item
+        prompt, *sides = self.packed[index]
+        masked = self.masks(index, side, epoch % self.noise.noise_sets)
+        states = recipe.replay(prompt, sides[side], masked, self.noise, self.masking, min(map(len, sides)))
+        return states if self.carrying == self.counts else self.with_gradient_states(states, masked, item)
+
+    def masks(self, index, side, noise_set):
+        """masked (S, n) of a response, bool."""
         if self.reference:
-            return self.reference.masks(index, noise_set)
-        blocks = self.masking.blocks
-        return [recipe.draw(self.packed, index, side, self.noise, noise_set, blocks) for side in (0, 1)]
+            return self.reference.masks(index, side, noise_set)
+        return recipe.draw(self.packed, index, side, self.noise, noise_set, self.masking.blocks)
 
     def with_gradient_states(self, states, masked, item):
         """`states` of which --backprop_steps carry the gradient.

@@ -142,11 +142,10 @@ class Reference:
                     f"{self.folder / name}: is not as it was written; remove {self.folder}, and run: {mend}"
                 )
 
-    def masks(self, index, noise_set):
-        """masked (S, n) of chosen and of rejected, bool."""
-        a, b, c = self.packed.noise_bounds[index]
-        bits = self.noise[noise_set]
-        return unpack_masks(bits[a:b], self.S), unpack_masks(bits[b:c], self.S)
+    def masks(self, index, side, noise_set):
+        """masked (S, n) of a response, bool; side 0 is chosen, 1 rejected."""
+        start, end = self.packed.noise_bounds[index, side : side + 2]
+        return unpack_masks(self.noise[noise_set][start:end], self.S)
 
 
 def missing_reference(folder, wanted, mend):

@@ -262,7 +262,7 @@ def test_reference_round_trip(folder, reference):
     assert got.S == S
     for k in range(2):
         for index in range(3):
-            sides = got.masks(index, k)
+            sides = [got.masks(index, side, k) for side in (0, 1)]
             assert all(np.array_equal(sides[side], reference[1][k, index, side]) for side in (0, 1))
         assert np.array_equal(got.scores[k], np.load(reference[0] / f"ref_scores-{k}.npy"))
 

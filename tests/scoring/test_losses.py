@@ -3,26 +3,21 @@
 bash tests/run.sh tests/scoring/test_losses.py
 """
 
-from types import SimpleNamespace
-
 import numpy as np
 import plain
 import pytest
 import torch
-from small import LENGTHS, ROOT, call, flags, log, make_model, make_pairs, pack, refusal, run
-from test_window import ALONE, flat, made, off
+from small import ROOT, call, flags, log, pack, refusal, run
+from test_window import ALONE, BASE, T, flat, made, make_home, off
 from torch.nn.functional import logsigmoid
 
 import config
 import losses
 import score
 import train_dpo
-from models import checkpoint
 from reporting import diagnosis, history, page
 from scoring import noise
 
-T, R = 3, 2  # S = 5
-BASE = flags(diffusion_steps=T, trajectories=R, noise_sets=2, use_mixed_precision="no")
 # The arguments that each loss is tried with; beta 0.2
 GIVEN = {
     "sigmoid": {},
@@ -134,17 +129,7 @@ def test_far_margins_are_finite():
 
 @pytest.fixture(scope="module")
 def home(tiny_dir, tmp_path_factory):
-    """A model, pairs, its reference scores for them, and a policy that has left it."""
-    folder = tmp_path_factory.mktemp("losses")
-    model = make_model(folder / "model", tiny_dir)
-    data = pack(folder / "packed", make_pairs(LENGTHS[:6]), model)
-    assert call(score.main, "--data", data, *BASE) == 0
-    policy = checkpoint.load_model(str(model), torch.float32)
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=rng))
-    return SimpleNamespace(folder=folder, model=model, data=data, policy=policy, pairs=plain.read_packed(data))
+    return make_home(tmp_path_factory.mktemp("losses"), tiny_dir)
 
 
 ITEMS = {(1, 1): 0.2, (4, 0): 0.7}  # (pair, epoch): scale
@@ -153,7 +138,7 @@ ITEMS = {(1, 1): 0.2, (4, 0): 0.7}  # (pair, epoch): scale
 @pytest.fixture(scope="module")
 def true_scores(home):
     """The weights in float64, and {item: (policy, reference, NLL)} of plain.py, with a graph."""
-    reveal, reference = plain.read_reference(home.data)[0], plain.load(home.model)
+    reveal, reference = home.reveal, plain.load(home.model)
     weights = {name: each.detach().double().requires_grad_() for name, each in home.policy.named_parameters()}
     found = {}
     for index, epoch in ITEMS:

@@ -31,10 +31,8 @@ ALONE = engine.Ranks(0, 1, torch.device("cpu"))
 SIZES = (1, 40, 300, 10**5)
 
 
-@pytest.fixture(scope="module")
-def home(tiny_dir, tmp_path_factory):
+def make_home(folder, tiny_dir):
     """A model, pairs, its reference scores for them, and a policy that has left it."""
-    folder = tmp_path_factory.mktemp("window")
     model = make_model(folder / "model", tiny_dir)
     data = pack(folder / "packed", make_pairs(LENGTHS[:6]), model)
     assert call(score.main, "--data", data, *BASE) == 0
@@ -44,7 +42,12 @@ def home(tiny_dir, tmp_path_factory):
         for parameter in policy.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=rng))
     pairs, reveal = plain.read_packed(data), plain.read_reference(data)[0]
-    return SimpleNamespace(model=model, data=data, policy=policy, pairs=pairs, reveal=reveal)
+    return SimpleNamespace(folder=folder, model=model, data=data, policy=policy, pairs=pairs, reveal=reveal)
+
+
+@pytest.fixture(scope="module")
+def home(tiny_dir, tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("window"), tiny_dir)
 
 
 def preference(home, *argv):
@@ -150,7 +153,8 @@ def test_gradient_of_part_of_the_states(home, k, sft_weight):
         parts = score.state_scores(home.policy, piece.responses, 10**5, ALONE)
         totals = [states.sum().detach().requires_grad_() for states in parts]
         slopes = torch.autograd.grad(piece.scale * piece.loss_of(totals), totals)
-        for side, masked in enumerate(part.reference.masks(index, epoch % 2)):
+        for side in (0, 1):
+            masked = part.reference.masks(index, side, epoch % 2)
             rng = noise.generator(0, np.concatenate(home.pairs[index]), "pair gradient", epoch)
             factor = noise.gradient_states(masked, piece.responses[side].weight, k, rng)
             weighted = weighted + slopes[side] * (torch.from_numpy(factor) * parts[side]).sum()
