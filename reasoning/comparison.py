@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from files import InputError
 from reasoning import tasks
@@ -30,6 +31,37 @@ def mcnemar(won, lost):
     """Two-sided p of McNemar's exact test (1947): the first model alone has `won` items right, the other `lost`."""
     n = won + lost
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(won, lost) + 1)) / 2**n)
+
+
+SIGNIFICANT = 0.05  # p of McNemar's test below which a gain is said to show
+CHANGED = 0.15  # share of items that change sides, where nothing was measured yet
+
+
+class Gain(NamedTuple):
+    """The least uneven split of the items that change sides that McNemar's test tells from chance."""
+
+    won: int
+    lost: int
+    p: float
+
+
+def least_gain(changed):
+    """The Gain of `changed` items, each solved by exactly one of two models; None: no split of them has p < 0.05."""
+    for lost in range(changed // 2, -1, -1):
+        won = changed - lost
+        if (p := mcnemar(won, lost)) < SIGNIFICANT:
+            return Gain(won, lost, p)
+    return None
+
+
+def gain_line(items, changed):
+    """A sentence: how large a gain `items` items can show where `changed` of them change sides."""
+    where = f"with {items} items of which {changed / items:.0%} change sides ({changed})"
+    gain = least_gain(changed)
+    if gain is None:
+        return f"{where}, no gain gives p < {SIGNIFICANT}: take more items"
+    points = 100 * (gain.won - gain.lost) / items
+    return f"{where}, {gain.won} to {gain.lost} (+{points:.1f} points) is the least gain that gives p < {SIGNIFICANT}"
 
 
 def against(first, rows):
