@@ -28,7 +28,7 @@ from cli.parser import arg
 from files import InputError
 from reasoning import arguments, benchmarks, tasks
 
-OURS = [*benchmarks.BENCHMARKS, *tasks.FAMILIES]
+OURS = [*dict.fromkeys([*benchmarks.BENCHMARKS, *tasks.FAMILIES])]
 HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness
 EMBEDDED = 200  # problems of an embedded task when no --limit is given
 
@@ -145,7 +145,7 @@ def read_items(name, theirs, args, seed):
             benchmarks.Item(str(number), own.text, own.prompt, own.answer, own.kind)
             for number, own in enumerate(read_own(path, args)[: args.limit], 1)
         ]
-    if name in benchmarks.BENCHMARKS:
+    if name in benchmarks.BENCHMARKS and (args.data_dir or name not in tasks.FAMILIES):
         return benchmarks.read(name, args.data_dir)[: args.limit]
     drawn = tasks.generate(args.limit or EMBEDDED, "test", seed, (name,))
     return [

@@ -34,7 +34,9 @@ class GenerateArguments:
         None, 'a .jsonl file; the "prompt" of its lines is a string or a list of messages', "--in", metavar="FILE"
     )
     task: Optional[str] = arg(
-        None, f"solve held-out problems and verify the answers: {', '.join(tasks.FAMILIES)}, or all", metavar="NAME"
+        None,
+        f"solve held-out problems and verify the answers: {', '.join(tasks.FAMILIES)}, or all ({tasks.ALL})",
+        metavar="NAME",
     )
     out: Optional[str] = arg(
         None,
@@ -52,7 +54,7 @@ def read_arguments(argv=None):
     given = [flag for flag, value in what.items() if value is not None]
     if len(given) != 1:
         raise InputError(f"{' and '.join(given) or 'nothing'} given; expected one of --prompt, --in and --task")
-    if args.task in benchmarks.BENCHMARKS:
+    if args.task in benchmarks.BENCHMARKS and args.task not in tasks.FAMILIES:
         raise InputError(
             f"--task is {args.task!r}, a benchmark; run: python evaluate.py --tasks {args.task} --model "
             f"{shlex.quote(sample.model_name_or_path or 'MODEL')}"
@@ -89,7 +91,7 @@ def main(argv=None):
     if args.source is not None:
         rows = prompts.read_rows(args.source)
     elif args.task is not None:
-        families = tuple(tasks.FAMILIES) if args.task == "all" else (args.task,)
+        families = tuple(tasks.EMBEDDED) if args.task == "all" else (args.task,)
         problems = tasks.generate(args.num, "test", sample.seed, families)
         rows = {f"problem {number}": row_of(problem) for number, problem in enumerate(problems, 1)}
     else:

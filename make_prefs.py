@@ -35,7 +35,8 @@ class PreferenceArguments:
     )
     task: Optional[str] = arg(
         None,
-        f"sample, corrupt: generated problems, {', '.join(tasks.FAMILIES)}, or all; default: those of --in",
+        f"sample, corrupt: generated problems, {', '.join(tasks.FAMILIES)}, or all ({tasks.ALL}); default: those of "
+        "--in",
         metavar="NAME,...",
     )
     source: Optional[str] = arg(
@@ -113,7 +114,7 @@ def check_sampling(args, sampling):
 
 def families(text):
     """ "arithmetic,ordering" or "all" -> ("arithmetic", "ordering")"""
-    names = tuple(tasks.FAMILIES) if text == "all" else tuple(name.strip() for name in text.split(","))
+    names = tuple(tasks.EMBEDDED) if text == "all" else tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in tasks.FAMILIES:
             raise InputError(f"--task {text}: no family '{name}'; there are {', '.join(tasks.FAMILIES)}, or all")

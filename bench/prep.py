@@ -202,7 +202,7 @@ def report(args, folder):
 
         args.source = str(folder / "prefs.jsonl")
         with jsonlines.open(args.source, "w") as writer:
-            writer.write_all(tasks.preference_rows(args.rows, "train", 0, tuple(tasks.FAMILIES)))
+            writer.write_all(tasks.preference_rows(args.rows, "train", 0, tuple(tasks.EMBEDDED)))
     counts, dropped, rows = compare(args, folder)
     versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers", "datasets", "tokenizers")}
     releases = ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -18,7 +18,7 @@ from collections import Counter
 from typing import Callable, NamedTuple
 
 from files import InputError
-from reasoning import letters, numerals
+from reasoning import countdown, letters, numerals, sudoku
 from reasoning.marks import EMPHASIS, is_marked, lone_line, marked_places, problems, said_places, without_thoughts
 
 
@@ -28,6 +28,7 @@ class Kind(NamedTuple):
     parse: Callable  # text of a marked place -> answer; None: there is none; UNCLEAR: there is no single one
     unmarked: Callable  # a response in which no place has an answer -> the same
     same: Callable  # (answer, gold) -> True or False; None: it cannot be said
+    shares: dict = {}  # name: (answer or "", gold) -> how much of it is right, 0 to 1
 
 
 class Gold(NamedTuple):
@@ -39,7 +40,7 @@ class Gold(NamedTuple):
 
 def read(kind, response):
     """The answer of a response as text, None if none can be read. kind: a name in KINDS."""
-    parse, unmarked, _ = KINDS[kind]
+    parse, unmarked, *_ = KINDS[kind]
     for text in problems(EMPHASIS.sub("", without_thoughts(response))):
         found = (parse(place) for place in marked_places(text))
         answer = next((each for each in found if each is not None), None)
@@ -53,16 +54,19 @@ def read(kind, response):
 def grade(kind, right, response):
     """{"extracted", "correct"} of a response: None and None where no answer can be read. right: the gold answer.
 
-    HotpotQA's kind, text, has "f1", too.
+    The kind text (HotpotQA's) has "f1", too; sudoku has "cells".
     """
     extracted = read(kind, response)
     graded = {"extracted": extracted, "correct": None if extracted is None else KINDS[kind].same(extracted, right)}
-    return graded | {"f1": f1(extracted or "", right)} if kind == "text" else graded
+    for name, share in KINDS[kind].shares.items():
+        graded[name] = share(extracted or "", right)
+    return graded
 
 
 def gold(text):
     """The Gold of the right answer as people write it: "8", "(B)", a solution that ends in #### 8 or holds \\boxed{8}.
 
+    Of Countdown and Sudoku it is the problem, which may have several right answers: countdown.GOLD, sudoku.GOLD.
     None if it is nothing that can be verified: several sentences, or nothing.
     """
     said = [each.rstrip(".") for _, each in said_places(text)]
@@ -70,6 +74,9 @@ def gold(text):
     final = WRAPPED.sub(r"\1", final).strip()
     if not re.search(r"\w", final) or "\n" in final or len(final) > LONGEST:
         return None
+    for kind, module in (("countdown", countdown), ("sudoku", sudoku)):
+        if module.GOLD.fullmatch(final):
+            return Gold(kind, final)
     if found := LETTER.fullmatch(final):
         return Gold("letter", found[1])
     if numerals.TIME.fullmatch(final.strip(".")):
@@ -197,5 +204,7 @@ KINDS = {
     "letter": Kind(letters.letter, letters.letter_in_prose, str.__eq__),
     "words": Kind(words, lone_words, same_words),
     "expression": Kind(expression, expression_in_prose, same_expression),
-    "text": Kind(words, short_answer, exact_match),
+    "text": Kind(words, short_answer, exact_match, {"f1": f1}),
+    "countdown": Kind(countdown.expression, countdown.in_prose, countdown.same),
+    "sudoku": Kind(sudoku.grid, sudoku.in_prose, sudoku.same, {"cells": sudoku.cells}),
 }

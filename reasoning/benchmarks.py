@@ -1,19 +1,21 @@
-"""GSM8K, MATH-500, LogiQA 2.0 and HotpotQA: reading their files, and their prompts.
+"""GSM8K, MATH-500, LogiQA 2.0, HotpotQA, Countdown and Sudoku: reading their files, and their prompts.
 
     items = read("gsm8k", "data")     a file in its original format under data/; without a folder, the Hub's data set
     answers.grade(items[0].kind, items[0].answer, "9 * 2 = 18\\n#### 18") -> {"extracted": "18", "correct": True}
 
-All four are asked without examples (zero-shot), in one user message where the model has a chat template. The prompts
+All are asked without examples (zero-shot), in one user message where the model has a chat template. The prompts
 say how to mark the answer; answers.py reads what models write.
 """
 
+import csv
 import json
+import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 from files import InputError
 from models.folders import downloading
-from reasoning import answers
+from reasoning import answers, countdown, sudoku
 
 
 class Item(NamedTuple):
@@ -34,7 +36,7 @@ class Asked(NamedTuple):
 
 class Benchmark(NamedTuple):
     files: tuple  # names under --data_dir, the first that is there; * stands for anything
-    hub: tuple  # data set, configuration, split
+    hub: tuple | None  # data set, configuration, split; None: it is in files only
     ask: Callable  # row -> Asked; KeyError, TypeError or ValueError if it is not of this benchmark
     kind: str  # of answers, a name in answers.KINDS
 
@@ -85,6 +87,20 @@ def ask_hotpotqa(row):
     return Asked(question, prompt, row["answer"])
 
 
+# --- Countdown of three numbers and 4x4 Sudoku (Zhao et al., arXiv 2504.12216): files and prompts of d1 ---
+
+
+def ask_countdown(row):
+    numbers = [int(number) for number in row["input"].split(",")]
+    return Asked(*countdown.ask(numbers, int(row["output"])))
+
+
+def ask_sudoku(row):
+    if not re.fullmatch("[0-4]{16}", row["Puzzle"]) or not sudoku.solutions(row["Puzzle"]):
+        raise ValueError("expected 16 digits of 0 to 4 that can be completed")
+    return Asked(*sudoku.ask(row["Puzzle"]))
+
+
 # --- reading ---
 
 BENCHMARKS = {
@@ -109,11 +125,20 @@ BENCHMARKS = {
         ask=ask_hotpotqa,
         kind="text",
     ),
+    "countdown": Benchmark(
+        files=("countdown/countdown_cd3_test.jsonl", "countdown_cd3_test.jsonl"),
+        hub=None,
+        ask=ask_countdown,
+        kind="countdown",
+    ),
+    "sudoku": Benchmark(
+        files=("sudoku/4x4_test_sudoku.csv", "4x4_test_sudoku.csv"), hub=None, ask=ask_sudoku, kind="sudoku"
+    ),
 }
 
 
 def read(name, data_dir=None):
-    """The Items of a benchmark, in order, from its file under `data_dir` or from the Hub."""
+    """The Items of a benchmark, in order, from its file under `data_dir` or from the Hub (if it has a hub)."""
     place, rows = local_rows(name, Path(data_dir)) if data_dir else hub_rows(name)
     items = []
     for number, row in enumerate(rows, 1):
@@ -131,7 +156,7 @@ def read(name, data_dir=None):
 
 
 def local_rows(name, folder):
-    """(path, rows) of the benchmark's file: JSON lines, or one list."""
+    """(path, rows) of the benchmark's file: JSON lines, one list, or CSV with a header."""
     wanted = BENCHMARKS[name].files
     found = next(filter(None, (sorted(folder.glob(file)) for file in wanted)), None)
     if not found:
@@ -142,6 +167,8 @@ def local_rows(name, folder):
         )
     try:
         text = found[0].read_text(encoding="utf-8-sig")
+        if found[0].suffix == ".csv":
+            return found[0], list(csv.DictReader(text.splitlines()))
         if text.lstrip().startswith("["):
             return found[0], json.loads(text)
         return found[0], [json.loads(line) for line in text.split("\n") if line.strip()]

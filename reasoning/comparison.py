@@ -83,7 +83,7 @@ def summary(task, label, rows, first):
     accuracy = sum(row["correct"] is True for row in rows) / n
     unread = sum(row["correct"] is None for row in rows) / n
     line |= {"accuracy": accuracy, "ci95": tasks.wilson(accuracy, n), "unread": unread}
-    for name in ("ended", "tokens", "f1", "lm_eval"):
+    for name in ("ended", "tokens", "f1", "cells", "lm_eval"):
         if name in rows[0]:
             line[name] = sum(row[name] for row in rows) / n
     if first is not None:
@@ -107,6 +107,8 @@ def print_table(table):
             text += f" {line['ended']:7.0%} {line['tokens']:7.1f}" if "ended" in line else " " * 16
         if "f1" in line:
             text += f"  F1 {line['f1']:.3f}"
+        if "cells" in line:
+            text += f"  cells {line['cells']:.3f}"
         if "lm_eval" in line:
             text += f"  lm_eval's filter {line['lm_eval']:.3f}"
         if test := line.get("first_model_against_it"):

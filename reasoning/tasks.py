@@ -1,12 +1,13 @@
-"""The embedded tasks: small problems with worked solutions, their verifier, and solutions with one planted error.
+"""Generated tasks: small problems with worked solutions, their verifier, and solutions with one planted error.
 
     tasks.generate(200, "test", seed=0)                          200 arithmetic problems, the same on every machine
     tasks.generate(200, "test", 0, ("ordering", "times"))        of other families: the keys of FAMILIES
     tasks.verify(problem, " 7 + 5 = 12\\n12 - 4 = 8\\n#### 8")     whether a response ends in the right answer
     tasks.corrupt(problem, rng)                                  (a wrong solution, the name of its error)
 
-The language is small on purpose (a closed vocabulary): a model of a million parameters must learn it from scratch on a
-CPU. Arithmetic is in arithmetic.py; logic, look-ups and common sense in puzzles.py.
+The language of EMBEDDED is small on purpose (a closed vocabulary): a model of a million parameters must learn it from
+scratch on a CPU. Arithmetic is in arithmetic.py; logic, look-ups and common sense in puzzles.py. The other families,
+countdown.py and sudoku.py, are asked in d1's words, for models that follow instructions.
 """
 
 import hashlib
@@ -14,12 +15,14 @@ import math
 import random
 
 from files import InputError
-from reasoning import answers, arithmetic
+from reasoning import answers, arithmetic, countdown, sudoku
 from reasoning.arithmetic import Problem, pick
 from reasoning.puzzles import PUZZLES
 
 # family -> (draw, errors); draw(rng) -> (skeleton, Problem), errors(problem) yields (kind, place, text)
-FAMILIES = {"arithmetic": (arithmetic.draw, arithmetic.errors), **PUZZLES}
+EMBEDDED = {"arithmetic": (arithmetic.draw, arithmetic.errors), **PUZZLES}  # what examples/tiny knows; --task all
+FAMILIES = EMBEDDED | {"countdown": (countdown.draw, countdown.errors), "sudoku": (sudoku.draw, sudoku.errors)}
+ALL = f"all but {' and '.join(name for name in FAMILIES if name not in EMBEDDED)}, which examples/tiny never saw"
 
 
 def split_of(skeleton):

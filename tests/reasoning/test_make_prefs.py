@@ -242,7 +242,7 @@ def test_corrupt(tmp_path, capsys):
     out = tmp_path / "prefs.jsonl"
     call(make_prefs.main, "--strategy", "corrupt", "--task", "all", "--num", 200, "--out", out, "--seed", 4)
     rows = read(out)
-    assert len(rows) == 200 and {row["meta"]["family"] for row in rows} == set(tasks.FAMILIES)
+    assert len(rows) == 200 and {row["meta"]["family"] for row in rows} == set(tasks.EMBEDDED)
     for row in rows:
         assert row["meta"]["strategy"] == "corrupt" and row["meta"]["error"] and row["meta"]["seed"] == 4
         assert tasks.verify(row["meta"]["answer"], row["chosen"]) and not tasks.verify(

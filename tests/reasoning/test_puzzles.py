@@ -414,10 +414,10 @@ def test_splits_share_no_skeleton(family):
 
 
 def test_families_mix_and_repeat():
-    mixed = tasks.generate(700, "train", 3, tuple(tasks.FAMILIES))
+    mixed = tasks.generate(700, "train", 3, tuple(tasks.EMBEDDED))
     counts = Counter(problem.family for problem in mixed)
-    assert set(counts) == set(tasks.FAMILIES) and min(counts.values()) > 60
-    assert mixed[:50] == tasks.generate(50, "train", 3, tuple(tasks.FAMILIES))
+    assert set(counts) == set(tasks.EMBEDDED) and min(counts.values()) > 60
+    assert mixed[:50] == tasks.generate(50, "train", 3, tuple(tasks.EMBEDDED))
     assert len({problem.prompt for problem in mixed}) == 700
 
 
