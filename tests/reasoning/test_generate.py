@@ -277,9 +277,10 @@ def test_task(tiny_dir, tmp_path, capsys, monkeypatch):
 
 
 def test_families(tiny_dir, capsys, monkeypatch):
-    """Whatever tasks.FAMILIES holds can be named; all of them are reported family by family."""
+    """Whatever tasks.FAMILIES holds can be named; "all" are the embedded ones, reported family by family."""
     asked, problem = [], tasks.generate(1, "test")[0]
-    monkeypatch.setattr(tasks, "FAMILIES", {"arithmetic": None, "riddles": None})
+    monkeypatch.setattr(tasks, "EMBEDDED", {"arithmetic": None, "riddles": None})
+    monkeypatch.setattr(tasks, "FAMILIES", {"arithmetic": None, "riddles": None, "sudoku": None})
 
     def drawn(n, split, seed, families):
         asked.append((n, split, seed, families))
@@ -297,7 +298,7 @@ def test_families(tiny_dir, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "solved 2 of 3" in out and "  arithmetic: solved 1 of 2" in out and "  riddles: solved 1 of 1" in out
     assert asked == [(3, "test", 0, ("riddles",)), (3, "test", 0, ("arithmetic", "riddles"))]
-    with pytest.raises(InputError, match="--task is 'logic'; expected arithmetic, riddles or all"):
+    with pytest.raises(InputError, match="--task is 'logic'; expected arithmetic, riddles, sudoku or all"):
         generate.main([*base, "logic"])
 
 
