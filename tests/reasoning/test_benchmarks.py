@@ -236,6 +236,24 @@ def test_hotpotqa_with_its_paragraphs_in_both_forms(tmp_path):
     assert benchmarks.ask_hotpotqa(hub) == benchmarks.ask_hotpotqa(HOTPOT)
 
 
+def test_countdown_and_sudoku_of_d1_in_their_own_formats(tmp_path):
+    (tmp_path / "countdown_cd3_test.jsonl").write_text('{"input": "30,100,93", "output": "23"}\n')
+    (tmp_path / "4x4_test_sudoku.csv").write_text("Puzzle,Solution\r\n3102200002100320,3142243142131324\r\n")
+    [item] = read("countdown", tmp_path)
+    assert item.question == "Numbers: [30, 100, 93]\nTarget: 23" and item.prompt.endswith(
+        f"</answer>\n\n{item.question}"
+    )
+    assert grade("countdown", item.answer, r"\boxed{93 - (100 - 30)}")["correct"]
+    assert grade("countdown", item.answer, r"\boxed{100 - 93 + 30 - 14}")["correct"] is False
+    [item] = read("sudoku", tmp_path)
+    assert item.prompt.endswith("</answer>\n\n\nSolve the following Sudoku puzzle: 3102200002100320\n")
+    assert grade("sudoku", item.answer, "<answer>\n3142243142131324\n</answer>") == {
+        "extracted": "3142243142131324",
+        "correct": True,
+        "cells": 1.0,
+    }
+
+
 @pytest.mark.parametrize(
     "name, file, text, said",
     [
@@ -272,6 +290,10 @@ def test_hotpotqa_with_its_paragraphs_in_both_forms(tmp_path):
         ("hotpotqa", "hotpot_dev_1.json", '[{"question": "\\ud800", "answer": "A"}]', "row 1 is not one of hotpotqa"),
         ("hotpotqa", "hotpot_dev_1.json", '[{"question": "Q"}]', "row 1 is not one of hotpotqa (no 'answer')"),
         ("hotpotqa", "hotpot_dev_1.json", '["Q"]', "row 1 is not one of hotpotqa"),
+        ("countdown", "countdown_cd3_test.jsonl", '{"input": "1,2,x", "output": "3"}', "row 1 is not one of countdown"),
+        ("sudoku", "4x4_test_sudoku.csv", "Puzzle,Solution\n", "holds no row"),
+        ("sudoku", "4x4_test_sudoku.csv", "puzzle\n3102200002100320\n", "row 1 is not one of sudoku (no 'Puzzle')"),
+        ("sudoku", "4x4_test_sudoku.csv", "Puzzle\n1100000000000000\n", "that can be completed"),
     ],
 )
 def test_files_that_are_not_there_or_are_others(tmp_path, name, file, text, said):

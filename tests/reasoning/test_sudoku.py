@@ -76,7 +76,7 @@ def test_each_line_of_a_solution_follows_and_the_answer_is_the_only_one(problems
 def test_planted_errors_are_wrong_and_of_their_kind(problems):
     seen = Counter()
     for problem in problems[:12]:
-        puzzle, (right, solved) = told(problem.prompt), parts(problem.solution)
+        puzzle, right = told(problem.prompt), parts(problem.solution)[0]
         for kind, by_place in tasks.corruptions(problem).items():
             for place, texts in by_place.items():
                 for text in texts:
@@ -90,7 +90,7 @@ def test_planted_errors_are_wrong_and_of_their_kind(problems):
                         assert all(len(out) == 3 for _, out, _ in lines)
                     else:
                         assert kind == "overlooked_digit" and lines[place][2] in right[place][1]
-                        filled = dict((cell, digit) for cell, _, digit in lines)
+                        filled = {cell: digit for cell, _, digit in lines}
                         assert said == "".join(filled.get(cell, given) for cell, given in enumerate(puzzle))
                     assert all(digit not in out for _, out, digit in lines)
     assert set(seen) == {"overlooked_digit", "dropped_step", "wrong_conclusion"}
