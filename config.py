@@ -254,8 +254,16 @@ class SampleArguments:
         "confidence-parallel decoding (an approximation): commit every prediction with at least this probability, "
         "above 0 and up to 1, and as many as --steps says; default: only those",
     )
-    batch_size: int = arg(
-        8, "maximum number of prompts per forward pass; they must have the same length", heading=FITTING
+    cache: Literal["none", "prefix", "dual"] = arg(
+        "none",
+        "keep keys and values between passes of a bidirectional model (an approximation): prefix reads from the "
+        "block's start on, dual the block alone; block-causal models always keep them, exactly",
+    )
+    refresh: Optional[int] = arg(
+        None, "--cache: read the whole row in every Nth pass of a block; default: in its first pass alone", metavar="N"
+    )
+    batch_size: number_or_auto = arg(
+        "auto", "responses that share forward passes, of any lengths; auto: by memory", heading=FITTING
     )
     seed: int = arg(0, "seed of the sampler's noise", heading="Sampling")
 

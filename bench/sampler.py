@@ -52,7 +52,7 @@ class Bench:
         self.model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, model, positional, named):
-        self.rows.append(len(named["input_ids"]))
+        self.rows.append(len(named["rows"].lengths))
 
     def measure(self, setting, asked):
         sample = replace(self.sample, **setting)

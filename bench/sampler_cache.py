@@ -24,19 +24,28 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import files
 from config import SampleArguments
-from models.cache import Cache
 from models.families import Blocks
-from reasoning import arguments, blockwise
+from reasoning import arguments, blockwise, sampler
 
 CASES = [(100, 64, 4, 1), (100, 64, 32, 1), (100, 64, 4, 8), (400, 64, 4, 1), (400, 64, 32, 1)]
 QUICK = [(21, 16, 4, 2)]  # prompt, response, tokens of a block, prompts of a batch
 
 
-class Uncached(Cache):
-    """Keeps nothing."""
+CACHED = blockwise.fill
 
-    def keep(self, length):
-        pass
+
+def uncached(prompt, sample, special, generator, blocks):
+    """blockwise.fill() that reads the whole row in each pass."""
+    filling = CACHED(prompt, sample, special, generator, blocks)
+    begin, _ = blockwise.span(len(prompt), sample.gen_length, blocks)
+    read = next(filling)
+    while True:
+        seen = blockwise.visible(0, read.stop - blocks.size, read.stop, blocks, begin)
+        prediction = yield read._replace(first=0, mask=seen)
+        try:
+            read = filling.send(prediction)
+        except StopIteration as end:
+            return end.value
 
 
 class Work:
@@ -54,16 +63,16 @@ class Work:
     def count(self, model, positional, named):
         self.tokens.append(named["input_ids"].numel())
 
-    def generate(self, cache):
+    def generate(self, fill):
         self.tokens.clear()
-        blockwise.Cache = cache
-        return blockwise.generate(self.model, self.prompts, self.sample, MASK)
+        blockwise.fill = fill
+        return sampler.generate(self.model, self.prompts, self.sample, MASK)
 
 
 def measure(prompt, response, size, batch, args):
     """A row of the table."""
     work = Work(prompt, response, size, batch, *((64, 1, 256) if args.quick else (256, 4, 4096)))
-    ways = {"uncached": functools.partial(work.generate, Uncached), "cached": functools.partial(work.generate, Cache)}
+    ways = {"uncached": functools.partial(work.generate, uncached), "cached": functools.partial(work.generate, CACHED)}
     said, read = {}, {}
     for way, generate in ways.items():
         said[way] = generate()

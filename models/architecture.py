@@ -138,19 +138,17 @@ def adapt(model, shift):
             x = x.flatten(0, 1)[wanted["positions"]]  # (N, D)
         return x, wanted["targets"]
 
-    def forward(input_ids, attention_mask=None, positions=None, targets=None, rows=None, cache=None):
+    def forward(input_ids, attention_mask=None, positions=None, targets=None, rows=None):
         """As LLaDAModelLM.forward.
 
-        cache: keys and values of the tokens before input_ids (cache.py). With a cache or BlockRows the logits are
-        those of the causal model that this one was made of: the caller knows which of them predicts a token.
+        The logits of a block-causal model's `rows` are those of the causal model that it was made of: the caller knows
+        which of them predicts a token.
         """
         joined, places = {}, torch.arange(input_ids.numel(), device=input_ids.device) % input_ids.shape[1]
         if rows:
             places = rows.places
             joined = {"position_ids": places[None], "rows": rows}
-        if cache is not None:
-            joined |= {"past_key_values": cache, "position_ids": cache.length + places.view(input_ids.shape)}
-        is_shifted = shift and cache is None and not isinstance(rows, attention.BlockRows)
+        is_shifted = shift and not (rows and model.blocks)
         if is_shifted and positions is not None:
             is_first = places[positions] == 0  # (N,) nothing precedes it: its own logits predict it
             positions = torch.where(is_first, positions, positions - 1)
@@ -163,7 +161,8 @@ def adapt(model, shift):
         return MaskedLMOutput(logits=logits)
 
     head.register_forward_pre_hook(select_rows)
-    model.forward = forward
+    model.forward, model.is_shifted = forward, shift
+    model.joins_rows = getattr(model, "joins_rows", False)
     return model
 
 

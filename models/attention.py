@@ -5,6 +5,8 @@ So a forward pass needs no padding, and each linear layer takes all rows in one 
     Rows         bidirectional: each token sees its whole row
     BlockRows    block-causal: a row is the clean text, then noisy copies of its blocks (docs/method.md, the shared row)
 
+cache.py adds a third, the sampler's: windows of rows whose other keys and values are kept.
+
 On a CUDA card Rows are torch's variable-length flash attention; elsewhere each run of rows of equal length is a batch
 of SDPA, with the same result. BlockRows are SDPA with a mask on any device.
 
@@ -46,10 +48,10 @@ class Rows:
             yield start, count, length
             start += count * length
 
-    def attend(self, q, k, v, scale=None):
+    def attend(self, q, k, v, scale=None, layer=None):
         """Attention of each row to itself: q (1, H, N, hd), k and v (1, G, N, hd) -> (1, H, N, hd).
 
-        scale: of the products, hd^-0.5 without one.
+        scale: of the products, hd^-0.5 without one. layer: its number, for rows whose keys are kept (cache.Windows).
         """
         if has_flash(q):
             return flash(q, k, v, self, scale)
@@ -108,7 +110,7 @@ class BlockRows:
             return None  # one block, the first
         return torch.cat((own[:, None] > self.places[clean] // size, own[:, None] == own), 1)
 
-    def attend(self, q, k, v, scale=None):
+    def attend(self, q, k, v, scale=None, layer=None):
         """As Rows.attend."""
         outputs = []
         for part in self.parts:
@@ -169,7 +171,7 @@ def in_transformers(module, query, key, value, attention_mask, rows=None, scalin
     """rows.attend() with the signature that transformers calls; without `rows`, transformers' own SDPA attention."""
     if rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    return rows.attend(query, key, value, scaling).transpose(1, 2), None  # (1, N, H, hd)
+    return rows.attend(query, key, value, scaling, module.layer_idx).transpose(1, 2), None  # (1, N, H, hd)
 
 
 AttentionInterface.register(NAME, in_transformers)

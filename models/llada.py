@@ -137,9 +137,9 @@ def rotate(x, cos, sin):
 
 
 class LLaDABlock(GradientCheckpointingLayer):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        D, hd = config.d_model, config.d_model // config.n_heads
+        D, hd, self.layer = config.d_model, config.d_model // config.n_heads, layer
         self.heads, self.kv_heads, self.head_width = config.n_heads, config.kv_heads, hd
         self.attn_norm = RMSNorm(D, config.rms_norm_eps)
         self.q_proj = nn.Linear(D, D, bias=config.include_qkv_bias)
@@ -160,7 +160,7 @@ class LLaDABlock(GradientCheckpointingLayer):
         if rows is None:
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=self.heads != self.kv_heads)
         else:
-            h = rows.attend(q, k, v)
+            h = rows.attend(q, k, v, layer=self.layer)
         x = x + self.attn_out(h.transpose(1, 2).reshape(B, L, D))
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
@@ -174,7 +174,7 @@ class LLaDAModel(nn.Module):
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.rows, config.d_model),
-                "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
+                "blocks": nn.ModuleList(LLaDABlock(config, layer) for layer in range(config.n_layers)),
                 "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
                 "ff_out": Head(config.d_model, config.head_rows),
             }
@@ -189,6 +189,7 @@ class LLaDAModelLM(PreTrainedModel):
     supports_gradient_checkpointing = True
     joins_rows = True  # forward() takes rows of several lengths, end to end
     blocks = None  # it is bidirectional
+    is_shifted = False  # the logits at i predict token i
     _no_split_modules = ["LLaDABlock"]
     _supports_sdpa = True
     _tied_weights_keys = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
@@ -226,7 +227,7 @@ class LLaDAModelLM(PreTrainedModel):
         """input_ids (B, L); attention_mask (B, L), 1 = real; positions (N,) flat indices b * L + i.
 
         rows: where the rows stand that are end to end in input_ids (1, L), each of which sees itself alone
-        (attention.Rows).
+        (attention.Rows, or cache.Windows of them).
 
         Returns MaskedLMOutput with logits (B, L, V), or (N, V) of `positions` alone. With `targets` (N,) too, returns
         their log-probabilities alone, (N,) float32: a score needs no more head than it reads (head.py).

@@ -173,14 +173,12 @@ def turned(x, cos, sin):
     return torch.cat((x * cos + torch.cat((-b, a), -1) * sin, rest), -1)
 
 
-def attention(q, k, v, bias, rows, cache, layer):
+def attention(q, k, v, bias, rows, layer):
     """q (B, H, L, hd), k and v (B, G, L, hd) of layer number `layer` -> (B, L, H hd)."""
-    if cache is not None:
-        k, v = cache.update(k, v, layer)
     if rows is None:
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1])
     else:
-        h = rows.attend(q, k, v)
+        h = rows.attend(q, k, v, layer=layer)
     return h.transpose(1, 2).flatten(2)
 
 
@@ -197,7 +195,7 @@ class LLaDAMoEAttention(nn.Module):
             self.q_norm = RMSNorm(hd, config.rms_norm_eps)
             self.k_norm = RMSNorm(hd, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, bias, rows, cache):
+    def forward(self, x, cos, sin, bias, rows):
         projected = ((self.q_proj(x), self.heads), (self.k_proj(x), self.kv_heads), (self.v_proj(x), self.kv_heads))
         q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y, heads in projected)  # (B, H, L, hd)
         if hasattr(self, "q_norm"):
@@ -205,7 +203,7 @@ class LLaDAMoEAttention(nn.Module):
         if self.clip is not None:
             q, k, v = (tensor.clamp(-self.clip, self.clip) for tensor in (q, k, v))
         q, k = turned(q, cos, sin), turned(k, cos, sin)
-        return self.o_proj(attention(q, k, v, bias, rows, cache, self.layer))
+        return self.o_proj(attention(q, k, v, bias, rows, self.layer))
 
 
 class LLaDA2MoeAttention(nn.Module):
@@ -218,11 +216,11 @@ class LLaDA2MoeAttention(nn.Module):
         self.key_layernorm = RMSNorm(hd, config.rms_norm_eps)
         self.dense = nn.Linear(self.heads * hd, D, bias=False)
 
-    def forward(self, x, cos, sin, bias, rows, cache):
+    def forward(self, x, cos, sin, bias, rows):
         parts = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = self.query_key_value(x).unflatten(-1, (sum(parts), -1)).transpose(1, 2).split(parts, 1)
         q, k = turned(self.query_layernorm(q), cos, sin), turned(self.key_layernorm(k), cos, sin)
-        return self.dense(attention(q, k, v, bias, rows, cache, self.layer))
+        return self.dense(attention(q, k, v, bias, rows, self.layer))
 
 
 class MLP(nn.Module):
@@ -390,19 +388,15 @@ class MoEModelLM(LLaDAModelLM):
     def rotary(self, length, device):
         return rotary(length, self.config.rotated, self.config.rope_parameters["rope_theta"], device)
 
-    def forward(self, input_ids, attention_mask=None, positions=None, targets=None, rows=None, cache=None):
-        """As LLaDAModelLM.forward. attention_mask: (B, keys), 1 = real, or (B or 1, 1, L, keys) bool, true = is seen.
-
-        cache: keys and values of the tokens before input_ids.
-        """
+    def forward(self, input_ids, attention_mask=None, positions=None, targets=None, rows=None):
+        """As LLaDAModelLM.forward. attention_mask: (B, L), 1 = real, or (B or 1, 1, L, L) bool, true = is seen."""
         x = self.get_input_embeddings()(input_ids)  # (B, L, D)
-        first, L = cache.length if cache is not None else 0, input_ids.shape[1]
-        places = rows.places if rows else slice(first, first + L)
-        longest = rows.longest if rows else first + L
+        places = rows.places if rows else slice(None)
+        longest = rows.longest if rows else input_ids.shape[1]
         cos, sin = (table[places].to(x.dtype) for table in self.rotary(longest, x.device))  # (L, r)
         bias = bias_of(attention_mask, x)
         for block in self.model.layers:
-            x = block(x, cos, sin, bias, rows, cache)
+            x = block(x, cos, sin, bias, rows)
         x = self.model.norm(x)
         if positions is not None:
             x = x.flatten(0, 1)[positions]  # (N, D)

@@ -36,9 +36,9 @@ def check(sample):
 
 def check_values(sample):
     """check() of what neither the model nor the device decides."""
-    for name in ("gen_length", "block_length", "batch_size", "steps"):
+    for name in ("gen_length", "block_length", "batch_size", "steps", "refresh"):
         value = getattr(sample, name)
-        if value is not None and value < 1:
+        if value not in (None, "auto") and value < 1:
             raise InputError(f"--{name} is {value}; expected at least 1")
     for name, example in EXAMPLES.items():
         value = getattr(sample, name)
@@ -48,6 +48,8 @@ def check_values(sample):
         raise InputError(
             f"--threshold is {sample.threshold}; expected more than 0 and at most 1, for example --threshold 0.9"
         )
+    if sample.refresh and sample.cache == "none":
+        raise InputError(f"--refresh {sample.refresh} has no meaning without --cache prefix or --cache dual; add one")
     if sample.remasking != "low_confidence":
         check_order(sample)
 
@@ -74,6 +76,11 @@ def check_blocks(sample, blocks):
         raise InputError(
             f"--cfg_scale {sample.cfg_scale}: guidance needs a bidirectional model, and {sample.model_name_or_path} is "
             "block-causal; leave it out"
+        )
+    if sample.cache != "none":
+        raise InputError(
+            f"--cache {sample.cache}: {sample.model_name_or_path} is block-causal and always keeps what is finished, "
+            "without approximation; leave it out"
         )
 
 

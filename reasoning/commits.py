@@ -1,19 +1,25 @@
 """What a pass of a sampler commits: the token predicted at each masked place, how sure it is, and which are kept.
 
-A masked place i gets c_i = argmax_v exp(z_iv) / (-log u_iv)^temperature, u ~ U(0, 1), from its logits z_i. The
-predictions with the highest softmax(z_i)[c_i] are committed; the others stay masked (low-confidence remasking).
+The token is the most likely one; at a temperature T it is drawn from softmax(z / T) of the logits z, by one uniform
+number per place: the first token at which the sum of the probabilities exceeds it (inverse CDF, in float32). That is
+the distribution of LLaDA's argmax of exp(z) / (-log u)^T, which takes V numbers per place.
+The predictions with the highest softmax(z)[token] are committed; the others stay masked (low-confidence remasking).
 A threshold takes fewer passes: each commits every prediction at least that confident, and the most confident ones that
 it would commit without, as if they were independent (Fast-dLLM, arXiv 2505.22618).
 
-sampler.py and blockwise.py call reveal() with the logits of a pass. Noise and random confidence come from one CPU
-generator per response, so that a response does not depend on its batch.
+Uniform numbers and random confidence come from one CPU generator per response, so that a response does not depend on
+its batch.
 
-R rows of a batch, n places of a block, N masked places of those rows, V vocabulary.
+N masked places of a pass, V vocabulary, n places of one block.
 """
 
 import hashlib
 
 import torch
+
+from models.head import chunks
+
+PART = 512  # tokens whose probabilities are summed first, to find a token among few sums
 
 
 def commits_per_pass(sample):
@@ -33,58 +39,88 @@ def row_generator(seed, key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))  # the CPU generator reads 32 bits
 
 
-def reveal(block, masked, logits, draws, commits, sample, ends, never=None):
-    """`block` (R, n) ids with the pass's commits among its `masked` (R, n) places.
+# --- on the model's device: from logits to tokens ---------------------------------------------------------
 
-    logits (N, V): of the masked places, row by row. draws: the generator of each row. commits: places to commit, if no
-    threshold adds to them. ends: ids that confidence_eos_eot_inf makes least sure. never: an id that is not chosen.
+
+def predict(logits, uniforms, sample, ends, never=None):
+    """The predicted tokens (N,) int64 of logits (N, V), and how sure each is (N,).
+
+    uniforms (N,) float32 in [0, 1): what each is drawn by; None at temperature 0. ends: ids that confidence_eos_eot_inf
+    makes least sure. never: an id that is not chosen.
     """
-    counts = masked.sum(1).tolist()
-    chosen = choose(logits, counts, draws, sample.temperature, never)  # (N,)
-    sure = confidences(logits, chosen, counts, draws, sample, ends)  # (N,)
-    confidence = torch.full(masked.shape, -torch.inf, dtype=sure.dtype, device=block.device)  # (R, n)
-    confidence[masked] = sure
-    commit = most_confident(confidence, commits, sample.threshold)
-    return torch.where(commit, block.masked_scatter(masked, chosen), block)
+    tokens, sure = [], []
+    for rows in chunks(*logits.shape):
+        z = logits[rows]
+        possible = z if never is None else z.index_fill(-1, torch.tensor([never], device=z.device), -torch.inf)
+        drawn_by = None if uniforms is None else uniforms[rows]
+        tokens.append(choose(possible, drawn_by, sample.temperature))
+        sure.append(confidences(z, tokens[-1], sample, ends))
+    return torch.cat(tokens), torch.cat(sure)
 
 
-def choose(logits, counts, draws, temperature, never=None):
-    """The predicted id (N,) of each row of logits (N, V): the argmax, at a temperature that of exp(z) / (-log u)^T.
-
-    counts, draws: for each batch row, how many of the N are its own, and its generator. never: an id not to choose.
-    """
-    if never is not None:
-        logits = logits.index_fill(-1, torch.tensor([never], device=logits.device), -torch.inf)
+def choose(logits, uniforms, temperature):
+    """The predicted ids (N,) of logits (N, V): the most likely, or drawn from softmax(logits / temperature)."""
     if temperature == 0:
         return logits.argmax(-1)
-    chosen = []
-    for z, draw in zip(logits.split(counts), draws):  # row by row: float64 over V is large, and each has its own noise
-        u = torch.rand(z.shape, dtype=torch.float64, generator=draw).to(z.device)  # on the CPU: the same on any device
-        noise = u.log_().neg_().log_().mul_(-temperature)  # log of (-log u)^-T, so that a z above 709 is not infinite
-        chosen.append(noise.add_(z).argmax(-1))
-    return torch.cat(chosen)
+    return draw((logits.float() / temperature).softmax(-1), uniforms)
 
 
-def confidences(logits, chosen, counts, draws, sample, ends):
-    """How sure each of `chosen` (N,) is, (N,): its probability without noise; U(0, 1) or from left to right if asked.
+def draw(p, uniforms):
+    """Ids (N,) of probabilities p (N, V) float32: the first whose sum up to it exceeds uniforms (N,) x all of it.
 
-    counts, draws: as in choose(). ends: ids that confidence_eos_eot_inf makes least sure. The probability is taken in
-    the logits' dtype as in the original, but in float32 where a threshold is compared with it.
+    An id of probability 0 is never drawn. Sums of PART ids are searched first: p is read twice, and no sum over all V
+    ids is written.
     """
-    if sample.remasking == "random":
-        drawn = [torch.rand(n, dtype=torch.float64, generator=draw) for n, draw in zip(counts, draws)]
-        return torch.cat(drawn).to(logits.device)
-    if sample.remasking == "sequential":
-        return torch.cat([torch.arange(n, 0, -1) for n in counts]).to(logits)
+    whole = p.shape[1] // PART * PART
+    sums = torch.cat((p[:, :whole].unflatten(1, (-1, PART)).sum(-1), p[:, whole:].sum(-1, keepdim=True)), 1).cumsum(1)
+    wanted = below(uniforms[:, None] * sums[:, -1:], sums[:, -1:])  # (N, 1)
+    part = (sums <= wanted).sum(1, keepdim=True)  # the first whose sum is above
+    wanted = wanted - torch.where(part > 0, sums.gather(1, (part - 1).clamp(min=0)), 0)
+    ids = part * PART + torch.arange(PART, device=p.device)  # (N, PART)
+    within = torch.where(ids < p.shape[1], p.gather(1, ids.clamp(max=p.shape[1] - 1)), 0).cumsum(1)
+    place = (within <= below(wanted, within[:, -1:])).sum(1)
+    return part[:, 0] * PART + place
+
+
+def below(x, limit):
+    """x, or the next number below `limit` where x is not below it."""
+    return torch.minimum(x, torch.nextafter(limit, torch.zeros_like(limit)))
+
+
+def confidences(logits, tokens, sample, ends):
+    """How sure each of `tokens` (N,) is, (N,): its probability without noise.
+
+    It is taken in the logits' dtype as in the original, but in float32 where a threshold is compared with it.
+    """
     if sample.confidence_eos_eot_inf:
         logits = logits.index_fill(-1, ends, -torch.inf)  # they get 0, and the others share their probability
     if sample.threshold is not None:
         logits = logits.float()
-    return logits.softmax(-1).gather(-1, chosen[:, None])[:, 0]
+    return logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]
+
+
+# --- on the host: which tokens of a block are kept --------------------------------------------------------
+
+
+def ordered(sure, sample, generator):
+    """What decides the order of the places instead of `sure` (n,): U(0, 1), or from left to right, if asked."""
+    if sample.remasking == "random":
+        return torch.rand(len(sure), dtype=torch.float64, generator=generator)
+    if sample.remasking == "sequential":
+        return torch.arange(len(sure), 0, -1)
+    return sure
 
 
 def most_confident(confidence, commits, threshold):
-    """Which places to commit, (R, n): the `commits` highest, and all that are at least `threshold`."""
-    order = confidence.argsort(dim=-1, descending=True, stable=True)  # stable: ties fall the same way on any device
-    commit = torch.zeros_like(confidence, dtype=torch.bool).scatter_(1, order[:, :commits], True)
+    """Which of confidence (n,) to commit, (n,) bool: the `commits` highest, and all that are at least `threshold`."""
+    order = confidence.argsort(descending=True, stable=True)  # stable: ties fall the same way on any device
+    commit = torch.zeros(len(confidence), dtype=torch.bool)
+    commit[order[:commits]] = True
     return commit if threshold is None else commit | (confidence >= threshold)
+
+
+def commit(block, masked, prediction, commits, sample, generator):
+    """Fill those of the places `masked` (n,) of `block` that a pass commits. prediction: (tokens, sure), (n,) each."""
+    tokens, sure = prediction
+    kept = most_confident(ordered(sure, sample, generator), commits, sample.threshold)
+    block[masked[kept]] = tokens[kept]

@@ -24,7 +24,6 @@ from files import InputError
 from models import families, tokenization
 from models.folders import downloading
 from reasoning import answers, arguments, marks, prompts, sampler
-from reasoning.blockwise import blocks_of
 from scoring import noise, recipe
 
 try:
@@ -53,7 +52,7 @@ class MaskedDiffusion(LM):
         self.model, self.tokenizer = sampler.load(checked)
         self._device = torch.device(checked.device)
         mask_id = tokenization.mask_token_id(sampler.config_of(self.model), self.tokenizer, checked.mask_token_id)
-        self.masking = families.Masking(mask_id, blocks_of(self.model))
+        self.masking = families.Masking(mask_id, sampler.blocks_of(self.model))
         self.response_tokenizer = tokenization.response_tokenizer(
             sample.model_name_or_path, self.tokenizer, sample.trust_remote_code
         )

@@ -1,22 +1,16 @@
-"""LLaDA's sampler, of bidirectional models: a response starts as masks; passes commit the most confident predictions.
+"""Responses of a model to prompts, by the sampler of its kind: bidirectional.py or blockwise.py.
 
-A response is filled block by block; commits.py says what a pass commits. With guidance, z = u + (cfg_scale + 1)(c - u):
-c are the logits and u those without the prompt.
-Source: Nie et al., arXiv 2502.09992, and ML-GSAI/LLaDA's generate.py. The tokens are the same, except that
-  * noise and random confidence come from one CPU generator per response, not from the device's generator;
-  * equal confidences are committed from left to right (under confidence_eos_eot_inf every eos has confidence 0);
-  * confidence_eos_eot_inf holds for eos at any temperature; in the original, at temperature 0 only;
-  * a mask id in the prompt, or one that the model predicts, stays; in the original, later passes may fill it;
-  * a response takes no further passes after a block with an end; its text, which is cut there, is the same.
+    model, tokenizer = load(sample)
+    responses = respond(model, tokenizer, prompts, sample)      batches of any lengths, see passes.py
 
-respond() makes batches of prompts; generate() samples one batch, which blockwise.py does for a block-causal model.
-
-B batch, P prompt tokens, L = P + gen_length, V vocabulary, R rows of the batch that need this pass, N masked positions
-of the current block, over those rows.
+B prompts, P prompt tokens.
 """
 
-import contextlib
-from itertools import groupby
+import functools
+import heapq
+import random
+import sys
+from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -26,72 +20,14 @@ from files import InputError
 from models import families
 from models.checkpoint import DTYPES, load_model
 from models.tokenization import end_token_id, load_tokenizer, mask_token_id, response_tokenizer
-from reasoning import blockwise
-from reasoning.blockwise import blocks_of
-from reasoning.commits import commits_per_pass, reveal, row_generator
+from reasoning import bidirectional, blockwise, passes
+from reasoning.commits import commits_per_pass, row_generator
 from training import cards
 
-# --- one batch --------------------------------------------------------------------------------------------
+MOST_ROWS = 64  # of --batch_size auto: what a kill loses at most
 
 
-@torch.no_grad()
-def generate(model, prompts, sample, mask_id, eos=None, eot=None, keys=None):
-    """Sample a response to each of prompts (B, P) int64, all of one length; returns ids (B, gen_length) int64.
-
-    model: load()'s, bidirectional or block-causal. sample: SampleArguments after arguments.check(). eos, eot: ids that
-    end a text; after the first, some ids may still be masks. keys: B numbers that key the noise with sample.seed
-    (default 0..B-1), so that no response depends on its batch.
-    """
-    if blocks_of(model):
-        return blockwise.generate(model, prompts, sample, mask_id, eos, eot, keys)
-    (B, P), device = prompts.shape, model.device
-    generators = [row_generator(sample.seed, key) for key in (range(B) if keys is None else keys)]
-    ends = torch.tensor(sorted({eos, eot} - {None}), dtype=torch.long, device=device)
-    x = torch.full((B, P + sample.gen_length), mask_id, dtype=torch.long, device=device)  # (B, L)
-    x[:, :P] = prompts
-    ended = torch.zeros(B, dtype=torch.bool, device=device)  # (B,)
-    for start in range(P, x.shape[1], sample.block_length):
-        window = slice(start, start + sample.block_length)
-        for commits in commits_per_pass(sample):
-            # 1. Leave out rows whose block is full or whose text has ended.
-            rows = ((x[:, window] == mask_id).any(1) & ~ended).nonzero()[:, 0]  # (R,)
-            if not len(rows):
-                break
-            # 2. Predict the block's masked positions, and only those.
-            part = x[rows]  # (R, L)
-            block = part[:, window]  # (R, block_length)
-            masked = block == mask_id
-            row, offset = masked.nonzero(as_tuple=True)  # (N,), (N,) in row order
-            positions = row * part.shape[1] + start + offset  # (N,)
-            logits = predict(model, part, positions, P, mask_id, sample.cfg_scale)  # (N, V)
-            if sample.logits_eos_inf:
-                logits[:, eos] = -torch.inf
-            # 3. Commit the most confident predictions.
-            draws = [generators[i] for i in rows.tolist()]
-            x[rows, window] = reveal(block, masked, logits, draws, commits, sample, ends)
-        # 4. The text ends in the first block that holds an end.
-        ended |= torch.isin(x[:, window], ends).any(1)
-    return x[:, P:].to(prompts.device)
-
-
-def predict(model, x, positions, P, mask_id, cfg_scale):
-    """Logits (N, V) of x (R, L) at `positions` (N,), indices into x.flatten(), guided where cfg_scale is not 0."""
-    if cfg_scale == 0:
-        return model(input_ids=x, positions=positions).logits
-    blind = x.clone()
-    blind[:, :P] = mask_id
-    both = model(input_ids=torch.cat((x, blind)), positions=torch.cat((positions, positions + x.numel()))).logits
-    c, u = both.chunk(2)  # (N, V) each
-    return u + (cfg_scale + 1) * (c - u)
-
-
-# --- a model, and batches of prompts ----------------------------------------------------------------------
-
-
-class Response(NamedTuple):
-    text: str
-    tokens: int  # before the end
-    ended: bool  # by an eos or end-of-turn; if not, gen_length was too short
+# --- a model ----------------------------------------------------------------------------------------------
 
 
 def load(sample):
@@ -136,69 +72,147 @@ def config_of(model):
     return getattr(model, "module", model).config
 
 
-@contextlib.contextmanager
-def memory_of(device):
-    """Turn a lack of memory on `device` into a user's error."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise OutOfMemory(f"{device} ran out of memory; lower --batch_size or add --device cpu") from None
+def blocks_of(model):
+    """The families.Blocks of load()'s model; None if it is bidirectional."""
+    return getattr(model, "module", model).blocks
 
 
-def batches(prompts, batch_size):
-    """Lists of at most `batch_size` indices of `prompts` (lists of ids), of one length each, so that nothing is padded.
+# --- responses --------------------------------------------------------------------------------------------
 
-    The longest come first, so that a lack of memory shows at once.
+
+class Response(NamedTuple):
+    text: str
+    tokens: int  # before the end
+    ended: bool  # by an eos or end-of-turn; if not, gen_length was too short
+
+
+def generate(model, prompts, sample, mask_id, eos=None, eot=None, keys=None):
+    """Sample a response to each of prompts (B, P) int64, in one batch; returns ids (B, gen_length) int64.
+
+    model: load()'s. sample: SampleArguments after arguments.check(). eos, eot: ids that end a text; after the first,
+    some ids may still be masks. keys: B numbers that key the noise with sample.seed (default 0..B-1), so that no
+    response depends on its batch.
     """
-
-    def length(index):
-        return len(prompts[index])
-
-    by_length = groupby(sorted(range(len(prompts)), key=length, reverse=True), key=length)
-    groups = [list(group) for _, group in by_length]
-    return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+    special = special_ids(mask_id, eos, eot)
+    rows = prompts.cpu()
+    keys = range(len(rows)) if keys is None else keys
+    filled = dict(sum(fill(model, list(rows), sample, special, keys, len(rows)), []))
+    return torch.stack([filled[index] for index in range(len(rows))]).to(prompts.device)
 
 
-def most_passes(model, prompts, sample):
-    """Forward passes that respond() needs at most; fewer where texts end early or a threshold is passed."""
+def special_ids(mask_id, eos, eot):
+    return passes.Special(mask_id, torch.tensor(sorted({eos, eot} - {None}), dtype=torch.long), eos)
+
+
+@torch.no_grad()
+def fill(model, prompts, sample, special, keys, size, pace=None):
+    """Yields [(index, ids (gen_length,))] as responses to prompts, (P,) int64 each, end; at most `size` at a time.
+
+    If a pass runs out of memory, half as many go on together; those that it stopped begin again.
+    """
+    order = order_of(model, prompts)
+    waiting = deque(order)
+    longest = longest_row(model, prompts, sample)
+    if pace:
+        pace.begin([len(prompts[index]) + sample.gen_length for index in order], size)
+    while waiting:
+        made = passes.Passes(model, sample, special, size, longest)
+        start = functools.partial(begin, model, prompts, sample, special, keys)
+        try:
+            yield from passes.run(made, waiting, start, pace)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise OutOfMemory(f"{sample.device} ran out of memory with one response; add --device cpu") from None
+            size = size // 2
+            print(f"warning: out of memory; going on with --batch_size {size}", file=sys.stderr, flush=True)
+
+
+def begin(model, prompts, sample, special, keys, index):
+    """The passes.Flight of a response."""
+    generator, blocks = row_generator(sample.seed, keys[index]), blocks_of(model)
+    if blocks:
+        filling = blockwise.fill(prompts[index], sample, special, generator, blocks)
+    else:
+        is_shifted = getattr(model, "module", model).is_shifted
+        filling = bidirectional.fill(prompts[index], sample, special, generator, int(is_shifted))
+    return passes.Flight(index, filling, generator)
+
+
+def order_of(model, prompts):
+    """The order in which responses begin: the longest prompt, so that a lack of memory shows at once, then mixed.
+
+    Mixed, they end at a steady rate. A model whose rows must have one length gets them by length.
+    """
+    order = list(range(len(prompts)))
+    random.Random(0).shuffle(order)
+    if not getattr(model, "module", model).joins_rows:
+        return sorted(order, key=lambda index: -len(prompts[index]))
+    longest = max(order, key=lambda index: len(prompts[index]), default=0)
+    return sorted(order, key=lambda index: index != longest)
+
+
+def longest_row(model, prompts, sample):
+    """Tokens of the longest row."""
+    blocks = blocks_of(model)
+    lengths = {len(prompt) for prompt in prompts}
+    if blocks:
+        return max(blockwise.span(P, sample.gen_length, blocks)[1] for P in lengths)
+    return max(lengths) + sample.gen_length
+
+
+def most_passes(model, prompts, sample, size):
+    """Forward passes that `size` responses at a time need at most; fewer where texts end early or are sure."""
     blocks, per_part = blocks_of(model), len(commits_per_pass(sample))
-    total = 0
-    for first, *_ in batches(prompts, sample.batch_size):
-        start, end = 0, sample.gen_length
+    slots = [0] * size
+    for index in order_of(model, prompts):
+        needed, (start, end) = 0, (0, sample.gen_length)
         if blocks:
-            start, end = blockwise.span(len(prompts[first]), sample.gen_length, blocks)
-            total += (end - start) // blocks.size * blocks.first_from_clean
-        total += (end - start) // sample.block_length * per_part
-    return total
+            start, end = blockwise.span(len(prompts[index]), sample.gen_length, blocks)
+            needed = (end - start) // blocks.size * blocks.first_from_clean
+        heapq.heapreplace(slots, slots[0] + needed + (end - start) // sample.block_length * per_part)
+    return max(slots)
 
 
-def respond(model, tokenizer, prompts, sample, *, keys=None, finished=None):
+def respond(model, tokenizer, prompts, sample, *, keys=None, finished=None, pace=None):
     """A Response to each of `prompts`, lists of ids.
 
     model, tokenizer: load()'s. sample: after arguments.check(). keys: ints that key each response's noise with
-    sample.seed (default: its index). finished: called after each batch with its {index: Response}.
+    sample.seed (default: its index). finished: called with {index: Response} of those that end, in any order. pace:
+    told how sampling goes (pace.py).
     """
-    check_longest(model, prompts, sample)
+    if not prompts:
+        return []
+    check_model(model, prompts, sample)
     mask_id = mask_token_id(config_of(model), tokenizer, sample.mask_token_id)
     eos, eot = tokenizer.eos_token_id, sample.end_token_id
     if eot is None:
         eot = end_token_id(tokenizer, "auto")
     decoder = response_tokenizer(sample.model_name_or_path, tokenizer, sample.trust_remote_code)
     keys = range(len(prompts)) if keys is None else keys
+    ids, size = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts], batch_size(model, prompts, sample)
     responses = {}
-    for batch in batches(prompts, sample.batch_size):
-        ids = torch.tensor([prompts[i] for i in batch], dtype=torch.long)  # (B, P)
-        with memory_of(sample.device):
-            sampled = generate(model, ids, sample, mask_id, eos, eot, [keys[i] for i in batch]).tolist()
-        replies = {i: decode(decoder, response, (eos, eot)) for i, response in zip(batch, sampled)}
+    for ended in fill(model, ids, sample, special_ids(mask_id, eos, eot), keys, size, pace):
+        replies = {index: decode(decoder, filled.tolist(), (eos, eot)) for index, filled in ended}
         responses |= replies
         if finished:
             finished(replies)
-    return [responses[i] for i in range(len(prompts))]
+    return [responses[index] for index in range(len(prompts))]
 
 
-def check_longest(model, prompts, sample):
-    """Refuse what has more positions than a model with learned ones."""
+def batch_size(model, prompts, sample):
+    """How many responses are filled at a time."""
+    if sample.batch_size != "auto":
+        return min(sample.batch_size, len(prompts))
+    return min(MOST_ROWS, len(prompts))
+
+
+def check_model(model, prompts, sample):
+    """Refuse what has more positions than a model with learned ones, and a cache where rows must have one length."""
+    if sample.cache != "none" and not getattr(model, "module", model).joins_rows:
+        raise InputError(
+            f"--cache {sample.cache}: {sample.model_name_or_path} (model_type {config_of(model).model_type}) cannot "
+            "read a part of a row; leave it out"
+        )
     longest = families.longest(config_of(model))
     needed = max(map(len, prompts), default=0) + sample.gen_length
     if longest and needed > longest:

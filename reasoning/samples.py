@@ -93,7 +93,7 @@ def complete(path, wanted, rows, sampling, load, *, note=no_note, desc="sampling
         model, tokenizer = load()
         ids = prompt_ids(tokenizer, [key.number for key in missing], rows, sampling.template)
         seeds = [key.number * k + key.sample for key in missing]
-        passes = sampler.most_passes(model, ids, sampling)
+        passes = sampler.most_passes(model, ids, sampling, sampler.batch_size(model, ids, sampling))
         print(f"{desc}: {len(missing)} responses, at most {passes} forward passes", file=sys.stderr, flush=True)
         bar = progress(len(keys), "response", desc, initial=len(keys) - len(missing))
         with naming(path), open(path, "a", encoding="utf-8") as file, bar:

@@ -14,10 +14,9 @@ from small import ROOT, settings
 from config import SampleArguments
 from files import InputError
 from models import checkpoint
-from models.cache import Cache
 from models.families import Blocks
 from models.moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
-from reasoning import arguments, blockwise, commits, sampler
+from reasoning import arguments, commits, sampler
 
 GOLDEN = ROOT.parent / "shared" / "data" / "golden"
 MASK = 3
@@ -142,7 +141,8 @@ def naive_choice(z, sample, draw):
     """(token, confidence) of logits z (V,) of one place."""
     possible = z.clone()
     possible[MASK] = -torch.inf
-    token = int(commits.choose(possible[None], [1], [draw], sample.temperature))
+    uniform = torch.rand(1, generator=draw) if sample.temperature else None
+    token = int(commits.choose(possible[None], uniform, sample.temperature))
     return token, float(z.softmax(-1)[token])
 
 
@@ -211,24 +211,30 @@ def test_options_against_naive(model, kind, options):
     assert generate(model, blocks, prompts[2:3], sample, keys=keys[2:3]) == got[2:3]
 
 
-class Nothing(Cache):
-    """A cache that keeps nothing: each pass reads the whole row."""
-
-    def keep(self, length):
-        pass
+@pytest.mark.parametrize("kind", KINDS)
+def test_finished_blocks_are_not_read_again(model, kind, monkeypatch):
+    """A pass reads its block; a block's first pass, or that of its first token, reads what was not kept before, too."""
+    blocks, prompts, read = KINDS[kind], prompts_of(2, 7), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **kw: read.append(kw["input_ids"].shape[1] // 2) or forward(**kw))
+    generate(model, blocks, prompts, sample_of(blocks, 9))
+    if blocks.sampled_from == "prompt":
+        want = {True: [7, 4, 4, 4], False: [11, 4, 4, 4]}[blocks.first_from_clean]
+        assert read[:4] == want
+    else:
+        assert read[:3] == [8, 8 if not blocks.first_from_clean else 4, 4]
+    assert max(read[1:]) <= 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cache_saves_reading_and_changes_nothing(model, kind, monkeypatch):
-    """As many passes as without a cache; each reads what is not finished, the last block among it."""
-    blocks, prompts, read = KINDS[kind], prompts_of(2, 7), []
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda **kw: read.append(kw["input_ids"].shape[1]) or forward(**kw))
-    cached, passes = generate(model, blocks, prompts, sample_of(blocks, 9)), list(read)
-    read.clear()
-    monkeypatch.setattr(blockwise, "Cache", Nothing)
-    assert cached == generate(model, blocks, prompts, sample_of(blocks, 9))
-    assert len(read) == len(passes) and max(passes[1:]) <= 8 and sum(read) > 2 * sum(passes)
+def test_rows_of_any_length_share_passes(model, kind):
+    """The response to each prompt is the one that it gets alone."""
+    model.blocks, sample = KINDS[kind], sample_of(KINDS[kind], 9, temperature=0.8)
+    prompts = [prompts_of(1, P)[0] for P in (3, 9, 5, 3, 14, 1, 7)]
+    special = sampler.special_ids(MASK, None, None)
+    filled = dict(sum(sampler.fill(model, prompts, sample, special, range(7), 3), []))
+    for key, prompt in enumerate(prompts):
+        assert filled[key].tolist() == generate(model, KINDS[kind], prompt[None], sample, keys=[key])[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -252,7 +258,7 @@ def test_ended_rows_leave_the_batch(model, kind, temperature, monkeypatch):
     prompts[2, -1] = eos
     full[2] = generate(model, blocks, prompts[2:3], sample, keys=[2])[0]
     rows, forward = [], model.forward
-    monkeypatch.setattr(model, "forward", lambda **kw: rows.append(len(kw["input_ids"])) or forward(**kw))
+    monkeypatch.setattr(model, "forward", lambda **kw: rows.append(len(kw["rows"].windows)) or forward(**kw))
     got = generate(model, blocks, prompts, sample, eos=eos, eot=eot)
     for ids, whole in zip(got, full):
         end = next((place for place, token in enumerate(whole) if token in (eos, eot)), 14)
@@ -285,22 +291,12 @@ def test_eos_is_not_said_if_asked(model):
             assert eos not in generate(model, blocks, prompts, sample_of(blocks, 9, logits_eos_inf=True), eos=eos)[0]
 
 
-def test_cache():
-    """The kept tokens, then those of the pass, whose place the next pass takes."""
-    cache, x = Cache(6), torch.randn(2, 1, 8, 3)
-    assert torch.equal(cache.update(x[:, :, :4], -x[:, :, :4], 0)[1], -x[:, :, :4])
-    cache.keep(3)
-    cache.update(x[:, :, 6:8], x[:, :, 6:8], 0)
-    assert torch.equal(cache.update(x[:, :, 3:6], x[:, :, 3:6], 0)[0], x[:, :, :6])
-    cache.select(torch.tensor([False, True]))
-    assert torch.equal(cache.update(x[1:, :, 4:5], x[1:, :, 4:5], 0)[0], x[1:, :, [0, 1, 2, 4]])
-
-
 @pytest.mark.parametrize(
     "options, words",
     [
         ({"block_length": 24}, "--block_length 24 contradicts .* 16 tokens; .* --block_length 8$"),
         ({"cfg_scale": 0.5}, "--cfg_scale 0.5: guidance needs a bidirectional model"),
+        ({"cache": "dual"}, "--cache dual: model is block-causal and always keeps"),
     ],
 )
 def test_refusals(options, words, monkeypatch):

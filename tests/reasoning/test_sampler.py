@@ -5,6 +5,7 @@ bash tests/run.sh tests/reasoning/test_sampler.py
 
 import argparse
 import copy
+import itertools
 import json
 import math
 from collections import Counter
@@ -78,15 +79,16 @@ def naive_logits(model, x, P, sample, eos):
 
 def naive_options(z, sample, draw, eos, eot):
     """[(confidence, token)] of one block's masked positions from their logits z (N, V)."""
-    noise = torch.rand(z.shape, dtype=torch.float64, generator=draw) if sample.temperature else torch.ones(z.shape)
+    uniforms = torch.rand(len(z), generator=draw).tolist() if sample.temperature else [None] * len(z)
     random = torch.rand(len(z), dtype=torch.float64, generator=draw) if sample.remasking == "random" else None
     options = []
-    for i, (row, u) in enumerate(zip(z, noise)):
+    for i, (row, u) in enumerate(zip(z, uniforms)):
         if sample.temperature:
-            value = [math.exp(a) / (-math.log(b)) ** sample.temperature for a, b in zip(row.tolist(), u.tolist())]
+            weights = [math.exp(value / sample.temperature) for value in row.tolist()]
+            sums = list(itertools.accumulate(weights))
+            token = next(v for v, total in enumerate(sums) if total > u * sums[-1])
         else:
-            value = row.tolist()
-        token = max(range(len(value)), key=lambda v: value[v])
+            token = int(row.argmax())
         if sample.confidence_eos_eot_inf:
             row = row.clone()
             row[eos] = row[eot] = -torch.inf
@@ -180,7 +182,7 @@ def test_whole_responses_against_naive(model):
 
 def rows_of_passes(model, monkeypatch):
     seen, forward = [], model.forward
-    monkeypatch.setattr(model, "forward", lambda **kw: seen.append(len(kw["input_ids"])) or forward(**kw))
+    monkeypatch.setattr(model, "forward", lambda **kw: seen.append(len(kw["rows"].lengths)) or forward(**kw))
     return seen
 
 
@@ -243,9 +245,9 @@ def test_threshold_in_float32():
     """bfloat16 knows nothing between 0.996 and 1, where a threshold may well lie."""
     logits = torch.tensor([[6.25, 0.0]]).bfloat16()
     chosen, ends = torch.tensor([0]), torch.tensor([], dtype=torch.long)
-    sure = commits.confidences(logits, chosen, [1], [None], settings(threshold=0.999), ends)
+    sure = commits.confidences(logits, chosen, settings(threshold=0.999), ends)
     assert sure.item() == pytest.approx(1 / (1 + math.exp(-6.25)), abs=1e-6) and sure.item() < 0.999
-    plain = commits.confidences(logits, chosen, [1], [None], settings(), ends)
+    plain = commits.confidences(logits, chosen, settings(), ends)
     assert plain.dtype == torch.bfloat16 and plain.item() == 1  # as in the original
 
 
@@ -262,9 +264,9 @@ def test_predicted_mask_ends_all_the_same(options):
     logits = torch.zeros(40).index_fill(0, torch.tensor(MASK), 9.0)
 
     class Model:
-        device, blocks = torch.device("cpu"), None
+        device, blocks, joins_rows, is_shifted = torch.device("cpu"), None, True, False
 
-        def __call__(self, input_ids, positions):
+        def __call__(self, input_ids, positions, rows):
             return argparse.Namespace(logits=logits.repeat(len(positions), 1))
 
     got = sampler.generate(Model(), prompts_of(2, 3), settings(gen_length=4, **options), MASK, eos=5)
@@ -278,26 +280,34 @@ def test_bfloat16(model, options):
     assert got.dtype == torch.long and got.shape == (2, 8) and MASK not in got.flatten().tolist()
 
 
-def test_temperature_is_the_originals():
-    """The argmax of exp(z) / (-log u)^T in float64, each row of the batch with its own u."""
-    z, draws = torch.randn(60, 50) * 4, [torch.Generator().manual_seed(row) for row in range(3)]
-    got = commits.choose(z, [10, 0, 50], draws, 0.7)
-    u = torch.cat(
-        [
-            torch.rand(n, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(row))
-            for row, n in ((0, 10), (2, 50))
-        ]
-    )
-    assert torch.equal(got, (z.double().exp() / (-u.log()) ** 0.7).argmax(-1))
-    assert not torch.equal(got, z.argmax(-1))
+@pytest.mark.parametrize("V", [5, 512, 513, 3000])
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_temperature_samples_softmax(V, temperature):
+    """Draws are softmax(z / T)'s: Pearson's chi-square over ids, those expected less than 20 times as one."""
+    n = 40_000
+    z = torch.randn(V, generator=torch.Generator().manual_seed(V)) * 2
+    z[::7] = -torch.inf
+    drawn = commits.choose(z.expand(n, V), torch.rand(n, generator=commits.row_generator(5, V)), temperature)
+    counts, expected = drawn.bincount(minlength=V).double(), n * (z.double() / temperature).softmax(0)
+    assert counts[::7].sum() == 0
+    rare = expected < 20
+    counts, expected = (torch.cat((x[~rare], x[rare].sum()[None])) for x in (counts, expected))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    chi_square, degrees = float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1
+    assert abs(chi_square - degrees) < 4 * (2 * degrees) ** 0.5
 
 
-def test_temperature_samples_softmax():
-    """argmax exp(z) / (-log u)^T is a draw from softmax(z / T)."""
-    z, n, T = torch.tensor([1.0, 0.0, -1.0, 2.0]), 20000, 0.7
-    draws = [commits.row_generator(5, row) for row in range(2)]
-    share = commits.choose(z.expand(n, 4), [n // 2] * 2, draws, T).bincount(minlength=4) / n
-    assert torch.allclose(share, torch.softmax(z / T, 0), atol=0.015)  # 4 sigma
+def test_draws_at_the_ends():
+    """Neither 0 nor the largest number below 1 draws an id of probability 0."""
+    last = 1 - 2**-24
+    for V in (3, 512, 1100):
+        p = torch.zeros(2, V)
+        p[:, V // 3] = p[:, V // 2] = 0.5
+        assert commits.draw(p, torch.tensor([0.0, last])).tolist() == [V // 3, V // 2]
+        p = torch.rand(2000, V)
+        p[:, -1] = p[:, 0] = 0
+        ids = commits.draw(p, torch.tensor([0.0, last]).repeat(1000))
+        assert set(ids[::2].tolist()) == {1} and set(ids[1::2].tolist()) == {V - 2}
 
 
 @pytest.mark.parametrize("options", [{"temperature": 2.0}, {"remasking": "random"}])
@@ -313,3 +323,134 @@ def test_seed(model, options):
     assert first[0] != first[1] != first[2]  # the same prompt thrice in a batch: three responses
     assert draw(1, keys=[2]) == first[2:]  # and the third alone is the third of the batch
     assert draw(0)[1:] != draw(1)[:2]
+
+
+# --- rows of any length, and caches -----------------------------------------------------------------------
+
+
+def ids_of(model, prompts, sample, size, keys=None, ends=(), pace=None):
+    """The ids of the response to each of prompts, at most `size` at a time."""
+    special = sampler.special_ids(MASK, *ends) if ends else sampler.special_ids(MASK, None, None)
+    keys = range(len(prompts)) if keys is None else keys
+    filled = dict(sum(sampler.fill(model, prompts, sample, special, keys, size, pace), []))
+    return [filled[index].tolist() for index in range(len(prompts))]
+
+
+def mixed_prompts():
+    return [prompts_of(1, P)[0] for P in (3, 9, 5, 3, 14, 1, 7)]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"cfg_scale": 1.5}, {"cache": "dual"}], ids=str)
+def test_rows_of_any_length_share_passes(model, monkeypatch, options):
+    """The response to each prompt is the one that it gets alone, and passes stay full until the last rows."""
+    prompts, sample = mixed_prompts(), settings(gen_length=12, block_length=4, **options)
+    alone = [ids_of(model, [prompt], sample, 1, [key])[0] for key, prompt in enumerate(prompts)]
+    passes, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda **kw: passes.append(kw["input_ids"].shape) or forward(**kw))
+    assert ids_of(model, prompts, sample, 3) == alone
+    assert len(passes) == sampler.most_passes(model, prompts, sample, 3) == 36 and {rows for rows, _ in passes} == {1}
+
+
+def test_rows_that_end_make_room(model, monkeypatch):
+    """Where texts end early there are fewer passes, and as many rows in each as there are until the last begin."""
+    prompts, sample = mixed_prompts(), settings(gen_length=12, block_length=4)
+    full = ids_of(model, prompts, sample, 2)
+    ends = full[0][1], full[4][5]
+    seen = rows_of_passes(model, monkeypatch)
+    got = ids_of(model, prompts, sample, 2, ends=ends)
+    assert [cut(ids, *ends) for ids in got] == [cut(ids, *ends) for ids in full]
+    assert len(seen) < 48 and set(seen[: seen.index(1)]) == {2} and set(seen[seen.index(1) :]) == {1}
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize(
+    "options", [{}, {"steps": 6}, {"threshold": 0.5}, {"temperature": 0.8}, {"cfg_scale": 1.5}], ids=str
+)
+def test_refresh_at_every_pass_approximates_nothing(model, cache, options):
+    prompts = mixed_prompts()
+    plain = settings(gen_length=12, block_length=6, **options)
+    each = settings(gen_length=12, block_length=6, cache=cache, refresh=1, **options)
+    assert ids_of(model, prompts, each, 3) == ids_of(model, prompts, plain, 3)
+
+
+@torch.no_grad()
+def layers_apart(model, x, window, kept):
+    """LLaDA's logits (stop - first, V) of the tokens `window` of a row x (L,) with `kept` keys and values elsewhere.
+
+    Returns them and what is kept afterwards, [(k, v)] of each layer, (H, L, hd) each. Not the model's own forward.
+    """
+    first, stop = window
+    transformer = model.model.transformer
+    h = transformer.wte(x[first:stop])[None]
+    cos, sin = (table[first:stop] for table in model.rotary(len(x), x.device))
+    stored = []
+    for block, (k_kept, v_kept) in zip(transformer.blocks, kept):
+        z = block.attn_norm(h)
+        q, k, v = (
+            layer(z)[0].unflatten(-1, (block.heads, -1)).transpose(0, 1)
+            for layer in (block.q_proj, block.k_proj, block.v_proj)
+        )
+        q, k = (y * cos + torch.cat((-y.chunk(2, -1)[1], y.chunk(2, -1)[0]), -1) * sin for y in (q, k))
+        k, v = (torch.cat((old[:, :first], new, old[:, stop:]), 1) for old, new in ((k_kept, k), (v_kept, v)))
+        stored.append((k, v))
+        mixed = (q @ k.transpose(1, 2) / k.shape[-1] ** 0.5).softmax(-1) @ v
+        h = h + block.attn_out(mixed.transpose(0, 1).flatten(1))[None]
+        z = block.ff_norm(h)
+        h = h + block.ff_out(torch.nn.functional.silu(block.ff_proj(z)) * block.up_proj(z))
+    return transformer.ff_out(transformer.ln_f(h))[0], stored
+
+
+def naive_cached(model, prompt, sample):
+    """One token a pass, with a cache that keeps all keys and values of the last whole pass."""
+    P, L, n = len(prompt), len(prompt) + sample.gen_length, sample.block_length
+    x = torch.cat((prompt, torch.full((sample.gen_length,), MASK)))
+    kept = [(torch.zeros(4, L, 8),) * 2] * 2
+    for start in range(P, L, n):
+        for number in range(n):
+            whole = number % (sample.refresh or n) == 0
+            window = (0, L) if whole else (start, L if sample.cache == "prefix" else start + n)
+            logits, kept = layers_apart(model, x, window, kept)
+            places = [i for i in range(start, start + n) if x[i] == MASK]
+            sure, tokens = logits[[i - window[0] for i in places]].softmax(-1).max(-1)
+            best = int(sure.argmax())
+            x[places[best]] = tokens[best]
+    return x[P:].tolist()
+
+
+@pytest.mark.parametrize("refresh", [None, 3])
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_caches_against_naive(model, cache, refresh):
+    prompts = mixed_prompts()
+    sample = settings(gen_length=12, block_length=6, cache=cache, refresh=refresh)
+    got = ids_of(model, prompts, sample, 3)
+    assert got == [naive_cached(model, prompt, sample) for prompt in prompts]
+    assert got != ids_of(model, prompts, settings(gen_length=12, block_length=6), 3)  # it is an approximation
+
+
+@pytest.mark.parametrize(
+    "cache, read", [("prefix", [20, 12, 12, 12, 20, 8, 8, 8, 20, 4, 4, 4]), ("dual", [20, 4, 4, 4] * 3)]
+)
+def test_tokens_that_a_cache_leaves_out(model, monkeypatch, cache, read):
+    seen, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda **kw: seen.append(kw["input_ids"].shape[1]) or forward(**kw))
+    ids_of(model, [prompts_of(1, 8)[0]], settings(gen_length=12, block_length=4, cache=cache), 1)
+    assert seen == read
+
+
+def test_less_memory_than_was_thought(model, monkeypatch, capsys):
+    """Half as many rows go on; the responses that were stopped begin again, with the same result."""
+    prompts, sample = mixed_prompts(), settings(gen_length=12, block_length=4, temperature=0.7)
+    want, forward, passes = ids_of(model, prompts, sample, 7), model.forward, []
+
+    def scarce(**kw):
+        passes.append(len(kw["rows"].lengths))
+        if len(kw["rows"].lengths) > 2 and len(passes) > 5:
+            raise torch.OutOfMemoryError("a page of figures")
+        return forward(**kw)
+
+    monkeypatch.setattr(model, "forward", scarce)
+    assert ids_of(model, prompts, sample, 7) == want
+    assert max(passes) == 7 and passes[-1] == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: out of memory; going on with --batch_size {size}" for size in (3, 1)
+    ]
