@@ -306,10 +306,11 @@ class Arguments(NamedTuple):
     train: TrainArguments
 
 
-def parse(argv, doc, *used, hide=()):
+def parse(argv, doc, *used, hide=(), below=()):
     """Parse argv (None: the command line) into one instance of each dataclass in `used`: GROUPS in order, others last.
 
     doc: the command's docstring, for --help. hide: names that --help leaves out, because the command does not use them.
+    below: flags that stand in for the defaults: the file and the command line win over them.
     A command that uses one of GROUPS accepts the arguments of all of them, so that one YAML file serves a whole run.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -331,7 +332,9 @@ def parse(argv, doc, *used, hide=()):
         raise InputError(f"--config_file is given {len(paths)} times, expected one file")
     from_file = yaml_as_flags(paths[0], names(*accepted) - {"local_rank"}) if paths else []
     try:
-        found = parser.parse_args(from_file)  # by itself first, so that an error in the file names the file
+        found = parser.parse_args(
+            from_file, parser.parse_args([*below])
+        )  # by itself first, so that an error in the file names the file
     except InputError as error:
         raise InputError(f"{paths[0]}: {error}") from None
     groups = parser.read(argv, found)

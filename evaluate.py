@@ -9,6 +9,8 @@ own rules (reasoning/harness.py). `python evaluate.py lm_eval` is that package's
 One reader, reasoning/answers.py, grades them all, and what make_prefs.py samples: a response without a readable answer
 is not solved, and is counted apart.
 Models are compared by McNemar's exact test on the items that only one of two answers rightly (reasoning/comparison.py).
+--k 8 --temperature 1 samples several responses per item: pass@k and majority@k, with intervals.
+--protocol llada asks GSM8K as LLaDA's paper does, so that its figure can be compared (reasoning/protocols.py).
 
 Responses are kept in OUTPUT_DIR/samples batch by batch: run the same command to resume; a larger --limit adds items.
 A line of MODEL-TASK.jsonl has all that a judge needs, and `make_prefs.py --strategy label --in` reads it.
@@ -20,13 +22,13 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Literal, Optional
 
 import config
 from cli import exits
 from cli.parser import arg
 from files import InputError
-from reasoning import arguments, benchmarks, tasks
+from reasoning import arguments, benchmarks, protocols, tasks
 
 OURS = [*dict.fromkeys([*benchmarks.BENCHMARKS, *tasks.FAMILIES])]
 HARNESS = "lm_eval:"  # before the name of a task of lm-evaluation-harness
@@ -60,6 +62,13 @@ class EvaluateArguments:
         "folder with the benchmarks' files in their original formats; default: download them from the Hub",
         metavar="FOLDER",
     )
+    protocol: Optional[Literal["llada", "llada-1.5", "d1"]] = arg(
+        None,
+        "prompts and sampler settings by which a paper reports gsm8k and math500: of LLaDA, LLaDA 1.5 (VRPO) or d1, "
+        "which has countdown and sudoku, too; flags that you give win over its settings",
+        metavar="NAME",
+    )
+    k: int = arg(1, "responses per item; more than 1 give pass@k and majority@k, and need --temperature")
     num_fewshot: Optional[int] = arg(None, "lm_eval's tasks: examples in the prompt; default: the task's own number")
     compare: Optional[List[str]] = arg(
         None, "models to compare with --model on the same items: folders or Hub names", metavar="MODEL"
@@ -71,23 +80,54 @@ class EvaluateArguments:
     allow_leak: bool = arg(False, "also score items that a model was trained on")
 
 
+def parse(argv, below=()):
+    """[EvaluateArguments, SampleArguments, LikelihoodArguments]; below: flags over which those of argv win."""
+    used = EvaluateArguments, config.SampleArguments, config.LikelihoodArguments
+    return config.parse(argv, __doc__, *used, below=below)
+
+
 def read_arguments(argv=None):
     """[EvaluateArguments, SampleArguments, LikelihoodArguments], checked as far as nothing needs to be loaded."""
-    groups = config.parse(argv, __doc__, EvaluateArguments, config.SampleArguments, config.LikelihoodArguments)
+    groups = parse(argv)
     args, sample, _ = groups
     arguments.check_values(replace(sample))  # a copy: lm_eval's tasks may ask for other lengths than are given
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit is {args.limit}; expected at least 1")
+    check_tasks(args)
+    check_samples(args, sample)
+    if (args.columns or args.ignore_columns) and not args.source:
+        raise InputError("--columns and --ignore_columns name columns of a file of problems: give --in FILE")
+    return groups
+
+
+def check_tasks(args):
+    """Refuse names of tasks that do not exist, or of which the protocol says nothing."""
     for name in task_names(args):
         if not name.startswith(HARNESS) and name not in OURS:
             raise InputError(
                 f"--tasks: no task '{name}'; there are {', '.join(OURS)}, and {HARNESS}NAME for those of "
                 "lm-evaluation-harness"
             )
-    if (args.columns or args.ignore_columns) and not args.source:
-        raise InputError("--columns and --ignore_columns name columns of a file of problems: give --in FILE")
-    own_files(args)
-    return groups
+    for name in [*task_names(args), *own_files(args)]:
+        protocols.setting(args.protocol, name)
+
+
+def check_samples(args, sample):
+    """Refuse a number of responses per item that has no meaning."""
+    if args.k < 1:
+        raise InputError(f"--k is {args.k}; expected at least 1")
+    if args.k > 1 and sample.temperature == 0:
+        raise InputError(f"--temperature 0 gives {args.k} times the same response; add --temperature 1")
+    if args.k > 1 and any(name.startswith(HARNESS) for name in task_names(args)):
+        raise InputError(f"--k {args.k}: tasks of lm-evaluation-harness are asked once; leave --k or them out")
+
+
+def sampling_of(argv, setting):
+    """SampleArguments as given, over those of a protocol's Setting, which may be None. Unchecked."""
+    _, sample, _ = parse(argv, protocols.flags(setting) if setting else ())
+    if setting:
+        protocols.fill_in(sample, setting)
+    return sample
 
 
 def task_names(args):
@@ -116,7 +156,7 @@ import score
 from files import fingerprint, not_writable, read_json, replacing, write_json
 from models import folders, tokenization
 from preferences import columns
-from reasoning import answers, comparison, harness, leaks, problems, prompts, samples
+from reasoning import answers, comparison, harness, leaks, problems, prompts, responses, samples, table
 
 # --- tasks ------------------------------------------------------------------------------------------------
 
@@ -135,8 +175,11 @@ def load_tasks(args):
     return found | dict.fromkeys(own_files(args))
 
 
-def read_items(name, theirs, args, seed):
-    """The first --limit Items of a task; an embedded one's are drawn by `seed`. theirs: lm_eval's Task, or None."""
+def read_items(name, theirs, setting, args, seed):
+    """The first --limit Items of a task; an embedded one's are drawn by `seed`. theirs: lm_eval's Task, or None.
+
+    setting: the protocols.Setting that makes its prompts, or None.
+    """
     if theirs:
         questions = harness.questions(theirs)[: args.limit]
         return [benchmarks.Item(str(number), text, text, "", "") for number, text in enumerate(questions, 1)]
@@ -146,7 +189,8 @@ def read_items(name, theirs, args, seed):
             for number, own in enumerate(read_own(path, args)[: args.limit], 1)
         ]
     if name in benchmarks.BENCHMARKS and (args.data_dir or name not in tasks.FAMILIES):
-        return benchmarks.read(name, args.data_dir)[: args.limit]
+        prompt = setting.prompts(args.data_dir) if setting and setting.prompts else None
+        return benchmarks.read(name, args.data_dir, prompt)[: args.limit]
     drawn = tasks.generate(args.limit or EMBEDDED, "test", seed, (name,))
     return [
         benchmarks.Item(str(number), problem.prompt, problem.prompt, problem.answer, answers.gold(problem.answer).kind)
@@ -160,13 +204,14 @@ def read_own(path, args):
     return problems.read(path, given, columns.parse_names(args.ignore_columns))
 
 
-def check_templates(models, items, theirs, sample):
-    """Refuse a model whose tokenizer cannot write a task's prompts, before any model has answered."""
+def check_models(models, found):
+    """Refuse a model that cannot be asked as the tasks are, before any model has answered."""
     for model in models:
-        tokenizer = tokenization.load_tokenizer(model, sample.trust_remote_code)
-        for name, each in items.items():
-            if each and not theirs[name]:
-                prompts.prompt_ids(tokenizer, {"prompt": each[0].prompt}, model, sample.template)
+        for task in found:
+            sample = responses.sampling(task, model)
+            if task.items and not task.theirs:
+                tokenizer = tokenization.load_tokenizer(model, sample.trust_remote_code)
+                prompts.prompt_ids(tokenizer, responses.asked(task, task.items[0]), model, sample.template)
 
 
 # --- the answers of one model -----------------------------------------------------------------------------
@@ -183,10 +228,8 @@ class Answers:
 
     def __init__(self, given, likelihood, model_fingerprint, label, folder):
         """given: SampleArguments that name the model, before arguments.check(), as a task may ask for other lengths."""
-        self.given, self.likelihood, self.label, self.folder = given, likelihood, label, folder
-        self.sample = replace(given)
-        arguments.check(self.sample)
-        self.header = samples.header(self.sample, model_fingerprint)
+        self.given, self.likelihood, self.fingerprint = given, likelihood, model_fingerprint
+        self.label, self.folder = label, folder
 
     @functools.cached_property
     def model(self):
@@ -195,33 +238,27 @@ class Answers:
     def load(self):
         return self.model.model, self.model.tokenizer
 
-    def to(self, name, items):
-        """One row per item of a task of ours: what the model was asked, what it said, and what that is worth."""
-        path = self.folder / f"{file_name(name)}-{fingerprint(self.header)}.jsonl"
-        asked = {int(item.id) - 1: {"prompt": item.prompt, "place": f"{name}, item {item.id}"} for item in items}
-        made = samples.complete(path, self.header, asked, self.sample, self.load, desc=f"{self.label}, {name}")
+    def to(self, task, k):
+        """k rows per item of a task of ours: what the model was asked, what it said, and what that is worth."""
+        sample = responses.sampling(task, self.given.model_name_or_path)
+        header = samples.header(sample, self.fingerprint, k)
+        path = self.folder / f"{file_name(task.name)}-{fingerprint(header)}.jsonl"
+        wanted = {int(item.id) - 1: responses.asked(task, item) for item in task.items}
+        made = samples.complete(path, header, wanted, sample, self.load, desc=f"{self.label}, {task.name}")
+        model = sample.model_name_or_path
         return [
-            {
-                "task": name,
-                "id": item.id,
-                "model": self.sample.model_name_or_path,
-                "prompt": item.prompt,
-                "response": line["text"],
-                "answer": item.answer,
-                **answers.grade(item.kind, item.answer, line["text"]),
-                "tokens": line["tokens"],
-                "ended": line["ended"],
-            }
-            for item, [line] in zip(items, made.values())
+            row for item, lines in zip(task.items, made.values()) for row in responses.judged(task, item, lines, model)
         ]
 
-    def to_theirs(self, name, task, items, num_fewshot):
-        """The same for a task of lm_eval, which asks, reads and grades by its own rules."""
-        cache = self.folder / f"{file_name(name)}-{fingerprint(self.header, asdict(self.likelihood))}"
-        chat = tokenization.uses_chat(self.model.tokenizer, self.sample.template)
-        places = [int(item.id) - 1 for item in items]
-        rows = harness.run_task(name.removeprefix(HARNESS), task, self.model, places, chat, num_fewshot, cache)
-        about = [{"task": name, "id": item.id, "model": self.sample.model_name_or_path} for item in items]
+    def to_theirs(self, task, num_fewshot):
+        """One row per item of a task of lm_eval, which asks, reads and grades by its own rules."""
+        header = samples.header(responses.sampling(task, self.given.model_name_or_path), self.fingerprint)
+        cache = self.folder / f"{file_name(task.name)}-{fingerprint(header, asdict(self.likelihood))}"
+        chat = tokenization.uses_chat(self.model.tokenizer, self.given.template)
+        places = [int(item.id) - 1 for item in task.items]
+        name = task.name.removeprefix(HARNESS)
+        rows = harness.run_task(name, task.theirs, self.model, places, chat, num_fewshot, cache)
+        about = [{"task": task.name, "id": item.id, "model": self.given.model_name_or_path} for item in task.items]
         return [each | row for each, row in zip(about, rows, strict=True)]
 
 
@@ -252,53 +289,56 @@ def main(argv=None):
         return harness.main(LanguageModel, harness.__doc__, sys.argv[2:])
     # 1. Find every model, task and item, before any work.
     args, given, likelihood = read_arguments(argv)
+    theirs = load_tasks(args)
+    settings = {name: protocols.setting(args.protocol, name) for name in theirs}
+    given = sampling_of(argv, next(iter(settings.values())))
     sample = replace(given)
     arguments.check(sample)
     folder = Path(args.output_dir)
     models = [sample.model_name_or_path, *(args.compare or [])]
     fingerprints = {model: folders.model_fingerprint(model) for model in models}
     names = comparison.labels(models)
-    theirs = load_tasks(args)
-    items = {name: read_items(name, task, args, sample.seed) for name, task in theirs.items()}
+    found = []
+    for name, setting in settings.items():
+        items = read_items(name, theirs[name], setting, args, sample.seed)
+        found.append(responses.Task(name, theirs[name], setting, sampling_of(argv, setting), items))
 
     # 2. Leave out what the models were trained on.
     check = leaks.Check(tuple(args.train_data or ()), args.allow_leak, sample.trust_remote_code)
-    seen = leaks.find_seen(items, models, check)
+    seen = leaks.find_seen({task.name: task.items for task in found}, models, check)
     if not args.allow_leak:
-        for name, each in items.items():
-            items[name] = [item for item in each if item.id not in seen[name]]
-    check_templates(models, items, theirs, sample)
+        found = [task._replace(items=[item for item in task.items if item.id not in seen[task.name]]) for task in found]
+    check_models(models, found)
 
     # 3. Let the models answer, one in memory at a time.
     make_folder(folder / "samples")
     remove_earlier(folder)
-    paths = {(model, name): folder / f"{names[model]}-{file_name(name)}.jsonl" for model in models for name in items}
-    table, first = [], {}
+    lines, paths, first = [], [], {}
     for model in models:
         one = replace(given, model_name_or_path=model)
         model_answers = Answers(one, likelihood, fingerprints[model], names[model], folder / "samples")
-        for name, each in items.items():
-            if theirs[name] and each:
-                rows = model_answers.to_theirs(name, theirs[name], each, args.num_fewshot)
-            else:
-                rows = model_answers.to(name, each)
-            path = paths[model, name]
-            with replacing(path) as file:
-                jsonlines.Writer(file).write_all(row | {"seen": row["id"] in seen[name]} for row in rows)
-            table.append({**comparison.summary(name, names[model], rows, first.get(name)), "file": path.name})
-            first.setdefault(name, rows)
+        for task in found:
+            is_theirs = task.theirs and task.items
+            rows = model_answers.to_theirs(task, args.num_fewshot) if is_theirs else model_answers.to(task, args.k)
+            paths.append(folder / f"{names[model]}-{file_name(task.name)}.jsonl")
+            with replacing(paths[-1]) as file:
+                jsonlines.Writer(file).write_all(row | {"seen": row["id"] in seen[task.name]} for row in rows)
+            line = comparison.summary(task.name, names[model], rows, first.get(task.name))
+            lines.append(line | responses.about(task, model) | {"protocol": args.protocol, "file": paths[-1].name})
+            first.setdefault(task.name, rows)
 
     # 4. Compare them.
-    table.sort(key=lambda line: list(theirs).index(line["task"]))  # stable: the models stay in their order
+    order = [task.name for task in found]
+    lines.sort(key=lambda line: order.index(line["task"]))  # stable: the models stay in their order
     results = {
         "models": {names[model]: {"path": model, "fingerprint": fingerprints[model]} for model in models},
-        "table": table,
-        "files": [path.name for path in paths.values()],
+        "table": lines,
+        "files": [path.name for path in paths],
         "seen": seen,
         "arguments": asdict(sample) | asdict(likelihood) | asdict(args),
     }
     write_json(folder / "results.json", results)
-    comparison.print_table(table)
+    table.print_table(lines)
     print(f"{folder}: every response, and results.json")
     runs = [Path(model).parent for model in models if (Path(model).parent / "run.json").is_file()]
     if runs:

@@ -193,9 +193,10 @@ def prefix_ids(tokenizer, template):
     return full[:place]
 
 
-def prompt_ids(tokenizer, prompt, template):
-    """The ids of prompt_text(): what precedes a response, in training and in sampling."""
-    ids, prefix = encode(tokenizer, prompt_text(tokenizer, prompt, template)), prefix_ids(tokenizer, template)
+def prompt_ids(tokenizer, prompt, template, opening=""):
+    """The ids of prompt_text() and `opening`: what precedes a response, in training and in sampling."""
+    text, prefix = prompt_text(tokenizer, prompt, template) + opening, prefix_ids(tokenizer, template)
+    ids = encode(tokenizer, text)
     return ids if ids[: len(prefix)] == prefix else prefix + ids  # a text of lm_eval may begin with it already
 
 

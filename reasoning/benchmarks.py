@@ -21,17 +21,22 @@ from reasoning import answers, countdown, sudoku
 class Item(NamedTuple):
     id: str  # its place in the file or data set, from 1
     question: str  # what identifies it: looked for in training prompts
-    prompt: str  # what the model is asked
+    prompt: str | list  # what the model is asked, a text or messages
     answer: str  # gold
     kind: str  # of answer, a name in answers.KINDS
+    groups: dict = {}  # {a name of GROUPS: its value}, by which accuracies are given, too
 
 
 class Asked(NamedTuple):
-    """An Item without its id."""
+    """An Item without its id and kind."""
 
     question: str
     prompt: str
     answer: str
+    groups: dict = {}
+
+
+GROUPS = ("level", "subject")  # of MATH
 
 
 class Benchmark(NamedTuple):
@@ -57,7 +62,8 @@ def ask_gsm8k(row):
 
 def ask_math(row):
     prompt = f"Problem: {row['problem']}\nSolve it step by step. Put the final answer in \\boxed{{}}.\nSolution:"
-    return Asked(row["problem"], prompt, str(row["answer"]))
+    groups = {name: row[name] for name in GROUPS if name in row}
+    return Asked(row["problem"], prompt, str(row["answer"]), groups)
 
 
 # --- LogiQA 2.0 (Liu et al., 2023): one letter of four ---
@@ -137,16 +143,22 @@ BENCHMARKS = {
 }
 
 
-def read(name, data_dir=None):
-    """The Items of a benchmark, in order, from its file under `data_dir` or from the Hub (if it has a hub)."""
-    place, rows = local_rows(name, Path(data_dir)) if data_dir else hub_rows(name)
+def read(name, data_dir=None, prompt=None):
+    """The Items of a benchmark, in order, from its file under `data_dir` or from the Hub (if it has a hub).
+
+    prompt: makes another prompt than the benchmark's own of a row, as a protocol does.
+    """
+    benchmark = BENCHMARKS[name]
+    place, rows = rows_of(name, benchmark, data_dir)
     items = []
     for number, row in enumerate(rows, 1):
         try:
-            asked = BENCHMARKS[name].ask(row)
-            if not all(isinstance(text, str) and text.encode() and text.strip() for text in asked):
+            asked = benchmark.ask(row)
+            if not all(isinstance(text, str) and text.encode() and text.strip() for text in asked[:3]):
                 raise ValueError("expected texts that are not empty")
-            items.append(Item(str(number), *asked, BENCHMARKS[name].kind))
+            if prompt:
+                asked = asked._replace(prompt=prompt(row))
+            items.append(Item(str(number), *asked[:3], benchmark.kind, asked.groups))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             said = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{place}: row {number} is not one of {name} ({said})") from None
@@ -155,9 +167,13 @@ def read(name, data_dir=None):
     return items
 
 
-def local_rows(name, folder):
-    """(path, rows) of the benchmark's file: JSON lines, one list, or CSV with a header."""
-    wanted = BENCHMARKS[name].files
+def rows_of(name, benchmark, data_dir=None):
+    """(file or data set, rows) of a Benchmark, from its file under `data_dir` or from the Hub. name: for messages."""
+    return local_rows(name, benchmark.files, Path(data_dir)) if data_dir else hub_rows(name, benchmark.hub)
+
+
+def local_rows(name, wanted, folder):
+    """(path, rows) of the first of the `wanted` files that is there: JSON lines, one list, or CSV."""
     found = next(filter(None, (sorted(folder.glob(file)) for file in wanted)), None)
     if not found:
         raise InputError(f"--data_dir {folder}: holds no file of {name}; looked for {', '.join(wanted)}")
@@ -176,9 +192,9 @@ def local_rows(name, folder):
         raise InputError(f"{found[0]}: expected JSON, one object a line or one list ({error})") from None
 
 
-def hub_rows(name):
-    """(data set, rows) of the benchmark on the Hub."""
-    path, configuration, split = BENCHMARKS[name].hub
+def hub_rows(name, hub):
+    """(data set, rows) of a data set on the Hub."""
+    path, configuration, split = hub
     with downloading(
         f"{name}: its data set {path} could not be downloaded from the Hub, and --data_dir names no folder of its files"
     ):

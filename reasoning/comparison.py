@@ -1,4 +1,12 @@
-"""Several models' verdicts on the same items, side by side: accuracies with intervals, and McNemar's test."""
+"""Models' verdicts on the same items, side by side: accuracies with intervals, and McNemar's test.
+
+A line of results.json's table, which summary() makes; reasoning/table.py prints it:
+
+    {"task": "gsm8k", "model": "a-final", "n": 200, "accuracy": 0.8, "ci95": [0.74, 0.85], "unread": 0.01, ...
+     "first_model_against_it": {"difference": 0.03, "won": 21, "lost": 15, "p": 0.4}}
+
+With several samples per item, accuracy is pass@1, the mean over them, and McNemar's test is that of the majorities.
+"""
 
 import math
 import os
@@ -6,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from files import InputError
-from reasoning import tasks
+from reasoning import benchmarks, estimates
 
 
 def labels(models):
@@ -25,6 +33,9 @@ def labels(models):
 def last_parts(parts, count):
     """("x", "a", "final"), 2 -> "a-final"."""
     return "-".join(parts[-count:]).lstrip("/-")
+
+
+# --- McNemar's test ---------------------------------------------------------------------------------------
 
 
 def mcnemar(won, lost):
@@ -64,53 +75,81 @@ def gain_line(items, changed):
     return f"{where}, {gain.won} to {gain.lost} (+{points:.1f} points) is the least gain that gives p < {SIGNIFICANT}"
 
 
-def against(first, rows):
-    """McNemar's test of the first model's rows against another's, the same items in the same order."""
-    pairs = [(a["correct"] is True, b["correct"] is True) for a, b in zip(first, rows)]
-    won, lost = pairs.count((True, False)), pairs.count((False, True))
-    return {"difference": (won - lost) / len(rows), "won": won, "lost": lost, "p": mcnemar(won, lost)}
+# --- the table --------------------------------------------------------------------------------------------
+
+
+def grouped(rows):
+    """[[the rows of an item's samples]] of rows in the order of their items."""
+    items = {}
+    for row in rows:
+        items.setdefault(row["id"], []).append(row)
+    return list(items.values())
+
+
+def solved(item):
+    """The share of an item's samples that are right."""
+    return sum(row["correct"] is True for row in item) / len(item)
+
+
+def is_solved(item):
+    """The verdict on an item: of its one response, or of the answer that most of its samples give."""
+    place = 0 if len(item) == 1 else estimates.majority([row["vote"] for row in item])
+    return place is not None and item[place]["correct"] is True
 
 
 def summary(task, label, rows, first):
     """A line of the table: an item counts as solved or not; "unread" is the share without a readable answer.
 
-    first: the first model's rows, the same items in the same order; None: these are its own.
+    rows: one per sample of each item. first: the first model's, of the same items in the same order; None: these are
+    its own.
     """
-    n = len(rows)
-    line = {"task": task, "model": label, "n": n}
-    if not n:
+    items = grouped(rows)
+    line = {"task": task, "model": label, "n": len(items)}
+    if not items:
         return line
-    accuracy = sum(row["correct"] is True for row in rows) / n
-    unread = sum(row["correct"] is None for row in rows) / n
-    line |= {"accuracy": accuracy, "ci95": tasks.wilson(accuracy, n), "unread": unread}
-    for name in ("ended", "tokens", "f1", "cells", "lm_eval"):
+    line |= accuracy_of(items) | {"unread": sum(row["correct"] is None for row in rows) / len(rows)}
+    for name in ("ended", "tokens", "f1", "cells", "lm_eval", "by_protocol"):
         if name in rows[0]:
-            line[name] = sum(row[name] for row in rows) / n
+            line[name] = sum(row[name] for row in rows) / len(rows)
+    if len(items[0]) > 1:
+        line |= estimates_of(items)
+    if by := {name: parts(items, name) for name in benchmarks.GROUPS if name in rows[0]}:
+        line["by"] = by
     if first is not None:
-        line["first_model_against_it"] = against(first, rows)
+        line["first_model_against_it"] = against(grouped(first), items)
     return line
 
 
-def print_table(table):
-    """Print lines that summary() made."""
-    task_width = max(len(line["task"]) for line in table)
-    model_width = max(len(line["model"]) for line in table)
-    print(
-        f"{'task':{task_width}}  {'model':{model_width}}     n  accuracy  95% interval  unread  ended  tokens  "
-        "first model against it"
-    )
-    for line in table:
-        text = f"{line['task']:{task_width}}  {line['model']:{model_width}} {line['n']:5d}"
-        if line["n"]:
-            low, high = line["ci95"]
-            text += f"{line['accuracy']:10.3f}  {abs(low):5.3f}-{high:5.3f} {line['unread']:8.0%}"
-            text += f" {line['ended']:7.0%} {line['tokens']:7.1f}" if "ended" in line else " " * 16
-        if "f1" in line:
-            text += f"  F1 {line['f1']:.3f}"
-        if "cells" in line:
-            text += f"  cells {line['cells']:.3f}"
-        if "lm_eval" in line:
-            text += f"  lm_eval's filter {line['lm_eval']:.3f}"
-        if test := line.get("first_model_against_it"):
-            text += f"  {test['difference']:+.3f} ({test['won']} won, {test['lost']} lost, p = {test['p']:.2g})"
-        print(text)
+def accuracy_of(items):
+    values = [solved(item) for item in items]
+    return {"accuracy": sum(values) / len(values), "ci95": estimates.interval(values)}
+
+
+def estimates_of(items):
+    """pass@k for every k and majority@k, with their intervals, of items with several samples each."""
+    samples = len(items[0])
+    right = [sum(row["correct"] is True for row in item) for item in items]
+    pass_at = {
+        str(k): estimates.estimate([estimates.pass_at(k, samples, count) for count in right])
+        for k in estimates.sizes(samples)
+    }
+    majority = estimates.estimate([int(is_solved(item)) for item in items])
+    return {"samples": samples, "pass_at": pass_at, "majority": majority}
+
+
+def parts(items, name):
+    """{value of the field `name`: {"n", "accuracy", "ci95"}}, of a level or a subject."""
+    values = sorted({item[0][name] for item in items})
+    found = {value: [item for item in items if item[0][name] == value] for value in values}
+    return {str(value): {"n": len(part)} | accuracy_of(part) for value, part in found.items()}
+
+
+def against(first, items):
+    """McNemar's test of the first model's verdicts against another's; with several samples, the gain in pass@1, too."""
+    pairs = [(is_solved(ours), is_solved(theirs)) for ours, theirs in zip(first, items)]
+    won, lost = pairs.count((True, False)), pairs.count((False, True))
+    test = {"difference": (won - lost) / len(items), "won": won, "lost": lost, "p": mcnemar(won, lost)}
+    if len(items[0]) > 1:
+        gains = [solved(ours) - solved(theirs) for ours, theirs in zip(first, items)]
+        test["pass@1"] = {"value": sum(gains) / len(gains), "ci95": estimates.bootstrap(gains)}
+    return test

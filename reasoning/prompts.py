@@ -38,10 +38,13 @@ def messages_of(prompt, place):
 
 
 def prompt_ids(tokenizer, row, place, template):
-    """The ids of row["prompt"], by the rule of data_prep; an error names the row's place."""
+    """The ids of row["prompt"], by the rule of data_prep; an error names the row's place.
+
+    row["opening"], where there is one: text that the response begins with, after the assistant's header.
+    """
     prompt = row.get("prompt") if isinstance(row, dict) else None
     messages_of(prompt, place)
     try:
-        return tokenization.prompt_ids(tokenizer, prompt, template)
+        return tokenization.prompt_ids(tokenizer, prompt, template, row.get("opening", ""))
     except InputError as error:
         raise InputError(f"{place}: {error}") from None

@@ -48,7 +48,8 @@ def read_evaluation(path):
             continue
         for row in jsonl.rows_of(path.parent / line["file"]):
             if {"id", "prompt", "response", "correct"} <= row.keys() and isinstance(row["id"], (str, int)):
-                answers.setdefault(line["task"], {}).setdefault(row["id"], {})[line["model"]] = row
+                item = answers.setdefault(line["task"], {}).setdefault(row["id"], {})
+                item.setdefault(line["model"], row)  # of several samples the first
     return Evaluation(path, table, answers)
 
 

@@ -4,6 +4,7 @@ bash tests/run.sh tests/reasoning/test_evaluate.py
 """
 
 import json
+from itertools import combinations, groupby
 
 import pytest
 from answered import SAMPLE, TINY, evaluated, read
@@ -12,7 +13,8 @@ from small import ROOT, call, flags, refusal
 import evaluate
 import generate
 import make_prefs
-from reasoning import answers, comparison, sampler, tasks
+from config import SampleArguments
+from reasoning import answers, comparison, responses, sampler, tasks
 
 # --- the embedded tasks -----------------------------------------------------------------------------------
 
@@ -130,6 +132,74 @@ def test_an_earlier_commands_responses_are_not_taken_for_this_ones(tmp_path):
     assert set(rows) == {"examples-tiny-ordering", "mine"} and len(rows["examples-tiny-ordering"]) == 3
 
 
+# --- several responses per item -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sampled")
+    argv = ["--model", TINY, "--compare", tiny_dir, "--limit", 10, "--k", 4, "--temperature", 1]
+    return evaluated(out, *argv)
+
+
+def test_pass_at_k_and_majority_are_what_the_rows_say(sampled):
+    """pass@k as the mean over all subsets of k samples; the vote by the number that each sample was read as."""
+    results, rows = sampled
+    line, other = results["table"]
+    own = [list(group) for _, group in groupby(rows["examples-tiny-arithmetic"], key=lambda row: row["id"])]
+    assert len(own) == line["n"] == 10 and all([row["sample"] for row in item] == [0, 1, 2, 3] for item in own)
+    assert len({row["response"] for item in own for row in item}) > 10
+    right = [[row["correct"] is True for row in item] for item in own]
+    for k in (1, 2, 4):
+        found = [any(subset) for item in right for subset in combinations(item, k)]
+        assert line["pass_at"][str(k)]["value"] == pytest.approx(sum(found) / len(found))
+    assert line["accuracy"] == line["pass_at"]["1"]["value"] > 0.1 and line["samples"] == 4
+    assert line["pass_at"]["1"]["value"] < line["pass_at"]["2"]["value"] < line["pass_at"]["4"]["value"]
+    solved = []
+    for item in own:
+        said = [row["extracted"] for row in item if row["extracted"] is not None]
+        most = max(said, key=lambda answer: (said.count(answer), -said.index(answer)), default=None)
+        solved.append(most is not None and answers.grade("number", item[0]["answer"], f"#### {most}")["correct"])
+    assert line["majority"]["value"] == sum(solved) / 10
+    test = other["first_model_against_it"]  # the other model solves nothing
+    assert (test["won"], test["lost"]) == (sum(solved), 0) and test["pass@1"]["value"] == line["accuracy"]
+
+
+def test_a_line_names_base_adapter_and_sampler(sampled, tmp_path):
+    """Of an adapter that other software wrote, with no weights to load: the table is what is tested."""
+    line, _ = sampled[0]["table"]
+    assert (line["base"], line["adapter"]) == (str(TINY), None)
+    said = "--use_mixed_precision no --gen_length 24 --steps 24 --block_length 8 --temperature 1.0"
+    assert line["sampler"] == said
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(TINY)}))
+    task = responses.Task("t", None, None, SampleArguments(gen_length=8, threshold=0.9, device="cpu"), [])
+    about = responses.about(task, str(tmp_path))
+    assert (about["base"], about["adapter"]) == (str(TINY), str(tmp_path))
+    assert about["sampler"] == "--gen_length 8 --block_length 8 --threshold 0.9"
+
+
+def test_gsm8k_by_a_protocol(tmp_path):
+    """Asked as d1 does, on a model without a chat template: its opening precedes the response, its reader has a say."""
+    (tmp_path / "test.jsonl").write_text('{"question": "How many are 7 and 5?", "answer": "#### 12"}\n')
+    asked = []
+
+    def respond(model, tokenizer, prompts, sample, **options):
+        asked.extend(map(tokenizer.decode, prompts))
+        return sampler_respond(model, tokenizer, prompts, sample, **options)
+
+    sampler_respond, sampler.respond = sampler.respond, respond
+    try:
+        argv = ["--model", TINY, "--tasks", "gsm8k", "--protocol", "d1", "--data_dir", tmp_path]
+        results, rows = evaluated(tmp_path / "out", *argv)
+    finally:
+        sampler.respond = sampler_respond
+    [line] = results["table"]
+    [row] = rows["examples-tiny-gsm8k"]
+    assert line["protocol"] == "d1" and line["by_protocol"] == row["by_protocol"] == 0
+    assert "--gen_length 24 --steps 12 --block_length 8" in line["sampler"]
+    assert len(asked) == 1 and asked[0].endswith("<reasoning>") and "How many are 7 and 5?" in asked[0]
+
+
 # --- problems of one's own ---------------------------------------------------------------------------------
 
 
@@ -180,6 +250,11 @@ def test_benchmarks_from_their_files(shared, tmp_path):
     [
         (["--tasks", "sums"], "no task 'sums'"),
         (["--limit", 0], "--limit is 0"),
+        (["--k", 0], "--k is 0"),
+        (["--k", 4], "--temperature 0 gives 4 times the same response"),
+        (["--k", 4, "--temperature", 1, "--tasks", "lm_eval:gsm8k"], "are asked once"),
+        (["--protocol", "llada"], "says nothing of arithmetic; it has gsm8k, math500"),
+        (["--protocol", "d1", "--in", "a/x.jsonl"], "says nothing of x"),
         (["--in", "no/file.jsonl"], "no/file.jsonl"),
         (["--columns", "prompt=q"], "give --in FILE"),
         (["--in", "a/x.jsonl", "b/x.jsonl"], "there is another task x"),
