@@ -157,7 +157,7 @@ class Whole:
     def __init__(self, places, mask=None):
         self.places, self.longest, self.mask = places, int(places.max()) + 1, mask
 
-    def attend(self, q, k, v, scale=None):
+    def attend(self, q, k, v, scale=None, layer=None):
         shared = q.shape[1] != k.shape[1]
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, self.mask, scale=scale, enable_gqa=shared)
 
@@ -299,9 +299,9 @@ def test_optional_parts(tmp_path):
     block, seen = model.model.layers[1], []
     block.shared_expert.register_forward_hook(lambda _, __, output: seen.append(output))
     cos, sin = model.rotary(5, x.device)
-    whole = block(x, cos, sin, None, None, None)
+    whole = block(x, cos, sin, None, None)
     del block.shared_expert
-    assert torch.allclose(whole, block(x, cos, sin, None, None, None) + seen[0], atol=1e-6)
+    assert torch.allclose(whole, block(x, cos, sin, None, None) + seen[0], atol=1e-6)
 
 
 # --- files ------------------------------------------------------------------------------------------------
