@@ -22,10 +22,7 @@ from models.checkpoint import DTYPES, load_model
 from models.tokenization import end_token_id, load_tokenizer, mask_token_id, response_tokenizer
 from reasoning import bidirectional, blockwise, passes
 from reasoning.commits import commits_per_pass, row_generator
-from training import cards
-
-MOST_ROWS = 64  # of --batch_size auto: what a kill loses at most
-
+from training import cards, memory, sampling_memory
 
 # --- a model ----------------------------------------------------------------------------------------------
 
@@ -201,9 +198,12 @@ def respond(model, tokenizer, prompts, sample, *, keys=None, finished=None, pace
 
 def batch_size(model, prompts, sample):
     """How many responses are filled at a time."""
-    if sample.batch_size != "auto":
-        return min(sample.batch_size, len(prompts))
-    return min(MOST_ROWS, len(prompts))
+    size = sample.batch_size
+    if size == "auto":
+        shape = sampling_memory.sampled_shape(config_of(model), sample)
+        _, free = memory.memory_now(torch.device(sample.device))
+        size = sampling_memory.batch_rows(shape, sample, longest_row(model, prompts, sample), free)
+    return min(size, len(prompts))
 
 
 def check_model(model, prompts, sample):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models import attention
+from models import attention, cache
 from models.families import Blocks
 from models.rows import SharedRow
 
@@ -126,3 +126,34 @@ def test_block_causal_rows(device, heads, shared, size, is_causal):
         close(mine.grad, theirs.grad, torch.float32)
     assert where.places.tolist() == [place for row in rows for place in row.places]
     assert where.longest == max(text for *_, text in SHARED) * size // 4
+
+
+# Windows of rows whose other keys and values are kept
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, shared", [(4, 4), (4, 2)])
+def test_windows(device, dtype, heads, shared):
+    """Tokens see their row's slot, up to what the window says; what is written stays for the next pass."""
+    rng, store = torch.Generator().manual_seed(0), cache.Store(4, 20)
+    kept = torch.zeros(2, 4, 20, shared, 16)  # keys and values, by slot
+    passes = [  # (slot, first, stop, keys)
+        [(0, 0, 20, 20), (1, 0, 7, 7), (2, 0, 7, 7)],
+        [(0, 4, 8, 20), (1, 2, 5, 7), (2, 2, 5, 7), (3, 0, 9, 9)],
+        [(0, 16, 20, 20), (3, 3, 7, 7)],
+    ]
+    for layer in (0, 1):
+        for windows in passes:
+            rows = cache.Windows(store, [cache.Window(*each) for each in windows], device)
+            total = sum(stop - first for _, first, stop, _ in windows)
+            q, k, v = (torch.randn(1, H, total, 16, generator=rng).to(device, dtype) for H in (heads, shared, shared))
+            got, start, want = rows.attend(q, k, v, layer=layer), 0, []
+            for slot, first, stop, keys in windows:
+                span = slice(start, start + stop - first)
+                for place, new in enumerate((k, v)):
+                    kept[place, slot, first:stop] = new[0, :, span].transpose(0, 1).cpu()
+                mine = (x[slot, :keys].transpose(0, 1)[None].to(device, dtype) for x in kept)
+                want.append(F.scaled_dot_product_attention(q[:, :, span], *mine, enable_gqa=heads != shared))
+                start = span.stop
+            close(got, torch.cat(want, 2), dtype)

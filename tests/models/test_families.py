@@ -29,13 +29,15 @@ from originals import (
     smdm_logits,
 )
 from safetensors.torch import load_file, save_file
-from small import MASK, VOCAB, call, ds_config, flags, log, make_pairs, pack, refusal, run_jobs
+from small import MASK, VOCAB, call, ds_config, flags, log, make_pairs, pack, refusal, run_jobs, settings
 
 import convert
 import data_prep
 import generate
 import score
-from models import checkpoint, tokenization
+from files import InputError
+from models import cache, checkpoint, tokenization
+from reasoning import sampler
 from scoring.states import response_states
 from training import engine
 
@@ -337,3 +339,47 @@ def test_whole_job_with_the_real_tokenizer(shared, tmp_path, capsys, make, mask)
     call(generate.main, *flags(model=run / "final", prompt="2 + 3 = ?", gen_length=8, use_mixed_precision="no"))
     assert capsys.readouterr().out.endswith("\n")
     assert json.loads((run / "final" / "config.json").read_text())["mask_token_id"] == mask
+
+
+@pytest.mark.parametrize("family", ["Dream", "a2d-qwen3", "llama", "smdm"])
+def test_a_window_sees_what_is_kept(home, family):
+    """After a pass over whole rows, a window of each row has the logits that it had, wherever rows and windows stand.
+
+    A shifted model's window begins a token before the first that it predicts.
+    """
+    shift = "auto"
+    if family == "llama":
+        family, shift = "a2d-llama", "yes"
+    model = checkpoint.load_model(str(home.folder / family), torch.float32, shift_logits=shift)
+    lengths, store = {0: 9, 1: 9, 3: 14, 4: 6}, cache.Store(5, 14)
+    ids = {
+        slot: torch.randint(4, VOCAB, (1, n), generator=torch.Generator().manual_seed(n)) for slot, n in lengths.items()
+    }
+    windows = {0: (3, 7), 1: (3, 7), 3: (1, 14), 4: (0, 6)}
+    whole = cache.Windows(store, [cache.Window(slot, 0, n, n) for slot, n in lengths.items()], "cpu")
+    part = cache.Windows(store, [cache.Window(slot, *span, lengths[slot]) for slot, span in windows.items()], "cpu")
+    with torch.no_grad():
+        alone = {slot: model(input_ids=row).logits[0] for slot, row in ids.items()}
+        model(input_ids=torch.cat(list(ids.values()), 1), rows=whole)
+        seen = torch.cat([ids[slot][:, first:stop] for slot, (first, stop) in windows.items()], 1)
+        ends = np.cumsum([stop - first for first, stop in windows.values()])
+        places = torch.tensor([end - 1 for end in ends])  # the last token of each window
+        logits = model(input_ids=seen, rows=part, positions=places).logits
+    for got, (slot, (_, stop)) in zip(logits, windows.items()):
+        assert torch.allclose(got, alone[slot][stop - 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_caches_of_every_family(home, family):
+    """Read whole at every pass, a cache approximates nothing; a model that cannot read a part of a row refuses it."""
+    model = checkpoint.load_model(str(home.folder / family), torch.float32).eval()
+    prompts = torch.randint(4, VOCAB, (3, 5), generator=torch.Generator().manual_seed(2))
+    plain = sampler.generate(model, prompts, settings(gen_length=8, block_length=4), MASK)
+    if model.joins_rows:
+        for name in ("prefix", "dual"):
+            sample = settings(gen_length=8, block_length=4, cache=name, refresh=1)
+            assert torch.equal(sampler.generate(model, prompts, sample, MASK), plain)
+        return
+    sample = settings(gen_length=8, cache="dual")
+    with pytest.raises(InputError, match="cannot read a part of a row; leave it out"):
+        sampler.check_model(model, [[1]], sample)
