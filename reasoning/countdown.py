@@ -55,8 +55,9 @@ def expression(text):
         text = re.sub(pattern, becomes, text)
     *_, last = [line for line in text.split("\n") if line.strip()] or [""]
     sides = last.strip().rstrip(".>").split("=")
-    side = next((each for each in sides if re.search(r"\d.*[-+*/]", each)), sides[0])
-    return " ".join(side.split()) if re.fullmatch(r"[-+*/(). \d]*\d[-+*/(). \d]*", side) else None
+    if not re.fullmatch(r"[-+*/(). \d]*\d[-+*/(). \d]*", "".join(sides)):
+        return None
+    return " ".join(next((each for each in sides if re.search(r"\d.*[-+*/]", each)), sides[0]).split())
 
 
 def in_prose(text):
@@ -75,7 +76,7 @@ def value(node):
         return -value(node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
         return OPERATIONS[type(node.op)](value(node.left), value(node.right))
-    raise ValueError("expected + - * / of whole numbers")
+    raise ValueError
 
 
 def claim(text):

@@ -147,8 +147,12 @@ PROTOCOLS = {
             **D1S,
         ),
         "math500": Setting("LLaDA-8B-Instruct 36.2 with --gen_length 512", D1S_LENGTHS, after_d1s_instruction, **D1S),
-        "countdown": Setting(None, D1S_LENGTHS, **D1S),
-        "sudoku": Setting(None, D1S_LENGTHS, **D1S),
+        "countdown": Setting("LLaDA-8B-Instruct 19.5; with --gen_length 128 and 512 20.7 and 16.0", D1S_LENGTHS, **D1S),
+        "sudoku": Setting(
+            "LLaDA-8B-Instruct 6.7 of the cells of 256 puzzles; with --gen_length 128 and 512 11.7 and 5.5",
+            D1S_LENGTHS,
+            **D1S,
+        ),
     },
 }
 

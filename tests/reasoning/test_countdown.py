@@ -140,6 +140,7 @@ def test_the_prompt_does_not_show_the_solutions_order(problems):
         (r"\boxed{18 ** 75 // 83}", False),
         (r"\boxed{18 - (83 - 75}", False),
         (r"\boxed{a + b * c}", None),
+        (r"\boxed{83 - 75 = 8, 18 - 8 = 10}", None),
         (r"\boxed{...}", None),
         ("<answer>It is impossible.</answer>", None),
         ("83 - 75 = 8\n18 - 8 = 10", None),  # equations, and no answer

@@ -56,6 +56,18 @@ def test_table_is_what_the_rows_say(compared, tiny_dir):
     assert results["seen"] == {"arithmetic": {}, "ordering": {}}
 
 
+def test_sudoku_is_d1s_file_where_there_is_a_folder_else_held_out_problems(tmp_path):
+    (tmp_path / "4x4_test_sudoku.csv").write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n")
+    argv = ["--model", "m", "--tasks", "sudoku", "--limit", "3"]
+    of_the_file, drawn = (
+        evaluate.read_items("sudoku", None, None, evaluate.read_arguments(each)[0], seed=5)
+        for each in ([*argv, "--data_dir", str(tmp_path)], argv)
+    )
+    assert [item.answer for item in of_the_file] == ["3102 2000 0210 0320"]
+    assert [item.prompt for item in drawn] == [problem.prompt for problem in tasks.generate(3, "test", 5, ("sudoku",))]
+    assert {item.kind for item in [*of_the_file, *drawn]} == {"sudoku"}
+
+
 def test_rows_are_the_items_and_what_generate_says(compared, tmp_path):
     """The same problems and the same words as generate.py --task with that seed; held-out ones, verified."""
     _, rows = compared
