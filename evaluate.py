@@ -241,7 +241,7 @@ class Answers:
     def to(self, task, k):
         """k rows per item of a task of ours: what the model was asked, what it said, and what that is worth."""
         sample = responses.sampling(task, self.given.model_name_or_path)
-        header = samples.header(sample, self.fingerprint, k)
+        header = samples.header(sample, self.fingerprint, k) | responses.opening(task)
         path = self.folder / f"{file_name(task.name)}-{fingerprint(header)}.jsonl"
         wanted = {int(item.id) - 1: responses.asked(task, item) for item in task.items}
         made = samples.complete(path, header, wanted, sample, self.load, desc=f"{self.label}, {task.name}")

@@ -18,10 +18,14 @@ class Task(NamedTuple):
     items: list  # benchmarks.Item
 
 
+def opening(task):
+    """{"opening": text that responses are made to begin with}; {} without one. Responses depend on it."""
+    return {"opening": task.setting.opening} if task.setting and task.setting.opening else {}
+
+
 def asked(task, item):
     """The row of an item for reasoning/samples.py."""
-    row = {"prompt": item.prompt, "place": f"{task.name}, item {item.id}"}
-    return row | {"opening": task.setting.opening} if task.setting else row
+    return {"prompt": item.prompt, "place": f"{task.name}, item {item.id}"} | opening(task)
 
 
 def sampling(task, model):

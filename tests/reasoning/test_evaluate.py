@@ -91,33 +91,34 @@ def test_noise_of_an_item_does_not_depend_on_the_others(tmp_path):
 
 
 def test_a_stopped_evaluation_goes_on(tmp_path, monkeypatch):
-    """Killed in the third batch of four: the first two are kept; more items and another model cost what they are."""
-    respond, asked = sampler.respond, []
+    """Killed with three responses in flight, after others had ended: those are kept, none is lost or made twice."""
+    respond, asked, kept = sampler.respond, [], []
 
-    def counted(model, tokenizer, prompts, sample, *, keys, finished):
+    def counted(model, tokenizer, prompts, sample, **options):
         asked.append(len(prompts))
-        return respond(model, tokenizer, prompts, sample, keys=keys, finished=finished)
+        return respond(model, tokenizer, prompts, sample, **options)
 
-    def killed(model, tokenizer, prompts, sample, *, keys, finished):
-        batches = []
-
-        def two(replies):
-            if len(batches) == 2:
+    def killed(model, tokenizer, prompts, sample, *, finished, **options):
+        def some(replies):
+            if len(kept) >= 2:
                 raise KeyboardInterrupt
-            batches.append(replies)
+            kept.extend(replies)
             finished(replies)
 
-        return respond(model, tokenizer, prompts, sample, keys=keys, finished=two)
+        return respond(model, tokenizer, prompts, sample, finished=some, **options)
 
-    argv = ["--model", TINY, "--temperature", 1, "--batch_size", 1]
+    argv = ["--model", TINY, "--temperature", 1, "--k", 2, "--batch_size", 3]
     monkeypatch.setattr(sampler, "respond", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluated(tmp_path / "out", *argv, "--limit", 4)
     monkeypatch.setattr(sampler, "respond", counted)
     _, rows = evaluated(tmp_path / "out", *argv, "--limit", 4)
-    assert asked == [2]
+    assert 2 <= len(kept) < 8 and asked == [8 - len(kept)]
     _, more = evaluated(tmp_path / "out", *argv, "--limit", 6)
-    assert asked == [2, 2] and more["examples-tiny-arithmetic"][:4] == rows["examples-tiny-arithmetic"]
+    assert asked[1:] == [4] and more["examples-tiny-arithmetic"][:8] == rows["examples-tiny-arithmetic"]
+    [stored] = (tmp_path / "out" / "samples").glob("*.jsonl")
+    numbers = [(line["number"], line["sample"]) for line in read(stored)[1:]]
+    assert sorted(numbers) == [(number, j) for number in range(6) for j in range(2)]
     monkeypatch.setattr(sampler, "load", None)  # nothing to do, no model to load
     assert evaluated(tmp_path / "out", *argv, "--limit", 6)[1] == more
     monkeypatch.undo()
@@ -150,7 +151,7 @@ def test_an_earlier_commands_responses_are_not_taken_for_this_ones(tmp_path):
 @pytest.fixture(scope="module")
 def sampled(tiny_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("sampled")
-    argv = ["--model", TINY, "--compare", tiny_dir, "--limit", 10, "--k", 4, "--temperature", 1]
+    argv = ["--model", TINY, "--compare", tiny_dir, "--limit", 6, "--k", 4, "--temperature", 1]
     return evaluated(out, *argv)
 
 
@@ -159,8 +160,8 @@ def test_pass_at_k_and_majority_are_what_the_rows_say(sampled):
     results, rows = sampled
     line, other = results["table"]
     own = [list(group) for _, group in groupby(rows["examples-tiny-arithmetic"], key=lambda row: row["id"])]
-    assert len(own) == line["n"] == 10 and all([row["sample"] for row in item] == [0, 1, 2, 3] for item in own)
-    assert len({row["response"] for item in own for row in item}) > 10
+    assert len(own) == line["n"] == 6 and all([row["sample"] for row in item] == [0, 1, 2, 3] for item in own)
+    assert len({row["response"] for item in own for row in item}) > 6
     right = [[row["correct"] is True for row in item] for item in own]
     for k in (1, 2, 4):
         found = [any(subset) for item in right for subset in combinations(item, k)]
@@ -172,7 +173,7 @@ def test_pass_at_k_and_majority_are_what_the_rows_say(sampled):
         said = [row["extracted"] for row in item if row["extracted"] is not None]
         most = max(said, key=lambda answer: (said.count(answer), -said.index(answer)), default=None)
         solved.append(most is not None and answers.grade("number", item[0]["answer"], f"#### {most}")["correct"])
-    assert line["majority"]["value"] == sum(solved) / 10
+    assert line["majority"]["value"] == sum(solved) / 6
     test = other["first_model_against_it"]  # the other model solves nothing
     assert (test["won"], test["lost"]) == (sum(solved), 0) and test["pass@1"]["value"] == line["accuracy"]
 
@@ -190,26 +191,36 @@ def test_a_line_names_base_adapter_and_sampler(sampled, tmp_path):
     assert about["sampler"] == "--gen_length 8 --block_length 8 --threshold 0.9"
 
 
-def test_gsm8k_by_a_protocol(tmp_path):
+@pytest.fixture
+def asked(monkeypatch):
+    """The texts that the sampler is asked to go on from, in order."""
+    texts, respond = [], sampler.respond
+
+    def spied(model, tokenizer, prompts, sample, **options):
+        texts.extend(map(tokenizer.decode, prompts))
+        return respond(model, tokenizer, prompts, sample, **options)
+
+    monkeypatch.setattr(sampler, "respond", spied)
+    return texts
+
+
+def test_gsm8k_by_a_protocol(tmp_path, asked):
     """Asked as d1 does, on a model without a chat template: its opening precedes the response, its reader has a say."""
     (tmp_path / "test.jsonl").write_text('{"question": "How many are 7 and 5?", "answer": "#### 12"}\n')
-    asked = []
-
-    def respond(model, tokenizer, prompts, sample, **options):
-        asked.extend(map(tokenizer.decode, prompts))
-        return sampler_respond(model, tokenizer, prompts, sample, **options)
-
-    sampler_respond, sampler.respond = sampler.respond, respond
-    try:
-        argv = ["--model", TINY, "--tasks", "gsm8k", "--protocol", "d1", "--data_dir", tmp_path]
-        results, rows = evaluated(tmp_path / "out", *argv)
-    finally:
-        sampler.respond = sampler_respond
-    [line] = results["table"]
-    [row] = rows["examples-tiny-gsm8k"]
+    argv = ["--model", TINY, "--tasks", "gsm8k", "--protocol", "d1", "--data_dir", tmp_path]
+    results, rows = evaluated(tmp_path / "out", *argv)
+    [line], [row] = results["table"], rows["examples-tiny-gsm8k"]
     assert line["protocol"] == "d1" and line["by_protocol"] == row["by_protocol"] == 0
-    assert "--gen_length 24 --steps 12 --block_length 8" in line["sampler"]
+    assert "--gen_length 24 --steps 12 --block_length 8" in line["sampler"] and "78.2" in line["published"]
     assert len(asked) == 1 and asked[0].endswith("<reasoning>") and "How many are 7 and 5?" in asked[0]
+
+
+def test_responses_of_a_protocol_are_not_taken_for_others(tmp_path, asked):
+    """The same prompt with the same flags, once with the protocol's opening."""
+    argv = ["--model", TINY, "--tasks", "countdown", "--limit", 1, "--steps", 12]
+    for more in ([], ["--protocol", "d1"], []):
+        evaluated(tmp_path, *argv, *more)
+    assert len(asked) == 2 and asked[1] == asked[0] + "<reasoning>"
 
 
 # --- problems of one's own ---------------------------------------------------------------------------------
