@@ -3,6 +3,7 @@
     the arguments of train_dpo.py + config.json -> a table and a verdict; exit code 0 if it fits, 1 if not
     python plan.py --model_name_or_path examples/tiny --deepspeed ds_configs/zero3_offload_4080.json
     python plan.py --config_file configs/llada_8b_lora_4080.yaml --gpu_gib 16 --host_gib 64 --pairs 800
+    python plan.py --for evaluate --model examples/tiny --tasks arithmetic --limit 200 --gen_length 40 --block_length 8
 
 The formulas are in training/: memory in footprint.py and activations.py, operations and transfers in costs.py, what to
 change in advice.py. bench/activations.py compares the memory with torch's on fake tensors, bench/planned.py with a run.
@@ -13,13 +14,23 @@ downloaded. train_dpo.py prints the verdict when it starts.
 import bisect
 import math
 import os
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import replace
 from typing import NamedTuple
 
 import config
 from cli import exits
-from cli.parser import arg, names
+from cli.parser import names
 from files import InputError
+from reasoning import arguments, protocols
+from training.plan_arguments import (
+    PURPOSES,
+    MachineArguments,
+    PlanArguments,
+    SamplingPlanArguments,
+    check_machine,
+    check_sampled,
+)
 
 USED_DATA = {"max_length"}
 USED_TRAINING = {
@@ -41,48 +52,25 @@ UNUSED |= names(config.DataArguments) - USED_DATA
 UNUSED |= names(config.TrainArguments) - USED_TRAINING  # they change no memory and no time
 
 
-@dataclass
-class PlanArguments:
-    gpu_gib: float = arg(
-        0, "the card's memory in GiB; 0: this machine's card, or 16 where there is none", heading="Machine"
-    )
-    host_gib: float = arg(0, "the host's memory in GiB; 0: this machine's, or what a container or job may use of it")
-    tflops: float = arg(
-        49,
-        "what the card does, 1e12 operations a second; 49 is half of an RTX 4080's peak of 97.5 in "
-        "bf16 with float32 sums (NVIDIA Ada GPU Architecture, appendix A), a planning number",
-    )
-    pcie_gbs: float = arg(25, "the bus's rate in 1e9 bytes a second; 25 is about what PCIe 4.0 x16 gives of 31.5")
-    ssd_gbs: float = arg(
-        2,
-        "the SSD's rate in 1e9 bytes a second, reads and writes together, for optimizer states on it; 2 is a planning "
-        "number: consumer drives write 1 to 2 when their cache is full",
-    )
-    ranks: int = arg(1, "cards, all in this host")
-    prompt_tokens: int = arg(0, "tokens of every prompt", heading="Rows")
-    response_tokens: int = arg(
-        0, "tokens of every response; 0: so many that a prompt and its response have --max_length"
-    )
-    pairs: int = arg(
-        0, "also plan the hours of reference scores and of training for so many pairs (sft: rows); 0: none"
-    )
+def purpose_of(argv):
+    """The value of --for, before anything else of a command line is read."""
+    words = sys.argv[1:] if argv is None else argv
+    values = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--for"]
+    values += [word.removeprefix("--for=") for word in words if word.startswith("--for=")]
+    return values[0] if values else "train"
 
 
 def read_arguments(argv=None):
-    """One instance of each of config.GROUPS and PlanArguments, checked."""
-    groups = config.parse(argv, __doc__, *config.GROUPS, PlanArguments, hide=UNUSED)
-    data_args, model_args, noise_args, train_args, own = groups
-    for name, least in (
-        ("gpu_gib", 0),
-        ("host_gib", 0),
-        ("tflops", 1e-9),
-        ("pcie_gbs", 1e-9),
-        ("ssd_gbs", 1e-9),
-        ("ranks", 1),
-    ):
-        if not least <= getattr(own, name) < math.inf:
-            wanted = {"ranks": "1 or more", "gpu_gib": "0 or more", "host_gib": "0 or more"}.get(name, "more than 0")
-            raise InputError(f"--{name} is {getattr(own, name)}, expected {wanted}")
+    """One instance of each of config.GROUPS, MachineArguments and PlanArguments, checked.
+
+    With --for evaluate or make_prefs: of that command's own arguments, config.SampleArguments, MachineArguments and
+    SamplingPlanArguments.
+    """
+    if (purpose := purpose_of(argv)) in PURPOSES[1:]:
+        return read_sampling(argv, purpose)
+    groups = config.parse(argv, __doc__, *config.GROUPS, MachineArguments, PlanArguments, hide=UNUSED)
+    data_args, model_args, noise_args, train_args, machine_args, own = groups
+    check_machine(machine_args)
     for name in ("pairs", "prompt_tokens", "response_tokens"):
         if getattr(own, name) < 0:
             raise InputError(f"--{name} is {getattr(own, name)}, expected 0 or more")
@@ -98,18 +86,48 @@ def read_arguments(argv=None):
     return groups
 
 
+def read_sampling(argv, purpose):
+    """(the command's own arguments, SampleArguments, MachineArguments, SamplingPlanArguments), checked as it would."""
+    used = config.SampleArguments, MachineArguments, SamplingPlanArguments
+    if purpose == "evaluate":
+        import evaluate
+
+        used = evaluate.EvaluateArguments, *used, config.LikelihoodArguments
+        args, sample, machine_args, own, _ = config.parse(argv, __doc__, *used)
+        evaluate.check_tasks(args)
+        evaluate.check_samples(args, sample)
+        names_of_tasks = evaluate.task_names(args)
+        count = args.limit and args.limit * max(1, len(names_of_tasks))
+        if setting := names_of_tasks and protocols.setting(args.protocol, names_of_tasks[0]):
+            _, sample, *_ = config.parse(argv, __doc__, *used, below=protocols.flags(setting))
+            protocols.fill_in(sample, setting)
+    else:
+        import make_prefs
+
+        args, sample, machine_args, own = config.parse(argv, __doc__, make_prefs.PreferenceArguments, *used)
+        make_prefs.check(args, sample)
+        count = args.num if args.task else None
+    arguments.check_values(sample)
+    check_machine(machine_args)
+    own.problems = own.problems if own.problems is not None else count
+    check_sampled(own, sample.gen_length)
+    return args, sample, machine_args, own
+
+
 if __name__ == "__main__":
     exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
 
 import torch
 
 from models import architecture, families, folders, quantized
+from reasoning import planning
 from scoring import noise
 from training import deepspeed_config, memory
 from training.advice import stuck, tries
 from training.costs import Cost, Lengths, Work, scoring_cost, training_cost, work_of
 from training.footprint import Machine, card_items, disk_items, graph_items, host_items
-from training.plan_table import hours, ssd_lines, table
+from training.plan_table import hours, judged, ssd_lines, table
+from training.sampling_memory import sampled_shape
 from training.shapes import Shape, model_shape
 
 GIB = 2**30
@@ -177,7 +195,7 @@ def plan(model_config, data_args, model_args, noise_args, train_args, ds, machin
     items = fixed + items_of(work.largest_graph) + host_items(shape, ds, model_args, machine)
 
     # 3. Does it fit?
-    fits, verdict = judged(total(items, "card") / GIB, total(items, "host") / GIB, machine)
+    fits, verdict = judged(items, machine)
     if not fits and advise:
         groups = data_args, model_args, noise_args, train_args
         verdict += "; " + advice(model_config, groups, ds, machine, work)
@@ -204,17 +222,6 @@ def most_that_fit(work, items_of, room):
         return total(items_of(work.graph_of(tokens)), "card")
 
     return choices[max(0, bisect.bisect_left(choices, room, key=size) - 1)]
-
-
-def judged(card, host, machine):
-    """(whether it fits, the verdict in words) of a run that needs so many GiB."""
-    needs = [("card", card, machine.gpu_gib), ("host", host, machine.host_gib)]
-    if machine.one_memory:
-        needs = [("host", card + host, machine.host_gib)]
-    missing = [f"the {place} needs {need:.1f} GiB and has {have:.1f}" for place, need, have in needs if need > have]
-    if missing:
-        return False, "DOES NOT FIT: " + ", ".join(missing)
-    return True, "FITS: " + ", ".join(f"{place} {need:.1f} of {have:.1f} GiB" for place, need, have in needs)
 
 
 # --- advice -----------------------------------------------------------------------------------------------
@@ -269,36 +276,63 @@ def usable_gib(device):
 # --- the command ------------------------------------------------------------------------------------------
 
 
-def read_config(name, trust_remote_code):
-    """The config of a local folder, or of a model on the Hub, of which config.json alone is downloaded."""
+def config_folder(name):
+    """A local folder as it is; of a model on the Hub the folder of its config.json, which alone is downloaded."""
     if name and not os.path.exists(name) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from huggingface_hub import hf_hub_download
 
         failed = f"{name} is not a local folder and its config.json could not be downloaded from the Hub"
         with folders.downloading(failed):
-            name = os.path.dirname(hf_hub_download(name, "config.json"))
-    return architecture.load_config(name, trust_remote_code)
+            return os.path.dirname(hf_hub_download(name, "config.json"))
+    return name
 
 
-def machine_of(own):
-    """The Machine of PlanArguments; what they leave open is this machine's, or a card of 16 GiB where there is none."""
+def machine_of(args):
+    """The Machine of MachineArguments; what they leave open is this machine's, or a card of 16 GiB where is none."""
     card = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 16.0
     return Machine(
-        gpu_gib=own.gpu_gib or card,
-        host_gib=own.host_gib or memory.host_bytes() / GIB,
-        tflops=own.tflops,
-        pcie_gbs=own.pcie_gbs,
-        ssd_gbs=own.ssd_gbs,
-        ranks=own.ranks,
+        gpu_gib=args.gpu_gib or card,
+        host_gib=args.host_gib or memory.host_bytes() / GIB,
+        tflops=args.tflops,
+        pcie_gbs=args.pcie_gbs,
+        ssd_gbs=args.ssd_gbs,
+        ranks=args.ranks,
         rounded=torch.__version__ < "2.13",  # from there on launch.sh can tell torch not to
     )
 
 
+def plan_sampling(args, sample, machine_args, own):
+    """--for evaluate or make_prefs. Returns the exit code."""
+    machine, ds = machine_of(machine_args), deepspeed_config.read_ds_config(sample.deepspeed)
+    sample.model_name_or_path = config_folder(sample.model_name_or_path)
+    sample.device = "cpu"  # which every machine has; the plan is for a card
+    arguments.check(sample)
+    sample.device = "cuda"
+    model_config = architecture.load_config(sample.model_name_or_path, sample.trust_remote_code)
+    sampled = planning.Sampled(
+        problems=own.problems,
+        k=args.k,
+        models=1 + len(getattr(args, "compare", None) or []),
+        prompt_tokens=own.prompt_tokens,
+        response_tokens=own.response_tokens,
+        tokens_per_pass=own.tokens_per_pass,
+    )
+    lines, fits = planning.lines(sampled_shape(model_config, sample), sample, ds, machine, sampled)
+    if machine_args.purpose == "evaluate":
+        lines.insert(-1, planning.gain_line(own.problems, own.changed))
+    print("\n".join(lines), flush=True)
+    return 0 if fits else 1
+
+
 def main(argv=None):
     # 1. What is to be planned
-    data_args, model_args, noise_args, train_args, own = read_arguments(argv)
-    machine = machine_of(own)
-    model_config = read_config(model_args.model_name_or_path, model_args.trust_remote_code)
+    groups = read_arguments(argv)
+    if purpose_of(argv) != "train":
+        return plan_sampling(*groups)
+    data_args, model_args, noise_args, train_args, machine_args, own = groups
+    machine = machine_of(machine_args)
+    folder = config_folder(model_args.model_name_or_path)
+    model_config = architecture.load_config(folder, model_args.trust_remote_code)
     ds = deepspeed_config.read_ds_config(model_args.deepspeed)
     quantized.check(model_args, ds)
 

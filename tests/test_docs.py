@@ -239,6 +239,7 @@ def test_links(page):
 # Commands whose flags are not ours.
 FOREIGN = "pip hf apt find trl ssh nvcc deepspeed tensorboard docker sbatch wsl".split()
 LAUNCH = {"--num_gpus", "--on_oom", "--check", "--setup", "--help", "--reuse"}  # flags of launch.sh itself
+PLANNED = [["plan", "--for", "evaluate"], ["plan", "--for", "make_prefs"]]  # plan.py's other parsers
 SHELL = {"examples/improve.sh": {"--rounds"}, "tests/run.sh": {"--all"}}
 LM_EVAL = {"--model", "--model_args", "--tasks", "--limit", "--apply_chat_template", "--use_cache", "--num_fewshot"}
 
@@ -259,10 +260,10 @@ def flags():
         patch.setattr(parser.Parser, "read", caught)
         patch.setattr(parser.Parser, "parse_args", caught)
         patch.setattr(argparse.ArgumentParser, "parse_args", caught)
-        for name in COMMANDS:
+        for name, *words in [*([name] for name in COMMANDS), *PLANNED]:
             with pytest.raises(Read) as read:
-                importlib.import_module(name).main([])
-            found[f"{name}.py"] = options(read.value.args[0])
+                importlib.import_module(name).main(words)
+            found[f"{name}.py"] = found.get(f"{name}.py", set()) | options(read.value.args[0])
     found["launch.sh"] = LAUNCH.union(*(found[name] for name in ("data_prep.py", "score.py", "train_dpo.py")))
     for path in (*ROOT.glob("bench/*.py"), *ROOT.glob("examples/*.py")):
         named = re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8"))

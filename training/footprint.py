@@ -256,7 +256,7 @@ def parameter_items(shape, zero, e, placed, machine):
     if placed.stage < 3:
         return [
             ("parameters", e.weight * (shape.elements - shape.packed) + quantized.BYTES * shape.packed),
-            ("matrices unpacked, forwards and backwards", e.weight * shape.unpacked),
+            ("matrices unpacked for use", e.weight * shape.unpacked),
         ]
     found = []
     if not placed.parameters_on_host:

@@ -13,14 +13,11 @@ RATED_TB = 600  # of writes: Samsung's 990 PRO of 1 TB
 
 def table(made, attention=""):
     """The items, and what a pair costs. attention: families.attention_line(), to be told too."""
-    machine, lines = made.machine, []
-    for place, available in (("card", machine.gpu_gib), ("host", machine.host_gib)):
-        lines.append(f"{place:66}   GiB")
-        lines += [f"  {item.name:62}{item.size / GIB:8.2f}" for item in made.items if item.place == place]
-        lines.append(f"  {f'in all, of {available:.1f}':62}{made.total(place) / GIB:8.2f}")
+    machine, lines = made.machine, item_lines(made.items, made.machine)
     work, bus_gibs = made.work, machine.pcie_gbs * 1e9 / GIB
     plain_passes, graph_passes = map(len, work.divided)
-    lines += [model_line(made.shape), *filter(None, [attention]), *row_lines(work)]
+    trained = f", {sum(made.shape.trained):,} trained"
+    lines += [model_line(made.shape) + trained, *filter(None, [attention]), *row_lines(work)]
     lines += [
         f"tokens in a forward pass: {work.tokens_per_forward}",
         f"passes of a step of {work.pairs} {work.noun}s: {plain_passes} without a graph, {graph_passes} with one",
@@ -36,13 +33,36 @@ def table(made, attention=""):
     return "\n".join(lines)
 
 
+def item_lines(items, machine):
+    """Memory item by item, of the card and of the host."""
+    lines = []
+    for place, available in (("card", machine.gpu_gib), ("host", machine.host_gib)):
+        there = [item for item in items if item.place == place]
+        lines.append(f"{place:66}   GiB")
+        lines += [f"  {item.name:62}{item.size / GIB:8.2f}" for item in there]
+        lines.append(f"  {f'in all, of {available:.1f}':62}{sum(item.size for item in there) / GIB:8.2f}")
+    return lines
+
+
+def judged(items, machine):
+    """(whether it fits, the verdict in words) of [Item]."""
+    card, host = (sum(item.size for item in items if item.place == place) / GIB for place in ("card", "host"))
+    needs = [("card", card, machine.gpu_gib), ("host", host, machine.host_gib)]
+    if machine.one_memory:
+        needs = [("host", card + host, machine.host_gib)]
+    missing = [f"the {place} needs {need:.1f} GiB and has {have:.1f}" for place, need, have in needs if need > have]
+    if missing:
+        return False, "DOES NOT FIT: " + ", ".join(missing)
+    return True, "FITS: " + ", ".join(f"{place} {need:.1f} of {have:.1f} GiB" for place, need, have in needs)
+
+
 def model_line(shape):
     """How large a model is."""
     active = ""
     if shape.experts:
         chosen = max(layer.chosen for layer in shape.layers)
-        active = f"{shape.active:,} active ({chosen} of {shape.experts} experts for each token), "
-    return f"{shape.parameters:,} parameters, {active}{sum(shape.trained):,} trained"
+        active = f", {shape.active:,} active ({chosen} of {shape.experts} experts for each token)"
+    return f"{shape.parameters:,} parameters{active}"
 
 
 def row_lines(work):

@@ -41,8 +41,9 @@ def model_arguments(sample):
 
 
 def sampled_shape(model_config, sample):
-    """The Shape of a model that `sample` samples: nothing of it is trained, but the counts are the same."""
-    return model_shape(model_config, model_arguments(sample))
+    """The Shape of a model that `sample` samples: nothing of it is trained."""
+    shape = model_shape(model_config, model_arguments(sample))
+    return shape._replace(frozen=shape.trained, trained=[])
 
 
 def has_cache(shape, sample):
@@ -99,14 +100,21 @@ def passing_bytes(shape, sample):
     return sum(size for _, size in parameter_items(shape, ds["zero_optimization"], e, placement(ds), machine))
 
 
+def rows_that_fit(shape, sample, longest_row, room):
+    """Rows of a forward pass that take at most `room` bytes, at least 1.
+
+    More rows than give a pass ENOUGH tokens would only make results come later.
+    """
+    fitting = room // row_bytes(shape, sample, longest_row).total
+    of_use = -(-ENOUGH // tokens_read(shape, sample, longest_row))
+    return int(max(1, min(fitting, of_use)))
+
+
 def batch_rows(shape, sample, longest_row, free_bytes):
     """--batch_size auto: the rows of a forward pass, at least 1.
 
     shape: sampled_shape(). sample: SampleArguments after arguments.check(). longest_row: tokens of the longest prompt
-    and its response. free_bytes: what the device has left beside the weights (memory.memory_now()). More rows than give
-    a pass ENOUGH tokens would only make results come later.
+    and its response. free_bytes: what the device has left beside the weights (memory.memory_now()).
     """
     room = ROOM * (free_bytes - passing_bytes(shape, sample))
-    fitting = room // row_bytes(shape, sample, longest_row).total
-    of_use = -(-ENOUGH // tokens_read(shape, sample, longest_row))
-    return int(max(1, min(fitting, of_use)))
+    return rows_that_fit(shape, sample, longest_row, room)

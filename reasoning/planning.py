@@ -1,0 +1,85 @@
+"""What plan.py --for prints: memory, and hours of an evaluation or of sampled preferences, by passes and cache.
+
+    Shape + SampleArguments + Sampled -> lines()
+
+The formulas are in training/sampling_costs.py and training/sampling_memory.py.
+"""
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+from reasoning import comparison
+from reasoning.commits import commits_per_pass
+from training.plan_table import item_lines, judged, model_line
+from training.sampling_costs import Work, sampling_plan
+
+THRESHOLD = 0.9  # of the ways that are compared, where none is given: Fast-dLLM's
+
+
+class Sampled(NamedTuple):
+    """What is sampled, and what a plan must assume."""
+
+    problems: int
+    k: int  # responses of each
+    models: int
+    prompt_tokens: int
+    response_tokens: int  # before a response ends
+    tokens_per_pass: float  # with a threshold
+
+    def work(self, sample):
+        """Work of one model."""
+        passes = len(commits_per_pass(sample))
+        if sample.threshold is not None:
+            fewer = math.ceil(sample.block_length / self.tokens_per_pass)
+            passes = fewer if sample.steps is None else min(passes, fewer)
+        return Work(self.problems * self.k, self.prompt_tokens, self.response_tokens, passes)
+
+
+def lines(shape, sample, ds, machine, sampled):
+    """(lines of the plan, whether it fits). sample: SampleArguments after arguments.check()."""
+    made = sampling_plan(shape, sample, ds, machine, sampled.work(sample))
+    fits, verdict = judged(made.items, machine)
+    responses = f"{sampled.k} responses each" if sampled.k > 1 else "a response each"
+    models = f", {sampled.models} models one after the other" if sampled.models > 1 else ""
+    hourly = sampled.problems * 3600 / made.seconds
+    found = [
+        *item_lines(made.items, machine),
+        model_line(shape),
+        f"batch: {made.rows} rows of {made.row} tokens (prompt {sampled.prompt_tokens}, response {sample.gen_length})",
+        f"a response of {sampled.response_tokens} tokens: {made.passes} passes, which read {made.tokens:,} tokens",
+        f"planned: {sampled.models * made.seconds / 3600:.2g} h for {sampled.problems} problems, {responses}{models} "
+        f"({hourly:.0f} problems/h; limited by the {made.limit})",
+        *way_lines(shape, sample, ds, machine, sampled),
+        verdict,
+    ]
+    return found, fits
+
+
+def ways(shape, sample):
+    """{flags: SampleArguments}: the sampler's exact way and its approximations."""
+    threshold = sample.threshold or THRESHOLD
+    caches = ["none"] if shape.blocks or sample.cfg_scale else ["none", "prefix", "dual"]
+    found = {}
+    for cache in caches:
+        for sure in (None, threshold):
+            one = replace(sample, cache=cache, threshold=sure, steps=sample.gen_length if sure is None else None)
+            if cache == "none":
+                one.refresh = None
+            flags = [f"--cache {cache}"] * (cache != "none") + [f"--threshold {sure}"] * (sure is not None)
+            found[" ".join(flags) or "neither cache nor threshold"] = one
+    return found
+
+
+def way_lines(shape, sample, ds, machine, sampled):
+    """A table: the same problems sampled in other ways."""
+    found = [f"{'the same in other ways, for one model':40}{'rows':>6}{'passes':>8}{'tokens read':>13}{'hours':>8}"]
+    for flags, one in ways(shape, sample).items():
+        made = sampling_plan(shape, one, ds, machine, sampled.work(one))
+        found.append(f"  {flags:38}{made.rows:6}{made.passes:8}{made.tokens:13,}{made.seconds / 3600:8.2f}")
+    return found
+
+
+def gain_line(problems, changed):
+    """How large a gain an evaluation of so many items can show. changed: the share of items that change sides."""
+    return comparison.gain_line(problems, round(changed * problems))
