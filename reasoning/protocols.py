@@ -16,7 +16,7 @@ from reasoning import benchmarks
 class Setting(NamedTuple):
     """How a protocol asks one benchmark."""
 
-    published: str | None  # figures that were reported with it
+    published: str  # figures that were reported with it
     sampling: dict  # {argument of config.SampleArguments: value}
     prompts: Callable | None = None  # --data_dir -> function that makes a row's prompt; None: the benchmark's own
     opening: str = ""  # text that the response is made to begin with

@@ -151,7 +151,7 @@ def test_an_earlier_commands_responses_are_not_taken_for_this_ones(tmp_path):
 @pytest.fixture(scope="module")
 def sampled(tiny_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("sampled")
-    argv = ["--model", TINY, "--compare", tiny_dir, "--limit", 6, "--k", 4, "--temperature", 1]
+    argv = ["--model", TINY, "--compare", tiny_dir, "--limit", 8, "--k", 4, "--temperature", 1.5, "--steps", 6]
     return evaluated(out, *argv)
 
 
@@ -160,20 +160,20 @@ def test_pass_at_k_and_majority_are_what_the_rows_say(sampled):
     results, rows = sampled
     line, other = results["table"]
     own = [list(group) for _, group in groupby(rows["examples-tiny-arithmetic"], key=lambda row: row["id"])]
-    assert len(own) == line["n"] == 6 and all([row["sample"] for row in item] == [0, 1, 2, 3] for item in own)
+    assert len(own) == line["n"] == 8 and all([row["sample"] for row in item] == [0, 1, 2, 3] for item in own)
     assert len({row["response"] for item in own for row in item}) > 6
     right = [[row["correct"] is True for row in item] for item in own]
     for k in (1, 2, 4):
         found = [any(subset) for item in right for subset in combinations(item, k)]
         assert line["pass_at"][str(k)]["value"] == pytest.approx(sum(found) / len(found))
     assert line["accuracy"] == line["pass_at"]["1"]["value"] > 0.1 and line["samples"] == 4
-    assert line["pass_at"]["1"]["value"] < line["pass_at"]["2"]["value"] < line["pass_at"]["4"]["value"]
+    assert line["accuracy"] < line["pass_at"]["4"]["value"]
     solved = []
     for item in own:
         said = [row["extracted"] for row in item if row["extracted"] is not None]
         most = max(said, key=lambda answer: (said.count(answer), -said.index(answer)), default=None)
         solved.append(most is not None and answers.grade("number", item[0]["answer"], f"#### {most}")["correct"])
-    assert line["majority"]["value"] == sum(solved) / 6
+    assert line["majority"]["value"] == sum(solved) / 8
     test = other["first_model_against_it"]  # the other model solves nothing
     assert (test["won"], test["lost"]) == (sum(solved), 0) and test["pass@1"]["value"] == line["accuracy"]
 
@@ -182,7 +182,7 @@ def test_a_line_names_base_adapter_and_sampler(sampled, tmp_path):
     """Of an adapter that other software wrote, with no weights to load: the table is what is tested."""
     line, _ = sampled[0]["table"]
     assert (line["base"], line["adapter"]) == (str(TINY), None)
-    said = "--use_mixed_precision no --gen_length 24 --steps 24 --block_length 8 --temperature 1.0"
+    said = "--use_mixed_precision no --gen_length 24 --steps 6 --block_length 8 --temperature 1.5"
     assert line["sampler"] == said
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(TINY)}))
     task = responses.Task("t", None, None, SampleArguments(gen_length=8, threshold=0.9, device="cpu"), [])
