@@ -102,9 +102,9 @@ def ask_countdown(row):
 
 
 def ask_sudoku(row):
-    if not re.fullmatch("[0-4]{16}", row["Puzzle"]) or not sudoku.solutions(row["Puzzle"]):
-        raise ValueError("expected 16 digits of 0 to 4 that can be completed")
-    return Asked(*sudoku.ask(row["Puzzle"]))
+    if not re.fullmatch("[0-4]{16}", row["Puzzle"]) or row["Solution"] not in sudoku.solutions(row["Puzzle"]):
+        raise ValueError("expected a puzzle of 16 digits, 0 to 4, and its solution")
+    return Asked(*sudoku.ask(row["Puzzle"], row["Solution"]))
 
 
 # --- reading ---

@@ -4,7 +4,8 @@
                          ...
 
 draw and errors are those of a family (reasoning/tasks.py); grid, in_prose and same read answers (answers.py). The gold
-answer is the puzzle itself, "3102 2000 0210 0320": every grid that completes it by the rules is right.
+answer is the puzzle itself, "3102 2000 0210 0320, such as 3142 2431 4213 1324", with one of its solutions or without:
+every grid that completes the puzzle by the rules is right.
 """
 
 import functools
@@ -27,10 +28,11 @@ PROMPT = (  # eval/sudoku.py of d1, word for word
 )
 
 
-def ask(puzzle):
-    """(question, prompt, gold answer) of 16 digits."""
+def ask(puzzle, solved):
+    """(question, prompt, gold answer) of a puzzle and one of its solutions, 16 digits each."""
     question = f"Solve the following Sudoku puzzle: {puzzle}\n"
-    return question, f"{PROMPT}\n\n{question}", " ".join(re.findall("....", puzzle))
+    puzzle, solved = (" ".join(re.findall("....", each)) for each in (puzzle, solved))
+    return question, f"{PROMPT}\n\n{question}", f"{puzzle}, such as {solved}"
 
 
 # --- the rules --------------------------------------------------------------------------------------------
@@ -89,7 +91,7 @@ def class_of(puzzle):
 
 # --- reading ----------------------------------------------------------------------------------------------
 
-GOLD = re.compile(r"[0-4]{4}(?: [0-4]{4}){3}")
+GOLD = re.compile(r"([0-4]{4}(?: [0-4]{4}){3})(?:, such as ([1-4]{4}(?: [1-4]{4}){3}))?")
 TAGS = re.compile(r"</?(?:answer|reasoning)?>?")
 SEPARATORS = r"[\s|,;.:_+\-=\[\](){}'\"`\\&$]"
 AT_END = re.compile(rf"(?<![\w-])(?:\d{SEPARATORS}*){{8,}}\Z")  # "The solution is:\n3142243142131324"
@@ -114,24 +116,30 @@ def in_prose(text):
     return next((found for place in places if (found := grid(place))), None)
 
 
+def named(gold):
+    """(puzzle, the solution that a gold answer names or None), 16 digits each; None if it is no gold answer."""
+    found = GOLD.fullmatch(gold)
+    return found and tuple(each and each.replace(" ", "") for each in found.groups())
+
+
 def same(answer, right):
     """Whether an answer completes `right`, a gold answer; or is `right`, where that is another answer."""
-    if not GOLD.fullmatch(right):
-        return answer == right
-    return answer in solutions(right.replace(" ", ""))
+    if found := named(right):
+        return answer in solutions(found[0])
+    return answer == right
 
 
 def cells(answer, right):
-    """The share of the puzzle's empty cells that an answer fills rightly, which is what d1 reports.
+    """The share of the puzzle's empty cells where an answer is like the solution that the gold answer names.
 
-    Of several solutions the one counts that is the most like the answer. Too few digits are filled up with zeros,
-    what exceeds 16 is cut off, as d1 does.
+    That is what d1 reports: too few digits are filled up with zeros, what exceeds 16 is cut off. Where none is named,
+    the solution counts that is most like the answer.
     """
-    puzzle = right.replace(" ", "")
+    puzzle, solved = named(right)
     empty = [cell for cell in range(16) if puzzle[cell] == "0"]
     said = answer.ljust(16, "0")
-    best = max((sum(said[cell] == solved[cell] for cell in empty) for solved in solutions(puzzle)), default=0)
-    return best / max(len(empty), 1)
+    counts = [sum(said[cell] == each[cell] for cell in empty) for each in ([solved] if solved else solutions(puzzle))]
+    return max(counts, default=0) / max(len(empty), 1)
 
 
 # --- problems ---------------------------------------------------------------------------------------------
@@ -184,7 +192,7 @@ def draw(rng):
         solved, empty = pick(rng, grids()), shuffled(rng, range(16))[: pick(rng, EMPTY)]
         puzzle = "".join("0" if cell in empty else digit for cell, digit in enumerate(solved))
         steps = worked(puzzle)
-    _, prompt, gold = ask(puzzle)
+    _, prompt, gold = ask(puzzle, solved)
     return class_of(puzzle), Problem(prompt, write(puzzle, steps), gold, "sudoku", steps, (puzzle,))
 
 

@@ -293,7 +293,7 @@ def test_countdown_and_sudoku_of_d1_in_their_own_formats(tmp_path):
         ("countdown", "countdown_cd3_test.jsonl", '{"input": "1,2,x", "output": "3"}', "row 1 is not one of countdown"),
         ("sudoku", "4x4_test_sudoku.csv", "Puzzle,Solution\n", "holds no row"),
         ("sudoku", "4x4_test_sudoku.csv", "puzzle\n3102200002100320\n", "row 1 is not one of sudoku (no 'Puzzle')"),
-        ("sudoku", "4x4_test_sudoku.csv", "Puzzle\n1100000000000000\n", "that can be completed"),
+        ("sudoku", "4x4_test_sudoku.csv", "Puzzle,Solution\n1100000000000000,3142243142131324\n", "and its solution"),
     ],
 )
 def test_files_that_are_not_there_or_are_others(tmp_path, name, file, text, said):

@@ -171,19 +171,24 @@ def test_any_grid_that_completes_the_puzzle_is_accepted():
     assert not any(verdict(f"<answer>{each}</answer>", OPEN) for each in others)
 
 
-def test_the_share_of_cells_is_that_of_the_solution_that_is_most_like_the_answer():
+def test_the_share_of_cells_is_that_of_the_solution_that_is_named_or_most_like_the_answer():
     def cells(said, gold=PUZZLE):
         return answers.grade("sudoku", gold, f"<answer>{said}</answer>")["cells"]
 
     assert cells(SOLVED) == 1 and cells("nothing") == 0 and cells("3102200002100320") == 0
     assert cells("3142") == cells("3142" + "0" * 12) == 1 / 8  # one of eight empty cells
     assert cells(SOLVED[:-1] + "1") == 7 / 8 and cells(SOLVED + "11") == 1  # too long: the first 16 count
-    assert {cells(each, OPEN) for each in solved_by(OPEN.replace(" ", ""))} == {1.0}
+    first, *others = solved_by(OPEN.replace(" ", ""))
+    assert {cells(each, OPEN) for each in (first, *others)} == {1.0}
+    named = f"{OPEN}, such as {' '.join(re.findall('....', first))}"
+    assert cells(first, named) == 1 and max(cells(each, named) for each in others) < 1
+    assert all(verdict(f"<answer>{each}</answer>", named) for each in (first, *others))
     assert cells("0", "1111 1111 1111 1110") == 0  # nothing completes it
 
 
 def test_the_gold_answer_tells_its_kind():
     assert answers.gold(PUZZLE) == answers.Gold("sudoku", PUZZLE)
+    assert answers.gold(f"{PUZZLE}, such as 3142 2431 4213 1324").kind == "sudoku"
     assert answers.gold("3102200002100320").kind == "number"
 
 
