@@ -149,13 +149,14 @@ EMPTY = (6, 7, 8, 8, 8, 9, 10)  # cells; d1's puzzles have 8
 
 def left(cells, cell):
     """The digits that stand in no cell that `cell` sees, in order."""
-    return [digit for digit in "1234" if digit not in {cells[other] for other in SEEN[cell]}]
+    seen = {cells[other] for other in SEEN[cell]}
+    return [digit for digit in "1234" if digit not in seen]
 
 
 def worked(puzzle):
     """((cell, digit), ...): always the first cell that has one digit left; None if at some point no cell has.
 
-    Where it is not None there is one solution; in all puzzles tried that have one it is not None.
+    Where it is not None there is one solution; all puzzles of 8 empty cells with one solution are solved so.
     """
     cells, steps = list(puzzle), []
     while "0" in cells:
@@ -169,19 +170,28 @@ def worked(puzzle):
 
 def filled(puzzle, steps):
     """The puzzle's cells with the digits of the steps, as one text."""
-    return "".join(dict(steps).get(cell, given) for cell, given in enumerate(puzzle))
+    digits = dict(steps)
+    return "".join(digits.get(cell, given) for cell, given in enumerate(puzzle))
 
 
-def write(puzzle, steps, answer=None):
-    """The response in d1's format: a line for each step says which digits its cell sees."""
+def explained(puzzle, steps):
+    """A line for each step that says which digits its cell sees."""
     lines = []
     for place, (cell, digit) in enumerate(steps):
-        so_far = filled(puzzle, steps[:place])
-        seen = [other for other in "1234" if other not in (digit, *left(so_far, cell))]
-        why = f"not {', '.join(seen)}, so " if seen else ""
+        possible = {digit, *left(filled(puzzle, steps[:place]), cell)}
+        seen = ", ".join(other for other in "1234" if other not in possible)
+        why = f"not {seen}, so " if seen else ""
         lines.append(f"Row {cell // 4 + 1}, column {cell % 4 + 1}: {why}{digit}.\n")
-    answer = answer or filled(puzzle, steps)
-    return f"<reasoning>\n{''.join(lines)}</reasoning>\n<answer>\n{answer}\n</answer>"
+    return "".join(lines)
+
+
+def write(lines, answer):
+    """The response in d1's format."""
+    return f"<reasoning>\n{lines}</reasoning>\n<answer>\n{answer}\n</answer>"
+
+
+def solution(puzzle, steps):
+    return write(explained(puzzle, steps), filled(puzzle, steps))
 
 
 def draw(rng):
@@ -193,7 +203,7 @@ def draw(rng):
         puzzle = "".join("0" if cell in empty else digit for cell, digit in enumerate(solved))
         steps = worked(puzzle)
     _, prompt, gold = ask(puzzle, solved)
-    return class_of(puzzle), Problem(prompt, write(puzzle, steps), gold, "sudoku", steps, (puzzle,))
+    return class_of(puzzle), Problem(prompt, solution(puzzle, steps), gold, "sudoku", steps, (puzzle,))
 
 
 def astray(puzzle, steps, place, wrong):
@@ -218,15 +228,15 @@ def errors(problem):
     steps, [puzzle] = problem.steps, problem.facts
     for place, (_, digit) in enumerate(steps):
         for wrong in "1234".replace(digit, ""):
-            yield "overlooked_digit", place, write(puzzle, astray(puzzle, steps, place, wrong))
+            yield "overlooked_digit", place, solution(puzzle, astray(puzzle, steps, place, wrong))
         without = steps[:place] + steps[place + 1 :]
         if is_forced(puzzle, without):
-            yield "dropped_step", place, write(puzzle, without)
-    solved = filled(puzzle, steps)
+            yield "dropped_step", place, solution(puzzle, without)
+    lines, solved = explained(puzzle, steps), filled(puzzle, steps)
     for i in range(16):
         for wrong in (
             solved[:i] + solved[i + 1 :],
             solved[:i] + solved[i:][:1] + solved[i:],
             solved[:i] + solved[i:][:2][::-1] + solved[i + 2 :],
         ):
-            yield "wrong_conclusion", len(steps), write(puzzle, steps, wrong)
+            yield "wrong_conclusion", len(steps), write(lines, wrong)

@@ -3,6 +3,7 @@
 bash tests/run.sh tests/reasoning/test_countdown.py
 """
 
+import hashlib
 import re
 from collections import Counter
 
@@ -11,6 +12,7 @@ import pytest
 from reasoning import answers, countdown, tasks
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+SHA256 = "e3436ca4ac5127c2d5514cba26561af38e314b9f974434730c0b8144bd56e139"
 RESPONSE = re.compile(r"<reasoning>\n((?:.+\n)+)</reasoning>\n<answer>\n\\boxed\{(.+)\}\n</answer>")
 
 
@@ -45,6 +47,13 @@ def verdict(response, gold="10 from 83, 18, 75"):
 
 
 # --- problems and planted errors --------------------------------------------------------------------------
+
+
+def test_same_seed_same_data():
+    """Whoever trains on these rows gets the same ones."""
+    rows = list(tasks.preference_rows(20, "train", 0, ("countdown",)))
+    text = "\n".join(row["prompt"] + row["chosen"] + row["rejected"] + row["meta"]["answer"] for row in rows)
+    assert hashlib.sha256(text.encode()).hexdigest() == SHA256
 
 
 def test_solutions_reach_the_target_with_every_number_once(problems):

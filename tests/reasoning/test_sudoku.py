@@ -3,6 +3,7 @@
 bash tests/run.sh tests/reasoning/test_sudoku.py
 """
 
+import hashlib
 import random
 import re
 from collections import Counter
@@ -11,6 +12,7 @@ import pytest
 
 from reasoning import answers, sudoku, tasks
 
+SHA256 = "bc5a508d9037e75cab215c7cd3351b1f7330e228afbb15ec9ab7772faf582a2c"
 RESPONSE = re.compile(r"<reasoning>\n((?:.+\n)+)</reasoning>\n<answer>\n(\d+)\n</answer>")
 LINE = re.compile(r"Row ([1-4]), column ([1-4]): (?:not (.*), so )?([1-4])\.")
 UNITS = [[4 * i + j for j in range(4)] for i in range(4)] + [[4 * j + i for j in range(4)] for i in range(4)]
@@ -54,6 +56,13 @@ def verdict(response, gold=PUZZLE):
 
 
 # --- problems and planted errors --------------------------------------------------------------------------
+
+
+def test_same_seed_same_data():
+    """Whoever trains on these rows gets the same ones."""
+    rows = list(tasks.preference_rows(20, "train", 0, ("sudoku",)))
+    text = "\n".join(row["prompt"] + row["chosen"] + row["rejected"] + row["meta"]["answer"] for row in rows)
+    assert hashlib.sha256(text.encode()).hexdigest() == SHA256
 
 
 def test_there_are_288_grids_of_two_classes():
