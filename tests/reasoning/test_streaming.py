@@ -11,6 +11,8 @@ import generate
 PREFS = ROOT / "examples" / "prefs.jsonl"
 SAMPLE = flags(task="arithmetic", num=6, gen_length=12, block_length=4, use_mixed_precision="no", temperature=0.5)
 
+CACHE = {"llada": ["--cache", "dual"], "nemotron_labs_diffusion": []}
+
 
 @pytest.fixture(scope="module")
 def zero3(tmp_path_factory):
@@ -23,14 +25,14 @@ def rows(path):
 
 @pytest.mark.parametrize("family", ["llada", "nemotron_labs_diffusion"])
 def test_generate(tiny_dir, tmp_path, zero3, family):
-    """A bidirectional model, and a block-causal one, which reads from its cache between streamed layers."""
+    """A bidirectional model and a block-causal one, which read what they keep between streamed layers."""
     if family == "llada":
         model = tiny_dir
     else:
         model = tmp_path / family
         new_tiny.main(["--in", str(PREFS), "--out", str(model), "--family", family])
     plain, streamed = (
-        [ROOT / "generate.py", *flags(model=model), *SAMPLE, "--out", tmp_path / name, *more]
+        [ROOT / "generate.py", *flags(model=model), *SAMPLE, "--out", tmp_path / name, *CACHE[family], *more]
         for name, more in (("plain.jsonl", []), ("streamed.jsonl", ["--deepspeed", zero3]))
     )
     run(plain)
