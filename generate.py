@@ -9,6 +9,7 @@
 To resume a long job where it was stopped, and for benchmarks such as GSM8K, use evaluate.py.
 """
 
+import contextlib
 import shlex
 import sys
 import time
@@ -77,10 +78,9 @@ if __name__ == "__main__":
 
 import jsonlines
 
-from cli.progress import progress
 from files import replacing
 from models import tokenization
-from reasoning import prompts, sampler
+from reasoning import pace, prompts, sampler, samples
 
 
 def main(argv=None):
@@ -101,7 +101,8 @@ def main(argv=None):
     rows = list(rows.values())
     # 2. Sample the responses.
     model, _ = sampler.load(sample)
-    for row, response in zip(rows, timed_responses(model, tokenizer, asked, sample)):
+    noun = "problems" if problems else "prompts"
+    for row, response in zip(rows, timed_responses(model, tokenizer, asked, sample, noun)):
         row["response"] = response.text
     # 3. Verify, write and print them.
     for row, problem in zip(rows, problems):
@@ -120,15 +121,11 @@ def row_of(problem):
     return {"prompt": problem.prompt, "answer": problem.answer, "family": problem.family, "steps": len(problem.steps)}
 
 
-def timed_responses(model, tokenizer, asked, sample):
-    """sampler.respond() with a progress bar, then the speed, on stderr."""
+def timed_responses(model, tokenizer, asked, sample, noun):
+    """sampler.respond() with a progress bar, then the speed, on stderr. noun: what the prompts are called."""
     started = time.monotonic()
-    with progress(len(asked), "response") as bar:
-
-        def advance(replies):
-            bar.update(len(replies))
-
-        responses = sampler.respond(model, tokenizer, asked, sample, finished=advance)
+    with contextlib.closing(pace.Bar(samples.longest_passes(model, asked, sample), len(asked), noun=noun)) as bar:
+        responses = sampler.respond(model, tokenizer, asked, sample, pace=bar)
     rate = sum(response.tokens for response in responses) / (time.monotonic() - started)
     print(f"{rate:.0f} tokens/s", file=sys.stderr)
     return responses

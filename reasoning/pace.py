@@ -82,7 +82,7 @@ class Pace:
         return np.array([min(self.passes - start, self.most_passes - 1) for start in self.in_flight], int)
 
     def left(self):
-        """Left, from the second pass on."""
+        """Left, from the first pass on."""
         if self.ended_rows == len(self.lengths):
             return Left(0.0, 0.0, False)
         survival, rng, drawn = self.survival(), np.random.default_rng(0), []
@@ -175,7 +175,7 @@ class Bar(Pace):
         super().passed(seconds, tokens, rows)
         if self.passes > 2 and self.seconds >= SOON:
             self.tell("first", f"{self.seconds / self.passes:.2g} s a pass of {rows} responses")
-        if time.monotonic() >= self.due and self.passes > 1:
+        if time.monotonic() >= self.due:
             self.due = time.monotonic() + self.bar.mininterval
             self.bar.set_postfix_str(self.words(), refresh=False)
             self.bar.update(0)
@@ -188,6 +188,8 @@ class Bar(Pace):
 
     def close(self):
         """For contextlib.closing()."""
+        if self.passes:
+            self.bar.set_postfix_str(self.words(), refresh=False)
         self.bar.close()
 
     def tell(self, which, words):
@@ -197,11 +199,11 @@ class Bar(Pace):
         self.told.add(which)
 
     def words(self):
-        """312 problems/h, 1:12:00 left"""
+        """1,312 problems/h, 1:12:00 left"""
         left = self.left()
         hourly = 3600 * len(self.lengths) / (self.seconds + left.seconds) / self.k
         bounds = ("at least ", "at most ") if left.at_most else ("", "")
-        return f"{bounds[0]}{hourly:.3g} {self.noun}/h, {bounds[1]}{clock(left.seconds)} left"
+        return f"{bounds[0]}{hourly:,.0f} {self.noun}/h, {bounds[1]}{clock(left.seconds)} left"
 
 
 def clock(seconds):

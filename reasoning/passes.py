@@ -136,17 +136,18 @@ def run(passes, waiting, start, pace=None):
     waiting: a deque of indices of responses, which this empties; start(index) -> Flight. If a pass runs out of memory,
     those that were being filled wait again. pace: told of each pass and of each response that ends (pace.py).
     """
-    flights = {}  # {slot: Flight}, in the order of slots
+    flights, began = {}, time.perf_counter()  # {slot: Flight}, in the order of slots
     try:
         while waiting or flights:
             free = [slot for slot in range(passes.size) if slot not in flights]
             new = {slot: start(waiting.popleft()) for slot in free[: len(waiting)]}
             flights = dict(sorted((flights | new).items()))
-            began = time.perf_counter()
             predictions = passes.predict(flights)
             if pace:
                 tokens = sum(flight.read.stop - flight.read.first for flight in flights.values())
-                pace.passed(time.perf_counter() - began, tokens, len(flights))
+                done = time.perf_counter()
+                pace.passed(done - began, tokens, len(flights))
+                began = done
             ended = []
             for (slot, flight), prediction in zip(list(flights.items()), predictions):
                 ids = flight.take(prediction)

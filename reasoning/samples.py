@@ -6,15 +6,15 @@
 Each response has noise of its own, keyed by the seed, its prompt's number and its own, whenever it is made.
 """
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from cli.progress import progress
 from files import InputError, fingerprint, naming, replacing
-from reasoning import prompts, sampler
+from reasoning import pace, prompts, sampler
 
 NO_INFLUENCE = ("model_name_or_path", "batch_size", "device", "trust_remote_code", "deepspeed")  # on any response
 
@@ -74,6 +74,12 @@ def prompt_ids(tokenizer, numbers, rows, template):
     return [ids[number] for number in numbers]
 
 
+def longest_passes(model, ids, sampling):
+    """Passes that a response to one of the prompts `ids` takes at most."""
+    one_of_each_length = {len(prompt): prompt for prompt in ids}.values()
+    return max(sampler.most_passes(model, [prompt], sampling, 1) for prompt in one_of_each_length)
+
+
 def no_note(number, text):
     return {}
 
@@ -95,8 +101,8 @@ def complete(path, wanted, rows, sampling, load, *, note=no_note, desc="sampling
         seeds = [key.number * k + key.sample for key in missing]
         passes = sampler.most_passes(model, ids, sampling, sampler.batch_size(model, ids, sampling))
         print(f"{desc}: {len(missing)} responses, at most {passes} forward passes", file=sys.stderr, flush=True)
-        bar = progress(len(keys), "response", desc, initial=len(keys) - len(missing))
-        with naming(path), open(path, "a", encoding="utf-8") as file, bar:
+        bar = pace.Bar(longest_passes(model, ids, sampling), len(keys), len(keys) - len(missing), k, desc=desc)
+        with naming(path), open(path, "a", encoding="utf-8") as file, contextlib.closing(bar):
 
             def keep(replies):
                 for index, reply in replies.items():
@@ -105,9 +111,8 @@ def complete(path, wanted, rows, sampling, load, *, note=no_note, desc="sampling
                     done[key] = line | reply._asdict() | note(number, reply.text)
                     file.write(json.dumps(done[key]) + "\n")
                 file.flush()
-                bar.update(len(replies))
 
-            sampler.respond(model, tokenizer, ids, sampling, keys=seeds, finished=keep)
+            sampler.respond(model, tokenizer, ids, sampling, keys=seeds, finished=keep, pace=bar)
     made = {number: [] for number in rows}
     for key in keys:
         made[key.number].append(done[key] | note(key.number, done[key]["text"]))
