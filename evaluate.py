@@ -59,7 +59,8 @@ class EvaluateArguments:
     )
     data_dir: Optional[str] = arg(
         None,
-        "folder with the benchmarks' files in their original formats; default: download them from the Hub",
+        "folder with the benchmarks' files in their original formats; default: download them from the Hub, or draw "
+        "held-out problems (countdown, sudoku)",
         metavar="FOLDER",
     )
     protocol: Optional[Literal["llada", "llada-1.5", "d1"]] = arg(
