@@ -6,6 +6,7 @@
 check    the machine: what `python check.py` says
 parity   logits and log-probabilities of small checkpoints on the card against those on the CPU (gpu_checks.py)
 steps    two steps of training of every kind on the card against the same on the CPU: losses, norms of gradients
+sampling the sampler of a random LLaDA-8B with and without a cache (gpu_sampling.py)
 table    the training step of random models at GSM8K's length, prompt 100 and response 200 (gpu_rows.py)
 
 pairs/s, tokens/s   tokens: prompt and response through the model, states times length, of both responses
@@ -48,7 +49,7 @@ ROWS = {  # name: (seconds that it may take, what it is)
     "1.1B-full": (120, "SMDM-1.1B shape, full training, ZeRO-2, optimizer offloaded"),
     "0.5B-full": (90, "0.5B shape, full training, ZeRO-2, optimizer offloaded"),
 }
-LIMITS = {"check": 60, "parity": 90, "steps": 200}  # seconds
+LIMITS = {"check": 60, "parity": 90, "steps": 200, "sampling": 150}  # seconds
 LEAST = 30  # seconds: with less, a part is not begun
 TOLERANCE = {"bf16": 0.05, "QLoRA": 0.05, "": 2e-3}  # by what a case's name holds; of a number, or of 0.1 if it is less
 NOT_MEASURED = {"8B-full": "needs 96 to 160 GB of host memory (ds_configs/README.md)"}
@@ -58,7 +59,7 @@ class Report:
     """What is known so far, in the file."""
 
     def __init__(self, path, **about):
-        self.path, self.found = path, about | {"check": [], "parity": [], "steps": [], "table": []}
+        self.path, self.found = path, about | {"check": [], "parity": [], "steps": [], "sampling": [], "table": []}
         self.save()
 
     def save(self):
@@ -180,6 +181,21 @@ def steps(args, limit, report):
     return problem or on_cpu.result() or report.too_far("steps")
 
 
+def sampling(args, limit, report):
+    """Print a line for each way of keeping weights and keys."""
+
+    def told(row):
+        report.add("sampling", row)
+        print(
+            f"  {row['way']:<18}{row['rows']:4d} rows, {row['tokens_a_pass']:7.0f} tokens a pass, "
+            f"{row['seconds_a_pass']:.3f} s a pass, {row['responses_an_hour']:.0f} responses/h",
+            flush=True,
+        )
+
+    command = [ROOT / "bench" / "gpu_sampling.py", "--vram_gb", args.vram_gb, *shared(args)]
+    return follow(command, limit, as_json(told), args.device)
+
+
 def compare(cpu, here, report):
     """Print and keep how far two runs of a case are apart."""
     row = {"case": cpu["case"], "cpu": cpu, "here": here, "ok": False}
@@ -252,7 +268,7 @@ def line_of(row):
 
 def jobs(args):
     """[(name, seconds that it may take, function)] of what the arguments ask for, in order."""
-    parts = {"check": check, "parity": parity, "steps": steps}
+    parts = {"check": check, "parity": parity, "steps": steps, "sampling": sampling}
     found = [(name, LIMITS[name], part) for name, part in parts.items() if name in args.parts]
     if "table" in args.parts:
         found += [(name, ROWS[name][0], functools.partial(measure, name)) for name in args.rows]

@@ -22,11 +22,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import files
-from models import attention, checkpoint
+from models import attention, cache, checkpoint
 
 TINY = ROOT / "examples" / "tiny"
 GOLDEN = [root / "shared" / "data" for root in (ROOT, ROOT.parent)]  # checkpoints that the project does not ship
 LENGTHS = (24, 7, 33)  # rows of a forward pass
+SLOTS, WINDOWS = (0, 1, 3), ((8, 16), (0, 7), (30, 33))  # where their keys are kept; what the next pass reads of each
 BATCH = (2, 24)
 
 
@@ -47,7 +48,10 @@ def checkpoints():
 
 @torch.no_grad()
 def outputs(model, device):
-    """{what: float32 tensor on the CPU}: logits of a batch and of rows end to end, log-probabilities of targets."""
+    """{what: float32 tensor on the CPU}: logits, log-probabilities of targets, and the same of rows end to end.
+
+    Of windows: logits of a part of each row, whose other keys and values were kept by the pass before.
+    """
     rng, vocabulary = np.random.default_rng(0), model.get_output_embeddings().weight.shape[0]
     batch = torch.from_numpy(rng.integers(0, vocabulary, BATCH)).to(device)  # (B, L)
     positions = torch.arange(batch.numel(), device=device)
@@ -59,6 +63,13 @@ def outputs(model, device):
         rows = torch.from_numpy(rng.integers(0, vocabulary, (1, sum(LENGTHS)))).to(device)  # (1, N)
         places, ends = torch.arange(rows.numel(), device=device), attention.Rows(LENGTHS, device)
         found["rows end to end"] = model(input_ids=rows, positions=places, targets=rows.flatten(), rows=ends)
+        store, starts = cache.Store(max(SLOTS) + 1, max(LENGTHS)), np.cumsum((0, *LENGTHS))
+        whole = [cache.Window(slot, 0, length, length) for slot, length in zip(SLOTS, LENGTHS)]
+        model(input_ids=rows, positions=places, rows=cache.Windows(store, whole, device))
+        parts = [each._replace(first=first, stop=stop) for each, (first, stop) in zip(whole, WINDOWS)]
+        ids = torch.cat([rows[:, start + each.first : start + each.stop] for start, each in zip(starts, parts)], 1)
+        seen = torch.arange(ids.numel(), device=device)
+        found["windows"] = model(input_ids=ids, positions=seen, rows=cache.Windows(store, parts, device)).logits
     return {what: value.float().cpu() for what, value in found.items()}
 
 

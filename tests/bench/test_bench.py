@@ -151,6 +151,16 @@ def test_gpu_parity_and_steps(tmp_path):
     assert found["device"] == "cuda" and found["parity"] and len(found["steps"]) > 3
 
 
+@pytest.mark.long
+def test_gpu_sampling_on_a_cpu(tmp_path):
+    """A cache reads fewer tokens a pass: one whole row in a block of 32 tokens, and what it leaves of the others."""
+    found, _ = bench("gpu", tmp_path, "--device", "cpu", "--quick", "--parts", "sampling")
+    ways = {row["way"]: row for row in found["sampling"]}
+    assert ways["4 bits"]["tokens_a_pass"] == 8 * 400
+    assert ways["4 bits, dual"]["tokens_a_pass"] == 8 * (400 + 31 * 32) / 32 == ways["streamed, dual"]["tokens_a_pass"]
+    assert ways["4 bits, prefix"]["tokens_a_pass"] > 4 * ways["4 bits, dual"]["tokens_a_pass"]
+
+
 def test_gpu_out_of_time(tmp_path):
     """What no longer fits is named, and nothing is begun."""
     found, said = bench("gpu", tmp_path, "--device", "cpu", "--quick", "--minutes", "0.1")
