@@ -143,7 +143,7 @@ def asked(monkeypatch):
     def call(script, *words):
         seen = []
 
-        def parse(argv, doc, *used, hide=()):
+        def parse(argv, doc, *used, hide=(), below=()):
             seen.append((used, hide))
             real(argv, doc, *used, hide=hide)
             raise Parsed

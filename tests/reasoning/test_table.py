@@ -42,15 +42,18 @@ def test_one_response_per_item(capsys):
 
 
 def test_several_responses_per_item_and_parts(capsys):
-    """Even items: two of four samples are right, and agree; odd ones: one is right, and two wrong ones agree."""
-    verdicts = {0: (True, True, False, None), 1: (False, False, True, None)}
-    votes = {0: (0, 0, 2, None), 1: (0, 0, 2, None)}
+    """Even items: two of four samples are right and agree, after a wrong one; odd ones: the one right is outvoted.
+
+    The other model is right in the first sample of even items alone, which is outvoted.
+    """
+    verdicts = {0: (False, True, True, None), 1: (False, False, True, None)}
+    votes = {0: (0, 1, 1, None), 1: (0, 0, 2, None)}
     first = [
         row(item, verdicts[item % 2][j], sample=j, vote=votes[item % 2][j], level=item % 2 + 1, subject="Algebra")
         for item in range(20)
         for j in range(4)
     ]
-    other = [each | {"correct": False} for each in first]
+    other = [each | {"correct": each["level"] == 1 and each["sample"] == 0} for each in first]
     made = lines(first, other)
     assert made[0]["accuracy"] == 0.375 and made[0]["majority"]["value"] == 0.5 and made[0]["unread"] == 0.25
     assert {k: each["value"] for k, each in made[0]["pass_at"].items()} == {
@@ -60,13 +63,13 @@ def test_several_responses_per_item_and_parts(capsys):
     }
     assert made[0]["by"]["level"]["1"] | {"ci95": None} == {"n": 10, "accuracy": 0.5, "ci95": None}
     assert made[0]["by"]["subject"]["Algebra"]["n"] == 20 and made[0]["by"]["level"]["2"]["accuracy"] == 0.25
-    assert made[1]["first_model_against_it"]["pass@1"]["value"] == 0.375
+    assert made[1]["first_model_against_it"]["pass@1"]["value"] == 0.375 - 0.125
     assert (made[1]["first_model_against_it"]["won"], made[1]["first_model_against_it"]["lost"]) == (10, 0)
     said = printed(capsys, made)
     assert said.startswith("gsm8k: 20 items, 4 samples each\n")
     for words in ("  pass@2 ", "  pass@4 ", "  majority@4 ", "  level 2 (n = 10) ", "  subject Algebra (n = 20) "):
         assert said.count(words) == 2
-    assert "against it, pass@1: +0.375 (95% interval +0." in said and "against it, majority@4: +0.500 (10 won" in said
+    assert "against it, pass@1: +0.250 (95% interval +0." in said and "against it, majority@4: +0.500 (10 won" in said
 
 
 def test_a_task_without_items_and_a_model_alone(capsys):
