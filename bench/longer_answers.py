@@ -1,15 +1,23 @@
-"""A model with longer answers: sheets of several arithmetic problems, all solved in one response of some 200 tokens.
+"""A model with longer answers: sheets of some nine problems, all solved in one response of some 200 tokens.
 
-    python bench/longer_answers.py --out runs/longer-answers [--steps 3000] [--seed 1]
+    python bench/longer_answers.py --out runs/longer-answers-start --gen_length 96 --batch_size 32 --steps 1200
+    python bench/longer_answers.py --model runs/longer-answers-start --out runs/longer-answers --steps 1000
 
-The response repeats each question before its solution, so that every problem is graded on its own. Training starts from
-the embedded model, in the states that a sampler meets: the text before a block is known, the block is partly masked,
-what follows it is masked or partly so. bench/sampler.py measures on this model.
+    Ben: 7 + 5 - 4          Ben: 7 + 5 = 12
+    Mia: 3 * 6              12 - 4 = 8
+                            #### 8
+                            Mia: 3 * 6 = 18
+                            #### 18
+
+A sheet is worked line by line, each from left to right; every problem is graded on its own. Training starts from the
+embedded model, which knows the numbers, in the states that a sampler meets: the text before a block is known, the block
+is partly masked, what follows it is masked or partly so. bench/sampler.py measures on this model.
 """
 
 import argparse
 import math
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -20,74 +28,73 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from files import InputError
 from models.attention import Rows
 from models.checkpoint import load_model
 from models.tokenization import load_tokenizer
-from reasoning import tasks
+from reasoning import arithmetic, tasks
 
 GEN_LENGTH, BLOCK = 256, 32
-LONGEST = 500  # tokens of a row
 POOL = 64  # batches that are sorted by length, so that most rows of a batch are equally long
 
 
 class Sheet(NamedTuple):
     prompt: str
     response: str
-    problems: list  # in the order of the response
+    answers: dict  # {name: answer}
 
 
-def solved(problem):
-    """The question and its solution, as in the response."""
-    return problem.prompt + problem.solution + "\n"
+def exercise(rng, split):
+    """("7 + 5 - 4", " 7 + 5 = 12\\n12 - 4 = 8\\n#### 8", "8") of a split: no exercise is in both."""
+    while True:
+        steps = arithmetic.draw_steps(rng, arithmetic.pick(rng, arithmetic.STEP_COUNTS), "+-*/")
+        asked = " ".join([str(steps[0][0]), *(f"{op} {b}" for _, op, b, _ in steps)])
+        if tasks.split_of(asked) == split:
+            return asked, arithmetic.write_solution(steps), str(steps[-1][3])
 
 
-def sheets(count, split, seed, tokenizer):
-    """`count` Sheets of a split's problems whose responses fit into GEN_LENGTH, of three to five problems each."""
-    made, taken, size = [], [], 0
-    problems = tasks.generate(5 * count + 5, split, seed)
-    lengths = [len(ids) for ids in tokenizer([solved(each) for each in problems]).input_ids]
-    for problem, length in zip(problems, lengths):
-        if size + length >= GEN_LENGTH:  # at least one end token follows
-            made.append(sheet(taken))
-            taken, size = [], 0
-        taken, size = [*taken, problem], size + length
-        if len(made) == count:
-            return made
-    raise InputError(f"{len(problems)} problems make {len(made)} sheets only, expected {count}")
-
-
-def sheet(problems):
-    questions = "\n".join(problem.prompt.removesuffix("\nAnswer:") for problem in problems)
-    return Sheet(f"{questions}\n\n", "".join(map(solved, problems)), problems)
+def sheets(count, split, seed, tokenizer, gen_length=GEN_LENGTH):
+    """`count` Sheets, each of as many exercises as gen_length tokens hold, and an end token."""
+    rng, made = random.Random(f"{split} {seed}"), []
+    names = sorted(arithmetic.NAMES)
+    for _ in range(count):
+        rng.shuffle(names)
+        drawn = [(name, *exercise(rng, split)) for name in names[: gen_length // 14]]
+        solved = [f"{name}:{solution}\n" for name, _, solution, _ in drawn]
+        size, fitting = 0, 0
+        for ids in tokenizer(solved).input_ids:
+            size += len(ids)
+            fitting += size < gen_length
+        asked = "".join(f"{name}: {question}\n" for name, question, _, _ in drawn[:fitting])
+        answers = {name: answer for name, _, _, answer in drawn[:fitting]}
+        made.append(Sheet(f"{asked}\n", "".join(solved[:fitting]), answers))
+    return made
 
 
 def grade(sheet, text):
-    """[True, False or None] of the sheet's problems: whether the part of `text` at its place gives the answer."""
-    parts = [part.partition("\nAnswer:")[2] for part in text.split("Question:")[1:]]
-    parts += [""] * (len(sheet.problems) - len(parts))
-    return [tasks.verify(problem, part) for problem, part in zip(sheet.problems, parts)]
+    """[True, False or None] of the sheet's exercises: whether what follows a name in `text` gives its answer."""
+    _, *parts = re.split(r"^(\w+):", text, flags=re.MULTILINE)
+    found = dict(zip(parts[-2::-2], parts[::-2]))  # the first, where a name stands twice
+    return [tasks.verify(answer, found.get(name, "")) for name, answer in sheet.answers.items()]
 
 
 # --- training ---------------------------------------------------------------------------------------------
 
 
-def rows_of(made, tokenizer):
-    """(prompt ids, response ids padded with end tokens to GEN_LENGTH) of each sheet that is no longer than LONGEST."""
+def rows_of(made, tokenizer, gen_length):
+    """(prompt ids, response ids padded with end tokens to gen_length) of each sheet."""
     prompts = tokenizer([each.prompt for each in made]).input_ids
     responses = tokenizer([each.response for each in made]).input_ids
-    padded = [ids + [tokenizer.eos_token_id] * (GEN_LENGTH - len(ids)) for ids in responses]
-    return [pair for pair in zip(prompts, padded) if len(pair[0]) + GEN_LENGTH <= LONGEST]
+    return list(zip(prompts, [ids + [tokenizer.eos_token_id] * (gen_length - len(ids)) for ids in responses]))
 
 
-def state(length, rng):
-    """Which of the response's places are masked, (GEN_LENGTH,) bool, and which of those are trained on.
+def state(length, gen_length, rng):
+    """Which of the response's places are masked, (gen_length,) bool, and which of those are trained on.
 
     length: of the response with its first end token. A block is masked at a rate of its own. What follows is masked
     altogether, as in sampling, and not trained on; in every other state it is masked at the same rate.
     """
     start = BLOCK * rng.randrange(-(-length // BLOCK))
-    masked = torch.rand(GEN_LENGTH) < 1 - rng.random()
+    masked = torch.rand(gen_length) < 1 - rng.random()
     masked[:start] = False
     trained = masked.clone()
     if rng.random() < 0.5:
@@ -101,12 +108,12 @@ def loss_of(model, batch, mask_id, eos, rng):
     ids, targets, positions, offset = [], [], [], 0
     for prompt, response in batch:
         response = torch.tensor(response)
-        masked, trained = state(response.tolist().index(eos) + 1, rng)
+        masked, trained = state(response.tolist().index(eos) + 1, len(response), rng)
         ids += [torch.tensor(prompt), response.masked_fill(masked, mask_id)]
         targets.append(response[trained])
         positions.append(offset + len(prompt) + trained.nonzero()[:, 0])
-        offset += len(prompt) + GEN_LENGTH
-    rows = Rows([len(prompt) + GEN_LENGTH for prompt, _ in batch], "cpu")
+        offset += len(prompt) + len(response)
+    rows = Rows([len(prompt) + len(response) for prompt, response in batch], "cpu")
     logits = model(input_ids=torch.cat(ids)[None], positions=torch.cat(positions), rows=rows).logits
     return F.cross_entropy(logits, torch.cat(targets))
 
@@ -129,8 +136,7 @@ def row_length(row):
 def train(model, tokenizer, args):
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
-    rows = rows_of(sheets(args.sheets, "train", args.seed, tokenizer), tokenizer)
-    print(f"{len(rows)} rows", flush=True)
+    rows = rows_of(sheets(args.sheets, "train", args.seed, tokenizer, args.gen_length), tokenizer, args.gen_length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     started, total = time.time(), 0.0
     for step, batch in zip(range(1, args.steps + 1), batches(rows, args.batch_size, rng)):
@@ -154,8 +160,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "examples" / "tiny"))
     parser.add_argument("--out", required=True, help="folder of the new model")
+    parser.add_argument("--gen_length", type=int, default=GEN_LENGTH)
     parser.add_argument("--sheets", type=int, default=30000)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
