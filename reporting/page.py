@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import config
+from reasoning import table as results
 from reporting import colours, diagnosis, texts
 from scoring import noise
 from training.runs import without_home
@@ -194,15 +195,27 @@ def evaluation(found):
     """evaluate.py's table, and items side by side: those that models judge differently first."""
     head = ["task", "model", "n", "accuracy", "95% interval", "unread", "tokens"]
     head += ["first model's lead", "McNemar's exact test"]
-    parts = [table(head, map(result_row, found.table), "tight")]
+    rows = [row for line in found.table for row in result_rows(line)]
+    parts = [table(head, rows, "tight")]
+    for line in found.table:
+        if "sampler" in line:
+            parts.append(soft(say(f"{line['task']}, {line['model']}: {results.origin(line)}; {line['sampler']}")))
     for task, items in found.answers.items():
         parts.append(task_answers(task, items))
     where = soft(say(os.path.relpath(found.path.parent)))
     return f"<section><h2>Evaluation</h2>{where}{''.join(parts)}</section>"
 
 
+def result_rows(line):
+    """The cells of a line of results.json's table, then those of pass@k, of levels and the like."""
+    rows = [result_row(line)]
+    for name, estimate in results.measures_of(line).items():
+        interval = "{:.3f} to {:.3f}".format(*map(abs, estimate["ci95"])) if "ci95" in estimate else ""
+        rows.append(["", name.strip(), "", f"{estimate['accuracy']:.3f}", interval, "", "", "", ""])
+    return rows
+
+
 def result_row(line):
-    """The cells of a line of results.json's table."""
     cells = [line["task"], line["model"], line["n"], "", "", "", "", "", ""]
     if line["n"]:
         low, high = line.get("ci95", (0, 0))

@@ -254,6 +254,23 @@ def evaluated(tmp_path):
     return SimpleNamespace(run=folder, evaluation=other)
 
 
+def test_evaluation_of_several_samples(evaluated):
+    """pass@k and the majority have rows; base, adapter and sampler are named; of an item the first answer is shown."""
+    path = evaluated.evaluation / "results.json"
+    results = json.loads(path.read_text())
+    answers = evaluated.evaluation / results["table"][0]["file"]
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    rows = [row | {"sample": j, "vote": 0, "response": f"said {j}"} for row in rows for j in range(2)]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    about = {"base": "org/base", "adapter": "runs/a/final", "sampler": "--gen_length 256"}
+    results["table"][0] = comparison.summary("lm_eval:t", "new", rows, None) | {"file": answers.name} | about
+    path.write_text(json.dumps(results))
+    page = page_of(evaluated.run)
+    assert "<td>pass@2</td>" in page and "<td>majority@2</td>" in page
+    assert "lm_eval:t, new: base org/base, adapter runs/a/final; --gen_length 256" in page
+    assert "said 0" in page and "said 1" not in page
+
+
 def test_evaluation(evaluated, tmp_path, capsys):
     """evaluate.py's table of the run's final/, found beside the run; items that are judged differently come first."""
     page = page_of(evaluated.run)
