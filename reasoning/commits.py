@@ -62,7 +62,8 @@ def choose(logits, uniforms, temperature):
     """The predicted ids (N,) of logits (N, V): the most likely, or drawn from softmax(logits / temperature)."""
     if temperature == 0:
         return logits.argmax(-1)
-    return draw((logits.float() / temperature).softmax(-1), uniforms)
+    z = logits.float()
+    return draw((z if temperature == 1 else z / temperature).softmax(-1), uniforms)
 
 
 def draw(p, uniforms):
