@@ -176,11 +176,14 @@ def load_tasks(args):
     return found | dict.fromkeys(own_files(args))
 
 
-def read_items(name, theirs, setting, args, seed):
-    """The first --limit Items of a task; an embedded one's are drawn by `seed`. theirs: lm_eval's Task, or None.
+def find_task(name, theirs, setting, args, argv):
+    """The responses.Task of a name. theirs: lm_eval's Task, or None; setting: the protocols.Setting, or None."""
+    sample = sampling_of(argv, setting)
+    return responses.Task(name, theirs, setting, sample, read_items(name, theirs, setting, args, sample.seed))
 
-    setting: the protocols.Setting that makes its prompts, or None.
-    """
+
+def read_items(name, theirs, setting, args, seed):
+    """The first --limit Items of a task; an embedded one's are drawn by `seed`. theirs, setting: find_task()'s."""
     if theirs:
         questions = harness.questions(theirs)[: args.limit]
         return [benchmarks.Item(str(number), text, text, "", "") for number, text in enumerate(questions, 1)]
@@ -238,6 +241,12 @@ class Answers:
 
     def load(self):
         return self.model.model, self.model.tokenizer
+
+    def rows(self, task, args):
+        """The rows of a task, of lm_eval or of ours."""
+        if task.theirs and task.items:
+            return self.to_theirs(task, args.num_fewshot)
+        return self.to(task, args.k)
 
     def to(self, task, k):
         """k rows per item of a task of ours: what the model was asked, what it said, and what that is worth."""
@@ -299,10 +308,7 @@ def main(argv=None):
     models = [sample.model_name_or_path, *(args.compare or [])]
     fingerprints = {model: folders.model_fingerprint(model) for model in models}
     names = comparison.labels(models)
-    found = []
-    for name, setting in settings.items():
-        items = read_items(name, theirs[name], setting, args, sample.seed)
-        found.append(responses.Task(name, theirs[name], setting, sampling_of(argv, setting), items))
+    found = [find_task(name, theirs[name], settings[name], args, argv) for name in theirs]
 
     # 2. Leave out what the models were trained on.
     check = leaks.Check(tuple(args.train_data or ()), args.allow_leak, sample.trust_remote_code)
@@ -319,8 +325,7 @@ def main(argv=None):
         one = replace(given, model_name_or_path=model)
         model_answers = Answers(one, likelihood, fingerprints[model], names[model], folder / "samples")
         for task in found:
-            is_theirs = task.theirs and task.items
-            rows = model_answers.to_theirs(task, args.num_fewshot) if is_theirs else model_answers.to(task, args.k)
+            rows = model_answers.rows(task, args)
             paths.append(folder / f"{names[model]}-{file_name(task.name)}.jsonl")
             with replacing(paths[-1]) as file:
                 jsonlines.Writer(file).write_all(row | {"seen": row["id"] in seen[task.name]} for row in rows)
@@ -340,11 +345,16 @@ def main(argv=None):
     }
     write_json(folder / "results.json", results)
     table.print_table(lines)
+    print_next(folder, models)
+    return 0
+
+
+def print_next(folder, models):
+    """Say where the results are, and which report shows them."""
     print(f"{folder}: every response, and results.json")
     runs = [Path(model).parent for model in models if (Path(model).parent / "run.json").is_file()]
     if runs:
         print(f"next: python report.py {shlex.quote(str(runs[0]))} --evaluation {shlex.quote(str(folder))}")
-    return 0
 
 
 if __name__ == "__main__":
