@@ -21,6 +21,7 @@ from tqdm import tqdm
 from cli.progress import progress
 
 RECENT = 300  # passes: what a pass costs is fitted to about so many of the latest
+ALIKE = 0.1  # relative deviation of the tokens of passes below which a and b cannot be told apart
 DRAWS = 500  # responses that are drawn for an estimate, at least
 SPREADS = (0.25, 0.8)  # standard deviations of the logarithm of a response's passes that are thought possible
 SOON = 10  # seconds after which a first estimate is printed, if a pass was made before them
@@ -96,11 +97,11 @@ class Pace:
         return Left(float(seconds), float(passes), not self.ends[:-1].any())
 
     def pass_seconds(self):
-        """(a, b). Passes that have all read alike are taken to cost what their tokens cost, and nothing else."""
+        """(a, b). Passes that read nearly alike are taken to cost what their tokens cost, and nothing else."""
         (count, tokens), (_, squares) = self.squares
         seconds, products = self.products
         spread = squares - tokens**2 / count
-        if spread < 1e-4 * squares:
+        if spread < ALIKE**2 * squares:
             return 0.0, seconds / tokens
         b = max(0.0, (products - tokens * seconds / count) / spread)
         a = (seconds - b * tokens) / count
