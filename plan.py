@@ -314,6 +314,7 @@ def plan_sampling(args, sample, machine_args, own):
         k=args.k,
         models=1 + len(getattr(args, "compare", None) or []),
         prompt_tokens=own.prompt_tokens,
+        longest_prompt=own.longest_prompt,
         response_tokens=own.response_tokens,
         tokens_per_pass=own.tokens_per_pass,
     )

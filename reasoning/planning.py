@@ -24,6 +24,7 @@ class Sampled(NamedTuple):
     k: int  # responses of each
     models: int
     prompt_tokens: int
+    longest_prompt: int
     response_tokens: int  # before a response ends
     tokens_per_pass: float  # with a threshold
 
@@ -33,7 +34,7 @@ class Sampled(NamedTuple):
         if sample.threshold is not None:
             fewer = math.ceil(sample.block_length / self.tokens_per_pass)
             passes = fewer if sample.steps is None else min(passes, fewer)
-        return Work(self.problems * self.k, self.prompt_tokens, self.response_tokens, passes)
+        return Work(self.problems * self.k, self.prompt_tokens, self.response_tokens, passes, self.longest_prompt)
 
 
 def lines(shape, sample, ds, machine, sampled):
@@ -42,14 +43,19 @@ def lines(shape, sample, ds, machine, sampled):
     fits, verdict = judged(made.items, machine)
     responses = f"{sampled.k} responses each" if sampled.k > 1 else "a response each"
     models = f", {sampled.models} models one after the other" if sampled.models > 1 else ""
+    apart = ""
+    if made.copying:
+        hours = sampled.models * (made.computing + made.copying) / 3600
+        apart = f"; {hours:.2f} h if no copy to the card is hidden behind it"
     hourly = sampled.problems * 3600 / made.seconds
     found = [
         *item_lines(made.items, machine),
         model_line(shape),
-        f"batch: {made.rows} rows of {made.row} tokens (prompt {sampled.prompt_tokens}, response {sample.gen_length})",
-        f"a response of {sampled.response_tokens} tokens: {made.passes} passes, which read {made.tokens:,} tokens",
-        f"planned: {sampled.models * made.seconds / 3600:.2g} h for {sampled.problems} problems, {responses}{models} "
-        f"({hourly:.0f} problems/h; limited by the {made.limit})",
+        f"batch: {made.rows} rows, the longest of {made.row} tokens",
+        f"a response of {sampled.response_tokens} tokens to a prompt of {sampled.prompt_tokens}: {made.passes} passes, "
+        f"which read {made.tokens:,} tokens",
+        f"planned: {sampled.models * made.seconds / 3600:.2f} h for {sampled.problems} problems, {responses}{models} "
+        f"({hourly:.0f} problems/h; limited by {made.limit}{apart})",
         *way_lines(shape, sample, ds, machine, sampled),
         verdict,
     ]

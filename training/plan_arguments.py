@@ -54,8 +54,9 @@ class SamplingPlanArguments:
         None, "problems to plan for; default: --limit for each of --tasks, or --num of --task", heading="Rows"
     )
     prompt_tokens: int = arg(
-        144, "tokens of every prompt, the chat template included; 144 is a planning number for GSM8K's questions"
+        99, "tokens of a prompt on average; 99 is that of GSM8K's test set in a chat template, by Dream's tokenizer"
     )
+    longest_prompt: int = arg(226, "tokens of the longest prompt, for which memory is planned; 226: GSM8K's")
     response_tokens: int = arg(0, "tokens of a response before it ends; 0: --gen_length")
     tokens_per_pass: float = arg(
         2.5,
@@ -85,7 +86,13 @@ def check_sampled(args, gen_length):
     if args.problems is None:
         raise InputError("--for: give the number of problems, such as --problems 1319 for GSM8K's test set")
     args.response_tokens = args.response_tokens or gen_length
-    for name, least in (("problems", 1), ("prompt_tokens", 0), ("response_tokens", 1), ("tokens_per_pass", 1)):
+    for name, least in (
+        ("problems", 1),
+        ("prompt_tokens", 0),
+        ("longest_prompt", 0),
+        ("response_tokens", 1),
+        ("tokens_per_pass", 1),
+    ):
         if not least <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} is {getattr(args, name)}, expected {least} or more")
     if args.response_tokens > gen_length:

@@ -27,6 +27,7 @@ class Work(NamedTuple):
     prompt: int  # P, tokens
     response: int  # tokens before a response ends
     passes_of_block: int  # forward passes that fill a block
+    longest_prompt: int = 0  # tokens; memory is for this one
 
 
 class Reads(NamedTuple):
@@ -42,7 +43,7 @@ class SamplingPlan(NamedTuple):
     """Hours and memory."""
 
     rows: int  # of a batch
-    row: int  # L
+    row: int  # tokens of the longest, which memory is for
     reads: list  # [Reads] of a response
     seconds: float
     computing: float  # seconds of arithmetic and of the card's memory alone
@@ -62,7 +63,7 @@ class SamplingPlan(NamedTuple):
     @property
     def limit(self):
         """What takes the time."""
-        return "bus" if self.copying > self.computing else "arithmetic"
+        return "the bus" if self.copying > self.computing else "arithmetic"
 
 
 def reads_of(shape, sample, work):
@@ -114,7 +115,7 @@ def sampling_plan(shape, sample, ds, machine, work):
     gives it.
     """
     # 1. The batch
-    row = work.prompt + sample.gen_length
+    row = max(work.prompt, work.longest_prompt) + sample.gen_length
     items = weight_items(shape, sample, ds, machine)
     rows = sample.batch_size
     if rows == "auto":

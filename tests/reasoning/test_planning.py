@@ -92,7 +92,7 @@ def test_streamed_passes_of_few_tokens_take_as_long_as_the_weights_over_the_bus(
     sample = checked(LLADA, gen_length=256, block_length=32, cache="dual", deepspeed=STREAMED, batch_size=1)
     made = planned(sample, Work(1, 144, 256, 32))
     streamed = 2 * (8_015_581_184 - 126_464 * 4096) / 25e9
-    assert made.passes == 256 and made.seconds == pytest.approx(256 * streamed, rel=0.01) and made.limit == "bus"
+    assert made.passes == 256 and made.seconds == pytest.approx(256 * streamed, rel=0.01) and made.limit == "the bus"
 
 
 def test_full_batches_share_the_bus():
@@ -111,7 +111,7 @@ def test_the_plain_way_takes_hours_and_the_caches_less():
 
 
 def test_a_threshold_commits_several_tokens_a_pass():
-    sampled = planning.Sampled(200, 8, 1, 144, 256, 2.5)
+    sampled = planning.Sampled(200, 8, 1, 144, 300, 256, 2.5)
     sample = checked(LLADA, gen_length=256, block_length=32)
     assert sampled.work(sample).passes_of_block == 32 and sampled.work(sample).responses == 1600
     assert sampled.work(replace(sample, steps=64)).passes_of_block == 8
@@ -126,7 +126,7 @@ def test_the_command_of_an_evaluation(capsys):
     argv += ["--load_in_4bit", "true", "--gpu_gib", "16", "--host_gib", "29.8"]
     assert plan.main(argv) == 0
     said = capsys.readouterr().out.splitlines()
-    assert "a response of 256 tokens: 104 passes, which read 6,272 tokens" in said
+    assert "a response of 256 tokens to a prompt of 99: 104 passes, which read 5,912 tokens" in said
     [line] = [each for each in said if each.startswith("planned: ")]
     assert "for 200 problems, a response each, 2 models one after the other (" in line
     ways = [each.split("  ")[1] for each in said if each.startswith("  ") and "--" in each]
@@ -142,9 +142,9 @@ def test_a_protocol_sets_lengths_and_passes(capsys):
     argv = ["--for", "evaluate", "--model", LLADA, "--protocol", "llada", "--tasks", "gsm8k", "--limit", "200"]
     argv += ["--load_in_4bit", "true", "--gpu_gib", "16", "--host_gib", "29.8"]
     plan.main([*argv])
-    assert "a response of 256 tokens: 256 passes, which read 102,400 tokens" in capsys.readouterr().out
+    assert "a response of 256 tokens to a prompt of 99: 256 passes, which read 90,880 tokens" in capsys.readouterr().out
     plan.main([*argv, "--gen_length", "128"])
-    assert "a response of 128 tokens: 128 passes" in capsys.readouterr().out
+    assert "a response of 128 tokens to a prompt of 99: 128 passes" in capsys.readouterr().out
 
 
 def test_the_command_of_preferences(capsys):
