@@ -46,7 +46,7 @@ def lines(shape, sample, ds, machine, sampled):
     apart = ""
     if made.copying:
         hours = sampled.models * (made.computing + made.copying) / 3600
-        apart = f"; {hours:.2f} h if no copy to the card is hidden behind it"
+        apart = f"; {hours:.2f} h if copies do not overlap with it"
     hourly = sampled.problems * 3600 / made.seconds
     found = [
         *item_lines(made.items, machine),
@@ -55,7 +55,7 @@ def lines(shape, sample, ds, machine, sampled):
         f"a response of {sampled.response_tokens} tokens to a prompt of {sampled.prompt_tokens}: {made.passes} passes, "
         f"which read {made.tokens:,} tokens",
         f"planned: {sampled.models * made.seconds / 3600:.2f} h for {sampled.problems} problems, {responses}{models} "
-        f"({hourly:.0f} problems/h; limited by {made.limit}{apart})",
+        f"({hourly:,.0f} problems/h; limited by {made.limit}{apart})",
         *way_lines(shape, sample, ds, machine, sampled),
         verdict,
     ]
