@@ -30,6 +30,7 @@ from training.plan_arguments import (
     SamplingPlanArguments,
     check_machine,
     check_sampled,
+    items,
 )
 
 USED_DATA = {"max_length"}
@@ -96,9 +97,9 @@ def read_sampling(argv, purpose):
         args, sample, machine_args, own, _ = config.parse(argv, __doc__, *used)
         evaluate.check_tasks(args)
         evaluate.check_samples(args, sample)
-        names_of_tasks = evaluate.task_names(args)
-        count = args.limit and args.limit * max(1, len(names_of_tasks))
-        if setting := names_of_tasks and protocols.setting(args.protocol, names_of_tasks[0]):
+        tasks = [*evaluate.task_names(args), *evaluate.own_files(args)]
+        count = items(tasks, args.limit)
+        if setting := protocols.setting(args.protocol, tasks[0]):
             _, sample, *_ = config.parse(argv, __doc__, *used, below=protocols.flags(setting))
             protocols.fill_in(sample, setting)
     else:

@@ -8,6 +8,7 @@ from cli.parser import arg
 from files import InputError
 
 PURPOSES = ("train", "evaluate", "make_prefs")
+ITEMS = {"gsm8k": 1319, "math500": 500}  # of benchmarks that are evaluated whole
 
 
 @dataclass
@@ -51,7 +52,9 @@ class PlanArguments:
 @dataclass
 class SamplingPlanArguments:
     problems: Optional[int] = arg(
-        None, "problems to plan for; default: --limit for each of --tasks, or --num of --task", heading="Rows"
+        None,
+        "problems to plan for; default: --limit for each of --tasks, all of gsm8k and math500, or --num of --task",
+        heading="Rows",
     )
     prompt_tokens: int = arg(
         99, "tokens of a prompt on average; 99 is that of GSM8K's test set in a chat template, by Dream's tokenizer"
@@ -79,6 +82,14 @@ def check_machine(args):
     ):
         if not least <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} is {getattr(args, name)}, expected {wanted.get(name, 'more than 0')}")
+
+
+def items(tasks, limit):
+    """Problems of an evaluation of `tasks`, at most `limit` of each; None if a task's number is not known."""
+    counts = [ITEMS.get(task, limit) for task in tasks]
+    if None in counts:
+        return None
+    return sum(counts if limit is None else [min(count, limit) for count in counts])
 
 
 def check_sampled(args, gen_length):

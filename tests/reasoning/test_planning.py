@@ -17,6 +17,7 @@ from models.families import Blocks
 from reasoning import arguments, blockwise, passes, planning, sampler
 from training import costs, deepspeed_config, sampling_costs
 from training.footprint import Machine
+from training.plan_arguments import items
 from training.sampling_costs import Work, pass_of, reads_of, sampling_plan
 from training.sampling_memory import sampled_shape
 
@@ -137,6 +138,11 @@ def test_the_command_of_an_evaluation(capsys):
     assert "DOES NOT FIT: the card needs" in capsys.readouterr().out
 
 
+def test_the_problems_of_an_evaluation():
+    assert items(["gsm8k"], None) == 1319 and items(["gsm8k", "math500", "arithmetic"], 600) == 1700
+    assert items(["gsm8k", "arithmetic"], None) is None
+
+
 def test_a_protocol_sets_lengths_and_passes(capsys):
     """LLaDA's: 256 tokens, blocks of 8, one token a pass; what is given wins."""
     argv = ["--for", "evaluate", "--model", LLADA, "--protocol", "llada", "--tasks", "gsm8k", "--limit", "200"]
@@ -159,7 +165,7 @@ def test_the_command_of_preferences(capsys):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--tasks", "gsm8k"], "--for: give the number of problems"),
+        (["--tasks", "gsm8k,hotpotqa"], "--for: give the number of problems"),
         (["--problems", "0"], "--problems is 0, expected 1 or more"),
         (["--limit", "5", "--response_tokens", "65"], "expected at most --gen_length 64"),
         (["--limit", "5", "--tokens_per_pass", "0.5"], "--tokens_per_pass is 0.5, expected 1 or more"),
