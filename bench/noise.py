@@ -4,6 +4,7 @@
 
 greedy   temperature 0: no noise
 uniform  the sampler: a place's token is drawn from the softmax by one uniform number (reasoning/commits.py)
+at 0.7   the same at temperature 0.7, which takes a softmax of its own
 gumbel   as LLaDA's generate.py: argmax of z - log(-log u), with a float64 u for every word of every place
 
 Random models and prompts, one token a pass. Passes a second by the processor's time, medians of turns in which every
@@ -30,22 +31,27 @@ PROMPT, ROWS = 100, 4
 CASES = [(128, 4), (512, 8)]  # width, layers
 
 
-def gumbel(logits, uniforms, temperature):
-    """In the place of commits.choose(): the argmax of exp(z) / (-log u)^temperature, as until the uniforms came."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    noise = torch.rand(logits.shape, dtype=torch.float64).log_().neg_().log_().mul_(-temperature)
-    return noise.add_(logits).argmax(-1)
+def gumbel(logits, uniforms, sample, ends, never=None):
+    """In the place of commits.predict(): the argmax of exp(z) / (-log u)^temperature."""
+    noise = torch.rand(logits.shape, dtype=torch.float64).log_().neg_().log_().mul_(-sample.temperature)
+    tokens = noise.add_(logits).argmax(-1)
+    return tokens, commits.confidences(logits, tokens, sample, ends)
 
 
-WAYS = {"greedy": (0.0, commits.choose), "uniform": (1.0, commits.choose), "gumbel": (1.0, gumbel)}
+WAYS = {  # (temperature, what predicts)
+    "greedy": (0.0, commits.predict),
+    "uniform": (1.0, commits.predict),
+    "at 0.7": (0.7, commits.predict),
+    "gumbel": (1.0, gumbel),
+}
+NOISY = [way for way in WAYS if way != "greedy"]
 
 
 @contextmanager
-def chosen_by(choose):
-    before, commits.choose = commits.choose, choose
+def predicted_by(predict):
+    before, commits.predict = commits.predict, predict
     yield
-    commits.choose = before
+    commits.predict = before
 
 
 def build(width, layers, words):
@@ -71,13 +77,13 @@ def measure(width, layers, args):
     prompts = torch.randint(10, args.words, (ROWS, PROMPT))
     seconds = {way: [] for way in WAYS}
     for _ in range(args.turns):
-        for way, (temperature, choose) in WAYS.items():
+        for way, (temperature, predict) in WAYS.items():
             sample = SampleArguments(
                 gen_length=response, temperature=temperature, use_mixed_precision="no", device="cpu"
             )
             arguments.check(sample)
             began = time.process_time()
-            with chosen_by(choose):
+            with predicted_by(predict):
                 sampler.generate(model, prompts, sample, mask_id=3)
             seconds[way].append((time.process_time() - began) / response)
     found = {way: statistics.median(taken) for way, taken in seconds.items()}
@@ -87,7 +93,7 @@ def measure(width, layers, args):
 def show(row):
     seconds, greedy = row["seconds"], row["seconds"]["greedy"]
     rates = "".join(f"{1 / seconds[way]:9.2f}" for way in WAYS)
-    shares = "".join(f"{100 * (1 - greedy / seconds[way]):9.1f}" for way in ("uniform", "gumbel"))
+    shares = "".join(f"{100 * (1 - greedy / seconds[way]):9.1f}" for way in NOISY)
     print(
         f"{row['width']:5}{row['layers']:7} |{rates} |{shares} |{seconds['gumbel'] / seconds['uniform']:6.2f}",
         flush=True,
@@ -105,8 +111,8 @@ def main(argv=None):
     torch.set_num_threads(1)
     print(
         f"{ROWS} rows of {PROMPT} + 32 tokens, {args.words} words, one thread\n"
-        f"{'':12} |{'passes/s':>27} |{'share of noise, %':>18} |\n"
-        f"width layers |{'greedy':>9}{'uniform':>9}{'gumbel':>9} |{'uniform':>9}{'gumbel':>9} |{'x':>6}"
+        f"{'':12} |{'passes/s':>{9 * len(WAYS)}} |{'share of noise, %':>{9 * len(NOISY)}} |\n"
+        f"width layers |{''.join(f'{way:>9}' for way in WAYS)} |{''.join(f'{way:>9}' for way in NOISY)} |{'x':>6}"
     )
     table = []
     for case in [(32, 1)] if args.quick else CASES:

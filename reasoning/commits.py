@@ -50,12 +50,26 @@ def predict(logits, uniforms, sample, ends, never=None):
     """
     tokens, sure = [], []
     for rows in chunks(*logits.shape):
-        z = logits[rows]
-        possible = z if never is None else z.index_fill(-1, torch.tensor([never], device=z.device), -torch.inf)
         drawn_by = None if uniforms is None else uniforms[rows]
-        tokens.append(choose(possible, drawn_by, sample.temperature))
-        sure.append(confidences(z, tokens[-1], sample, ends))
+        chosen, confidence = predict_rows(logits[rows], drawn_by, sample, ends, never)
+        tokens.append(chosen)
+        sure.append(confidence)
     return torch.cat(tokens), torch.cat(sure)
+
+
+def predict_rows(logits, uniforms, sample, ends, never):
+    """predict() of few rows."""
+    if sample.temperature == 1 and not sample.confidence_eos_eot_inf:  # one softmax is drawn from and says how sure
+        p = logits.float().softmax(-1)  # (N, V)
+        if never is not None:
+            p[:, never] = 0
+        tokens = draw(p, uniforms)
+        return tokens, p.gather(-1, tokens[:, None])[:, 0]
+    possible = logits
+    if never is not None:
+        possible = logits.index_fill(-1, torch.tensor([never], device=logits.device), -torch.inf)
+    tokens = choose(possible, uniforms, sample.temperature)
+    return tokens, confidences(logits, tokens, sample, ends)
 
 
 def choose(logits, uniforms, temperature):

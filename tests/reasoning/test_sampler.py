@@ -287,7 +287,9 @@ def test_temperature_samples_softmax(V, temperature):
     n = 40_000
     z = torch.randn(V, generator=torch.Generator().manual_seed(V)) * 2
     z[::7] = -torch.inf
-    drawn = commits.choose(z.expand(n, V), torch.rand(n, generator=commits.row_generator(5, V)), temperature)
+    uniforms = torch.rand(n, generator=commits.row_generator(5, V))
+    drawn, sure = commits.predict(z.expand(n, V), uniforms, settings(temperature=temperature), torch.tensor([1]))
+    torch.testing.assert_close(sure, z.softmax(-1)[drawn])
     counts, expected = drawn.bincount(minlength=V).double(), n * (z.double() / temperature).softmax(0)
     assert counts[::7].sum() == 0
     rare = expected < 20
