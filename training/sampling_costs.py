@@ -15,7 +15,14 @@ from training import costs
 from training.costs import Pass
 from training.footprint import CONTEXT, PROCESS, Item, bytes_per_element, lost_to_rounding, parameter_items, placement
 from training.memory import ROOM
-from training.sampling_memory import bytes_of_weight, has_cache, model_arguments, row_bytes, rows_that_fit
+from training.sampling_memory import (
+    bytes_of_weight,
+    drawing_bytes,
+    has_cache,
+    model_arguments,
+    row_bytes,
+    rows_that_fit,
+)
 
 GIB = 2**30
 
@@ -167,6 +174,6 @@ def batch_items(shape, sample, rows, row):
     found = [
         (f"keys and values of {rows} rows of {row} tokens", rows * of_row.cache),
         ("activations of a pass over whole rows", rows * of_row.activations),
-        ("logits of a block", rows * of_row.logits),
+        ("logits of a block, and drawing from them", rows * of_row.logits + drawing_bytes(shape, sample, rows)),
     ]
     return [Item("card", name, size) for name, size in found if size]

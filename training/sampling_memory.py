@@ -12,13 +12,15 @@ vocabulary.
 from typing import NamedTuple
 
 import config
+from models.head import CHUNK_BYTES
 from scoring.passes import ENOUGH
 from training.footprint import Machine, bytes_per_element, parameter_items, placement
 from training.memory import ROOM
 from training.shapes import model_shape
 
 SMALL = 1024  # bytes for each token of ids, places and what else has no width
-LOGITS = 3  # copies in float32: of the head, their softmax, and what is drawn from it
+DRAWING = 4  # arrays of a chunk of logits: in float32, divided by the temperature, their softmax, and a copy
+GUIDED = 5  # arrays of logits with guidance: those with the prompt and without it, and three of their combination
 
 
 class RowBytes(NamedTuple):
@@ -26,7 +28,7 @@ class RowBytes(NamedTuple):
 
     cache: float  # keys and values of all layers
     activations: float  # while a pass reads the whole row
-    logits: float  # of a block's places
+    logits: float  # of a block's places, as the model makes them
 
     @property
     def total(self):
@@ -66,8 +68,13 @@ def row_bytes(shape, sample, row):
     return RowBytes(
         cache=passes * row * kept,
         activations=passes * row * token_bytes(shape, weight),
-        logits=passes * sample.block_length * shape.vocabulary * 4 * LOGITS,
+        logits=(GUIDED if sample.cfg_scale else 1) * sample.block_length * shape.vocabulary * weight,
     )
+
+
+def drawing_bytes(shape, sample, rows):
+    """Bytes in which the tokens of `rows` rows are drawn, chunk by chunk (reasoning/commits.py)."""
+    return DRAWING * min(CHUNK_BYTES, rows * sample.block_length * shape.vocabulary * 4)
 
 
 def bytes_of_weight(sample):
@@ -105,7 +112,8 @@ def rows_that_fit(shape, sample, longest_row, room):
 
     More rows than give a pass ENOUGH tokens would only make results come later.
     """
-    fitting = room // row_bytes(shape, sample, longest_row).total
+    of_row, of_chunk = row_bytes(shape, sample, longest_row).total, drawing_bytes(shape, sample, 1)
+    fitting = max(room // (of_row + of_chunk), (room - DRAWING * CHUNK_BYTES) // of_row)
     of_use = -(-ENOUGH // tokens_read(shape, sample, longest_row))
     return int(max(1, min(fitting, of_use)))
 
