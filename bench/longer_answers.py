@@ -1,17 +1,13 @@
-"""A model with longer answers: sheets of some nine problems, all solved in one response of some 200 tokens.
+"""A model with longer answers: sheets of ten exercises, all worked in one response of 240 tokens.
 
-    python bench/longer_answers.py --out runs/longer-answers-start --gen_length 96 --batch_size 32 --steps 1200
-    python bench/longer_answers.py --model runs/longer-answers-start --out runs/longer-answers --steps 1000
+    python bench/longer_answers.py --out runs/longer-answers
 
-    Ben: 7 + 5 - 4          Ben: 7 + 5 = 12
-    Mia: 3 * 6              12 - 4 = 8
-                            #### 8
-                            Mia: 3 * 6 = 18
-                            #### 18
-
-A sheet is worked line by line, each from left to right; every problem is graded on its own. Training starts from the
-embedded model, which knows the numbers, in the states that a sampler meets: the text before a block is known, the block
-is partly masked, what follows it is masked or partly so. bench/sampler.py measures on this model.
+The prompt is a form: each exercise, and as many empty lines as its solution takes tokens. The response works them in
+order, each from left to right: " 12 + 7 - 4" is " 12 + 7 = 19\\n19 - 4 = 15\\n#### 15\\n". Every exercise is graded on
+its own. Solutions have SLOT tokens, so that an exercise always stands as far before its solution: a model of a million
+parameters learns to find it within an hour of one core. Training starts from the embedded model, which knows the
+numbers, in the states that a sampler meets: the text before a block is known, the block is partly masked, what follows
+it is masked or partly so. bench/sampler.py measures on this model.
 """
 
 import argparse
@@ -28,121 +24,92 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from models.attention import Rows
 from models.checkpoint import load_model
 from models.tokenization import load_tokenizer
 from reasoning import arithmetic, tasks
 
 GEN_LENGTH, BLOCK = 256, 32
-POOL = 64  # batches that are sorted by length, so that most rows of a batch are equally long
+SLOT, EXERCISES = 24, 10
 
 
 class Sheet(NamedTuple):
     prompt: str
     response: str
-    answers: dict  # {name: answer}
+    answers: list  # of str
 
 
-def exercise(rng, split):
-    """("7 + 5 - 4", " 7 + 5 = 12\\n12 - 4 = 8\\n#### 8", "8") of a split: no exercise is in both."""
+def exercise(rng, split, tokenizer):
+    """(" 12 + 7 - 4", " 12 + 7 = 19\\n19 - 4 = 15\\n#### 15\\n", "15") of a split: no exercise is in both."""
     while True:
-        steps = arithmetic.draw_steps(rng, arithmetic.pick(rng, arithmetic.STEP_COUNTS), "+-*/")
-        asked = " ".join([str(steps[0][0]), *(f"{op} {b}" for _, op, b, _ in steps)])
-        if tasks.split_of(asked) == split:
-            return asked, arithmetic.write_solution(steps), str(steps[-1][3])
+        steps = arithmetic.draw_steps(rng, 2, "+-*/")
+        asked = " ".join(["", str(steps[0][0]), *(f"{op} {b}" for _, op, b, _ in steps)])
+        solution = arithmetic.write_solution(steps) + "\n"
+        if tasks.split_of(asked) == split and len(tokenizer(solution).input_ids) == SLOT:
+            return asked, solution, str(steps[-1][3])
 
 
-def sheets(count, split, seed, tokenizer, gen_length=GEN_LENGTH):
-    """`count` Sheets, each of as many exercises as gen_length tokens hold, and an end token."""
+def sheets(count, split, seed, tokenizer):
+    """`count` Sheets."""
     rng, made = random.Random(f"{split} {seed}"), []
-    names = sorted(arithmetic.NAMES)
     for _ in range(count):
-        rng.shuffle(names)
-        drawn = [(name, *exercise(rng, split)) for name in names[: gen_length // 14]]
-        solved = [f"{name}:{solution}\n" for name, _, solution, _ in drawn]
-        size, fitting = 0, 0
-        for ids in tokenizer(solved).input_ids:
-            size += len(ids)
-            fitting += size < gen_length
-        asked = "".join(f"{name}: {question}\n" for name, question, _, _ in drawn[:fitting])
-        answers = {name: answer for name, _, _, answer in drawn[:fitting]}
-        made.append(Sheet(f"{asked}\n", "".join(solved[:fitting]), answers))
+        asked, solutions, answers = zip(*(exercise(rng, split, tokenizer) for _ in range(EXERCISES)))
+        lines = [each + "\n" * (SLOT - len(tokenizer(each).input_ids)) for each in asked]
+        made.append(Sheet("".join(lines), "".join(solutions), list(answers)))
     return made
 
 
 def grade(sheet, text):
-    """[True, False or None] of the sheet's exercises: whether what follows a name in `text` gives its answer."""
-    _, *parts = re.split(r"^(\w+):", text, flags=re.MULTILINE)
-    found = dict(zip(parts[-2::-2], parts[::-2]))  # the first, where a name stands twice
-    return [tasks.verify(answer, found.get(name, "")) for name, answer in sheet.answers.items()]
+    """[True, False or None] of the sheet's exercises: whether the answer at its place in `text` is right."""
+    found = re.findall(r"####.*", text)[:EXERCISES]
+    found += [""] * (EXERCISES - len(found))
+    return [tasks.verify(answer, each) for answer, each in zip(sheet.answers, found)]
 
 
 # --- training ---------------------------------------------------------------------------------------------
 
 
-def rows_of(made, tokenizer, gen_length):
-    """(prompt ids, response ids padded with end tokens to gen_length) of each sheet."""
-    prompts = tokenizer([each.prompt for each in made]).input_ids
-    responses = tokenizer([each.response for each in made]).input_ids
-    return list(zip(prompts, [ids + [tokenizer.eos_token_id] * (gen_length - len(ids)) for ids in responses]))
+def states(B, rng):
+    """What a batch of responses has masked, (B, GEN_LENGTH) bool, and what of it is trained on.
 
-
-def state(length, gen_length, rng):
-    """Which of the response's places are masked, (gen_length,) bool, and which of those are trained on.
-
-    length: of the response with its first end token. A block is masked at a rate of its own. What follows is masked
-    altogether, as in sampling, and not trained on; in every other state it is masked at the same rate.
+    A block is masked at a rate of its own. What follows is masked altogether, as in sampling, and not trained on; in
+    every other state it is masked at the same rate.
     """
-    start = BLOCK * rng.randrange(-(-length // BLOCK))
-    masked = torch.rand(gen_length) < 1 - rng.random()
-    masked[:start] = False
+    masked = torch.rand(B, GEN_LENGTH) < torch.rand(B, 1)
     trained = masked.clone()
-    if rng.random() < 0.5:
-        masked[start + BLOCK :] = True
-        trained[start + BLOCK :] = False
+    for row in range(B):
+        start = BLOCK * rng.randrange(GEN_LENGTH // BLOCK)
+        masked[row, :start] = trained[row, :start] = False
+        if rng.random() < 0.5:
+            masked[row, start + BLOCK :] = True
+            trained[row, start + BLOCK :] = False
     return masked, trained
 
 
-def loss_of(model, batch, mask_id, eos, rng):
-    """Mean cross-entropy of the trained places of a batch of rows_of()."""
-    ids, targets, positions, offset = [], [], [], 0
-    for prompt, response in batch:
-        response = torch.tensor(response)
-        masked, trained = state(response.tolist().index(eos) + 1, len(response), rng)
-        ids += [torch.tensor(prompt), response.masked_fill(masked, mask_id)]
-        targets.append(response[trained])
-        positions.append(offset + len(prompt) + trained.nonzero()[:, 0])
-        offset += len(prompt) + len(response)
-    rows = Rows([len(prompt) + len(response) for prompt, response in batch], "cpu")
-    logits = model(input_ids=torch.cat(ids)[None], positions=torch.cat(positions), rows=rows).logits
-    return F.cross_entropy(logits, torch.cat(targets))
-
-
-def batches(rows, size, rng):
-    """Lists of `size` rows, forever; most rows of a list are equally long."""
-    while True:
-        rng.shuffle(rows)
-        for first in range(0, len(rows), POOL * size):
-            pool = sorted(rows[first : first + POOL * size], key=row_length)
-            lists = [pool[i : i + size] for i in range(0, len(pool) - size + 1, size)]
-            rng.shuffle(lists)
-            yield from lists
-
-
-def row_length(row):
-    return len(row[0])
+def loss_of(model, prompts, responses, rng):
+    """Mean cross-entropy of the trained places of prompts (B, P) and responses (B, GEN_LENGTH)."""
+    masked, trained = states(len(responses), rng)
+    x = torch.cat((prompts, responses.masked_fill(masked, model.config.mask_token_id)), 1)
+    places = torch.cat((torch.zeros_like(prompts, dtype=torch.bool), trained), 1).flatten().nonzero()[:, 0]
+    return F.cross_entropy(model(input_ids=x, positions=places).logits, responses[trained])
 
 
 def train(model, tokenizer, args):
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
-    rows = rows_of(sheets(args.sheets, "train", args.seed, tokenizer, args.gen_length), tokenizer, args.gen_length)
+    made = sheets(args.sheets, "train", args.seed, tokenizer)
+    prompts = torch.tensor(tokenizer([each.prompt for each in made]).input_ids)  # (sheets, P)
+    responses = F.pad(
+        torch.tensor(tokenizer([each.response for each in made]).input_ids),
+        (0, GEN_LENGTH - SLOT * EXERCISES),
+        value=tokenizer.eos_token_id,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     started, total = time.time(), 0.0
-    for step, batch in zip(range(1, args.steps + 1), batches(rows, args.batch_size, rng)):
+    for step in range(1, args.steps + 1):
+        batch = torch.randint(len(made), (args.batch_size,))
         rate = min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         optimizer.param_groups[0]["lr"] = rate * args.learning_rate
-        loss = loss_of(model, batch, model.config.mask_token_id, tokenizer.eos_token_id, rng)
+        loss = loss_of(model, prompts[batch], responses[batch], rng)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -151,7 +118,7 @@ def train(model, tokenizer, args):
         if step % 50 == 0:
             print(f"step {step}/{args.steps} | loss {total / 50:.4f} | {time.time() - started:.0f} s", flush=True)
             total = 0.0
-        if step % 500 == 0 or step == args.steps:
+        if step % 100 == 0 or step == args.steps:
             model.save_pretrained(args.out)
             tokenizer.save_pretrained(args.out)
 
@@ -160,8 +127,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "examples" / "tiny"))
     parser.add_argument("--out", required=True, help="folder of the new model")
-    parser.add_argument("--gen_length", type=int, default=GEN_LENGTH)
-    parser.add_argument("--sheets", type=int, default=30000)
+    parser.add_argument("--sheets", type=int, default=4000)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
