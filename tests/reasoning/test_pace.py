@@ -111,6 +111,17 @@ def test_a_pass_costs_seconds_and_seconds_for_each_token():
     assert estimate.pass_seconds() == pytest.approx((2, 0.001))
 
 
+def test_a_pass_costs_no_negative_seconds():
+    """Of passes that cost more than in proportion to their tokens, or less the more they read."""
+    for seconds in ([9, 9, 1, 4], [1, 1, 3, 2]):
+        estimate = Pace(MOST)
+        estimate.begin([100] * 40, 30)
+        for each, rows in zip(seconds, (30, 30, 10, 20)):
+            estimate.passed(each, 100 * rows, rows)
+        a, b = estimate.pass_seconds()
+        assert a >= 0 and b >= 0 and a + b > 0
+
+
 def test_a_batch_that_shrinks_for_want_of_memory():
     """Those that it stopped begin again."""
     estimate = Pace(4)
