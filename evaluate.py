@@ -12,7 +12,7 @@ Models are compared by McNemar's exact test on the items that only one of two an
 --k 8 --temperature 1 samples several responses per item: pass@k and majority@k, with intervals.
 --protocol llada asks GSM8K as LLaDA's paper does, so that its figure can be compared (reasoning/protocols.py).
 
-Responses are kept in OUTPUT_DIR/samples batch by batch: run the same command to resume; a larger --limit adds items.
+Responses are kept in OUTPUT_DIR/samples batch by batch: run the same command to resume; a larger --limit or --k adds to it.
 A line of MODEL-TASK.jsonl has all that a judge needs, and `make_prefs.py --strategy label --in` reads it.
 """
 
@@ -251,10 +251,10 @@ class Answers:
     def to(self, task, k):
         """k rows per item of a task of ours: what the model was asked, what it said, and what that is worth."""
         sample = responses.sampling(task, self.given.model_name_or_path)
-        header = samples.header(sample, self.fingerprint, k) | responses.opening(task)
+        header = samples.header(sample, self.fingerprint) | responses.opening(task)
         path = self.folder / f"{file_name(task.name)}-{fingerprint(header)}.jsonl"
         wanted = {int(item.id) - 1: responses.asked(task, item) for item in task.items}
-        made = samples.complete(path, header, wanted, sample, self.load, desc=f"{self.label}, {task.name}")
+        made = samples.complete(path, header, wanted, sample, self.load, k=k, desc=f"{self.label}, {task.name}")
         model = sample.model_name_or_path
         return [
             row for item, lines in zip(task.items, made.values()) for row in responses.judged(task, item, lines, model)

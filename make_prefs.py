@@ -156,8 +156,8 @@ def sampled(args, sampling):
         return sampler.load(sampling)
 
     asked = {number: {"prompt": each.prompt, "place": each.place} for number, each in enumerate(found)}
-    wanted = samples.header(sampling, model_fingerprint(sampling.model_name_or_path), args.k)
-    responses = samples.complete(path, wanted, asked, sampling, load, note=verdict)
+    wanted = samples.header(sampling, model_fingerprint(sampling.model_name_or_path))
+    responses = samples.complete(path, wanted, asked, sampling, load, k=args.k, note=verdict)
     rows = pair_samples(args, sampling, found, responses.values())
     return Made(rows, describe_samples(path, responses.values()))
 

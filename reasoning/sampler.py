@@ -173,7 +173,7 @@ def most_passes(model, prompts, sample, size):
 def respond(model, tokenizer, prompts, sample, *, keys=None, finished=None, pace=None):
     """A Response to each of `prompts`, lists of ids.
 
-    model, tokenizer: load()'s. sample: after arguments.check(). keys: ints that key each response's noise with
+    model, tokenizer: load()'s. sample: after arguments.check(). keys: what keys each response's noise with
     sample.seed (default: its index). finished: called with {index: Response} of those that end, in any order. pace:
     told how sampling goes (pace.py).
     """

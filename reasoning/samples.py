@@ -3,7 +3,8 @@
     a header: all that responses depend on but their prompts; then a line per response, in the order of their making:
     {"number": 12, "sample": 0, "prompt": "3fa9...", "place": "arithmetic 13", "text": " 7 + 5 = 12\\n#### 12", ...}
 
-Each response has noise of its own, keyed by the seed, its prompt's number and its own, whenever it is made.
+Each response has noise of its own, keyed by the seed, its prompt's number and its own, whenever it is made. So more
+prompts, or more responses to each, add to what is there.
 """
 
 import contextlib
@@ -26,14 +27,15 @@ class Key(NamedTuple):
     sample: int  # 0..k-1
     prompt: str  # fingerprint of its prompt
 
+    @property
+    def noise(self):
+        """What keys the noise of this response: of the first to a prompt, the number alone."""
+        return f"{self.number}.{self.sample}" if self.sample else self.number
 
-def header(sampling, model, k=1):
+
+def header(sampling, model):
     """What responses depend on but their prompts. sampling: checked SampleArguments; model: its fingerprint."""
-    return {
-        "model": model,
-        "k": k,
-        **{name: value for name, value in asdict(sampling).items() if name not in NO_INFLUENCE},
-    }
+    return {"model": model} | {name: value for name, value in asdict(sampling).items() if name not in NO_INFLUENCE}
 
 
 def stored(path, wanted):
@@ -84,13 +86,13 @@ def no_note(number, text):
     return {}
 
 
-def complete(path, wanted, rows, sampling, load, *, note=no_note, desc="sampling"):
+def complete(path, wanted, rows, sampling, load, *, k=1, note=no_note, desc="sampling"):
     """{number: [its k lines]} for rows {number: {"prompt", "place"}}; what `path` holds is not made again.
 
     wanted: header(). load: called for (model, tokenizer) if anything is missing. note(number, text): more fields of a
     line, made anew at each call. Raises InputError if the file is of another model or other arguments.
     """
-    path, k = Path(path), wanted["k"]
+    path = Path(path)
     keys = [Key(number, j, fingerprint(row["prompt"])) for number, row in rows.items() for j in range(k)]
     done = stored(path, wanted)
     missing = [key for key in keys if key not in done]
@@ -98,7 +100,7 @@ def complete(path, wanted, rows, sampling, load, *, note=no_note, desc="sampling
         start_file(path, wanted, resumes=bool(done))
         model, tokenizer = load()
         ids = prompt_ids(tokenizer, [key.number for key in missing], rows, sampling.template)
-        seeds = [key.number * k + key.sample for key in missing]
+        seeds = [key.noise for key in missing]
         passes = sampler.most_passes(model, ids, sampling, sampler.batch_size(model, ids, sampling))
         print(f"{desc}: {len(missing)} responses, at most {passes} forward passes", file=sys.stderr, flush=True)
         bar = pace.Bar(longest_passes(model, ids, sampling), len(keys), len(keys) - len(missing), k, desc=desc)

@@ -82,7 +82,7 @@ def test_sample(sampled):
     """Every pair is a verified response against a wrong one of the same prompt, both from the samples file."""
     rows, (header, *samples) = read(sampled), read(sampled.with_name("prefs.jsonl.samples.jsonl"))
     problems = {f"arithmetic {i}": problem for i, problem in enumerate(tasks.generate(70, "train", 3), 1)}
-    assert len(samples) == 280 and header["k"] == 4 and header["seed"] == 3 and len(rows) > 10
+    assert len(samples) == 280 and header["gen_length"] == 40 and header["seed"] == 3 and len(rows) > 10
     said = {place: [] for place in problems}
     for line in samples:
         said[line["place"]].append(line)
@@ -146,6 +146,8 @@ def test_sample_goes_on(sampled, tmp_path, monkeypatch):
     assert asked == [24] and len(read(out)) == len({row["prompt"] for row in read(sampled)})
     call(make_prefs.main, *command, "--num", 72)  # more problems: only theirs
     assert asked == [24, 2 * 4] and len(read(path)) == 1 + 72 * 4
+    call(make_prefs.main, *command, "--num", 70, "--k", 5)  # more responses to each: only the fifth
+    assert asked == [24, 2 * 4, 70] and len(read(path)) == 1 + 72 * 4 + 70
 
 
 def test_answers_mended_afterwards_count(tmp_path):
@@ -167,8 +169,10 @@ def test_answers_mended_afterwards_count(tmp_path):
 
 
 def test_other_samples_are_refused(sampled, capsys):
-    said = refusal(make_prefs.main, capsys, "--task", "arithmetic", "--num", 70, *SAMPLE, "--out", sampled, "--k", 5)
-    assert "with k = 4, not 5" in said
+    said = refusal(
+        make_prefs.main, capsys, "--task", "arithmetic", "--num", 70, *SAMPLE, "--out", sampled, "--temperature", 0.5
+    )
+    assert "with temperature = 1.0, not 0.5" in said
 
 
 def test_sample_from_a_file(tmp_path):
