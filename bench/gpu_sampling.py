@@ -64,7 +64,6 @@ def built(kind, ds, shape, device):
     path = ROOT / "ds_configs" / f"{ds}.json"
     ds_config = deepspeed_config.scoring_config(deepspeed_config.read_ds_config(path), config.ModelArguments())
     model = random_model(Row(shape, kind, ds), ds_config, device).eval().requires_grad_(False)
-    model.is_shifted = False
     return engine.build(model, ds_config) if ds.startswith("zero3") else model.to(device)
 
 
