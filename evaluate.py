@@ -12,7 +12,7 @@ Models are compared by McNemar's exact test on the items that only one of two an
 --k 8 --temperature 1 samples several responses per item: pass@k and majority@k, with intervals.
 --protocol llada asks GSM8K as LLaDA's paper does, so that its figure can be compared (reasoning/protocols.py).
 
-Responses are kept in OUTPUT_DIR/samples as they come: run the same command to resume; a larger --limit or --k adds more.
+Responses are kept in OUTPUT_DIR/samples as they come: the same command resumes; a larger --limit or --k adds to them.
 A line of MODEL-TASK.jsonl has all that a judge needs, and `make_prefs.py --strategy label --in` reads it.
 """
 
