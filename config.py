@@ -263,7 +263,7 @@ class SampleArguments:
         None, "--cache: read the whole row in every Nth pass of a block; default: in its first pass alone", metavar="N"
     )
     batch_size: number_or_auto = arg(
-        "auto", "responses that share forward passes, of any lengths; auto: by memory", heading=FITTING
+        "auto", "responses that share forward passes, of any lengths; auto: as memory has room", heading=FITTING
     )
     seed: int = arg(0, "seed of the sampler's noise", heading="Sampling")
 

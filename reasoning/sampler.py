@@ -24,6 +24,7 @@ from reasoning import bidirectional, blockwise, passes
 from reasoning.commits import commits_per_pass, row_generator
 from training import cards, memory, sampling_memory
 
+ONE_LENGTH = 8  # --batch_size auto of models whose rows must have one length: few prompts of a file do
 # --- a model ----------------------------------------------------------------------------------------------
 
 
@@ -197,9 +198,11 @@ def respond(model, tokenizer, prompts, sample, *, keys=None, finished=None, pace
 
 
 def batch_size(model, prompts, sample):
-    """How many responses are filled at a time."""
+    """How many responses are filled at a time. auto: as memory has room, or few of a model that cannot join rows."""
     size = sample.batch_size
-    if size == "auto":
+    if size == "auto" and not getattr(model, "module", model).joins_rows:
+        size = ONE_LENGTH
+    elif size == "auto":
         shape = sampling_memory.sampled_shape(config_of(model), sample)
         _, free = memory.memory_now(torch.device(sample.device))
         size = sampling_memory.batch_rows(shape, sample, longest_row(model, prompts, sample), free)

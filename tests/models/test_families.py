@@ -380,6 +380,7 @@ def test_caches_of_every_family(home, family):
             sample = settings(gen_length=8, block_length=4, cache=name, refresh=1)
             assert torch.equal(sampler.generate(model, prompts, sample, MASK), plain)
         return
+    assert sampler.batch_size(model, [[1]] * 20, settings()) == 8  # whatever its layers are
     sample = settings(gen_length=8, cache="dual")
     with pytest.raises(InputError, match="cannot read a part of a row; leave it out"):
         sampler.check_model(model, [[1]], sample)
