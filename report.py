@@ -34,6 +34,9 @@ def read_arguments(argv=None):
         metavar="FOLDER",
         help="the --output_dir of evaluate.py to show; default: those beside the run that name its final/",
     )
+    read.add_argument(
+        "--tables", metavar="FILE", help="a JSON file of further tables, such as the tables.json of examples/reason.sh"
+    )
     written = parser.add_argument_group("what is written")
     written.add_argument(
         "--out", metavar="FOLDER", help="folder of report.html and the PNGs; default: RUN/report, of the first run"
@@ -74,15 +77,18 @@ def make_folder(folder):
     return folder
 
 
-def write_report(folder, runs, found):
-    """Write the charts, summary.png and report.html; found: [Evaluation]. Returns the number of charts."""
+def write_report(folder, runs, found, tables=()):
+    """Write the charts, summary.png and report.html; found: [Evaluation]; tables: of read_tables().
+
+    Returns the number of charts.
+    """
     made = charts.make(runs)
     pictures = {"summary": poster.make(runs, found)} | {chart.name: chart.png for chart in made}
     for name, picture in pictures.items():
         with replacing(folder / f"{name}.png", "wb") as file:
             file.write(picture)
     with replacing(folder / "report.html") as file:
-        file.write(page.write(runs, made, found))
+        file.write(page.write(runs, made, found, tables))
     return len(made)
 
 
@@ -101,6 +107,7 @@ def main(argv=None):
     runs = [history.read(run) for run in args.runs]
     found = {each.path: each for run in runs for each in evaluations.find(run, args.evaluation)}
     found = list(found.values())
+    tables = evaluations.read_tables(args.tables) if args.tables else []
     folder = make_folder(Path(args.out) if args.out else runs[0].folder / "report")
     for run in runs:
         if run.scored and run.packed:
@@ -111,7 +118,7 @@ def main(argv=None):
         print(f"{os.path.relpath(each.path)}: {len(each.table)} lines", flush=True)
 
     # 2. Write the pictures and the page.
-    count = write_report(folder, runs, found)
+    count = write_report(folder, runs, found, tables)
 
     # 3. Say the same in words.
     for run in runs:

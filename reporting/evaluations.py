@@ -53,6 +53,19 @@ def read_evaluation(path):
     return Evaluation(path, table, answers)
 
 
+def read_tables(path):
+    """The tables of a JSON file: [{"title", "note", "head", "rows"}]; InputError if it holds no such tables."""
+    found = read_json(path, "examples/reason.sh").get("tables")
+    if not isinstance(found, list) or not all(map(is_table, found)):
+        raise InputError(f"{path}: expected tables of title, note, head and rows, as examples/reason.sh writes them")
+    return found
+
+
+def is_table(found):
+    """Whether it is a table of read_tables()."""
+    return isinstance(found, dict) and {"title", "note", "head", "rows"} <= found.keys()
+
+
 def is_result(line):
     """Whether a line of results.json's table is one."""
     needed = {"task", "model", "n", "file"}

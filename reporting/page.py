@@ -88,6 +88,12 @@ def named(run, runs):
     return f"{run.name}: " if len(runs) > 1 else ""
 
 
+def given_table(given):
+    """A table of a file: {"title", "note", "head", "rows"}."""
+    note = soft(say(given["note"])) if given["note"] else ""
+    return f"<section><h2>{say(given['title'])}</h2>{note}{table(given['head'], given['rows'], 'tight')}</section>"
+
+
 # --- overview ---------------------------------------------------------------------------------------------
 
 
@@ -358,14 +364,15 @@ def style():
     )
 
 
-def write(runs, charts, evaluations):
-    """The page's text. charts: of charts.make(runs)."""
+def write(runs, charts, evaluations, tables=()):
+    """The page's text. charts: of charts.make(runs); tables: of evaluations.read_tables()."""
     title = ", ".join(run.name for run in runs)
     if len(runs) == 1:
         headline = diagnosis.headlines(runs[0])[0]
         title += f": {headline.what} {headline.figure}"
     sections = [
         header(runs),
+        *map(given_table, tables),
         overview(runs, evaluations),
         chart_grid(charts),
         *map(wrong_pairs, runs),

@@ -264,6 +264,10 @@ def flags():
             with pytest.raises(Read) as read:
                 importlib.import_module(name).main(words)
             found[f"{name}.py"] = found.get(f"{name}.py", set()) | options(read.value.args[0])
+        patch.syspath_prepend(str(ROOT / "examples"))
+        with pytest.raises(Read) as read:
+            importlib.import_module("reason").main(["tiny"])
+        found["examples/reason.sh"] = options(read.value.args[0])
     found["launch.sh"] = LAUNCH.union(*(found[name] for name in ("data_prep.py", "score.py", "train_dpo.py")))
     for path in (*ROOT.glob("bench/*.py"), *ROOT.glob("examples/*.py")):
         named = re.findall(r'"(--\w+)"', path.read_text(encoding="utf-8"))

@@ -1,9 +1,10 @@
 """What plan.py prints: memory item by item, the time of a pair, the hours of a run, the wear of an SSD.
 
-plan.Plan -> table(), hours(), ssd_lines()
+plan.Plan -> table(), spent(), hours(), ssd_lines()
 """
 
 import math
+from typing import NamedTuple
 
 import losses
 
@@ -79,8 +80,18 @@ def row_lines(work):
     ]
 
 
-def hours(made, pairs, train_args, noise_sets):
-    """One line: the hours that so many pairs take, or under sft rows."""
+class Spent(NamedTuple):
+    """What a run takes."""
+
+    scoring: float  # seconds of reference scores
+    training: float  # seconds
+    steps: int
+    pairs_a_step: int
+    held_out: int
+
+
+def spent(made, pairs, train_args, noise_sets):
+    """Spent of a run of so many pairs, or under sft rows."""
     ranks, batch = made.machine.ranks, train_args.per_device_train_batch_size
     held_out = math.ceil(train_args.eval_fraction * pairs)
     pairs_a_step = batch * train_args.gradient_accumulation_steps * ranks
@@ -90,10 +101,16 @@ def hours(made, pairs, train_args, noise_sets):
     evaluations = math.ceil(steps / train_args.eval_steps) if train_args.eval_steps else 1
     scoring = made.scoring.seconds(made.machine)
     training = steps * pairs_a_step * made.seconds + evaluations * held_out * scoring
-    trained = f"{training / ranks / 3600:.1f} h of training ({steps} steps of {pairs_a_step}, {held_out} held out)"
-    scored = f"{noise_sets * pairs * scoring / ranks / 3600:.1f} h of reference scores, "
-    if not losses.has_reference(train_args.loss_type):
-        scored = ""
+    scored = noise_sets * pairs * scoring if losses.has_reference(train_args.loss_type) else 0
+    return Spent(scored / ranks, training / ranks, steps, pairs_a_step, held_out)
+
+
+def hours(made, pairs, train_args, noise_sets):
+    """One line: the hours that so many pairs take, or under sft rows."""
+    found = spent(made, pairs, train_args, noise_sets)
+    trained = f"{found.training / 3600:.1f} h of training ({found.steps} steps of {found.pairs_a_step}, "
+    trained += f"{found.held_out} held out)"
+    scored = f"{found.scoring / 3600:.1f} h of reference scores, " if found.scoring else ""
     return f"{pairs} {made.work.noun}s (prompt and response {made.work.lengths.row} tokens): {scored}{trained}"
 
 

@@ -349,8 +349,20 @@ def test_folder_without_permission(tmp_path, capsys):
     assert "name another folder" in refusal(report.main, capsys, run)
 
 
+def test_tables_of_a_file(tmp_path):
+    """--tables: shown above all else, every text escaped, numbers on the right."""
+    head, rows = ["stage", "hours"], [[HOSTILE, 1.5], ["<b>", None]]
+    found = {"tables": [{"title": "T < U", "note": "", "head": head, "rows": rows}]}
+    (tmp_path / "tables.json").write_text(json.dumps(found))
+    shown = page_of(write_run(tmp_path / "a", steps=2), "--tables", tmp_path / "tables.json", "--out", tmp_path / "out")
+    assert "<h2>T &lt; U</h2>" in shown and "&lt;b&gt;" in shown and "<td class=number>1.5</td>" in shown
+    assert "<script" not in shown and shown.index("T &lt; U") < shown.index('aria-label="Overview"')
+
+
 def test_refusals(tmp_path, capsys):
     folder = write_run(tmp_path / "a", steps=2)
+    (tmp_path / "wrong.json").write_text('{"tables": [{"title": "no rows"}, 3]}')
+    assert "expected tables of title" in refusal(report.main, capsys, folder, "--tables", tmp_path / "wrong.json")
     assert "holds no run.json" in refusal(report.main, capsys, tmp_path)
     assert "named twice" in refusal(report.main, capsys, folder, tmp_path / "." / "a")
     assert "at most 6" in refusal(report.main, capsys, *(tmp_path / str(i) for i in range(7)))
