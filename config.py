@@ -240,7 +240,7 @@ class SampleArguments:
         "tokens in a block, filled before the next block; default: --gen_length, one block, or the blocks of a "
         "block-causal model",
     )
-    temperature: float = arg(0.0, "temperature of the Gumbel noise; 0: the most likely token")
+    temperature: float = arg(0.0, "temperature of the softmax that tokens are drawn from; 0: the most likely token")
     cfg_scale: float = arg(
         0.0, "scale of classifier-free guidance, at twice the cost; 0: none (not for block-causal models)"
     )
@@ -251,8 +251,8 @@ class SampleArguments:
     confidence_eos_eot_inf: bool = arg(False, "commit eos and end-of-turn last")
     threshold: Optional[float] = arg(
         None,
-        "confidence-parallel decoding (an approximation): commit every prediction with at least this probability, "
-        "above 0 and up to 1, and as many as --steps says; default: only those",
+        "confidence-parallel decoding (an approximation): a pass commits every prediction of at least this "
+        "probability, above 0 and up to 1, and never fewer than without it; default: off",
     )
     cache: Literal["none", "prefix", "dual"] = arg(
         "none",

@@ -118,7 +118,7 @@ def check_samples(args, sample):
     if args.k < 1:
         raise InputError(f"--k is {args.k}; expected at least 1")
     if args.k > 1 and sample.temperature == 0:
-        raise InputError(f"--temperature 0 gives {args.k} times the same response; add --temperature 1")
+        raise InputError(f"--temperature 0 gives the same response {args.k} times; add --temperature 1")
     if args.k > 1 and any(name.startswith(HARNESS) for name in task_names(args)):
         raise InputError(f"--k {args.k}: tasks of lm-evaluation-harness are asked once; leave --k or them out")
 

@@ -109,7 +109,7 @@ def check_sampling(args, sampling):
     if args.k < 2:
         raise InputError(f"--k is {args.k}; a pair needs two responses to a prompt, expected at least 2")
     if sampling.temperature == 0:
-        raise InputError(f"--temperature 0 gives {args.k} times the same response; add --temperature 1")
+        raise InputError(f"--temperature 0 gives the same response {args.k} times; add --temperature 1")
 
 
 def families(text):
@@ -226,7 +226,10 @@ def describe_samples(path, responses):
     ended = [complete(group) for group in responses]
     count = sum(map(len, ended))
     mixed = sum(is_mixed(group) for group in ended)
-    lines = [f"{path}: {tasks.solved_line(verdicts)}; {count} ended; {mixed} of {len(ended)} prompts have both"]
+    lines = [
+        f"{path}: {tasks.solved_line(verdicts)}; {count} ended by themselves; {mixed} of {len(ended)} prompts "
+        "have both right and wrong responses"
+    ]
     unread = sum(reply["correct"] is None for group in ended for reply in group)
     if 2 * unread > count:
         lines.append(
@@ -257,8 +260,8 @@ def labelled(args, sampling):
             }
             rows.append({"prompt": json.loads(prompt), "chosen": chosen, "rejected": rejected, "meta": meta})
     report = (
-        f"{args.source}: {found.responses} scored responses to {len(found.groups)} prompts, {without} of which have no "
-        f"better and worse one; {found.left_out} responses left out, cut off, null, empty or without a score"
+        f"{args.source}: {found.responses} scored responses to {len(found.groups)} prompts, {without} of them "
+        f"without a pair; {found.left_out} responses left out (cut off, null, empty or without a score)"
     )
     return Made(rows, [*found.lines, report])
 
@@ -298,7 +301,7 @@ def corrupted(args, sampling):
 STRATEGIES = {"sample": sampled, "label": labelled, "corrupt": corrupted}
 REMEDIES = {  # for a file without a pair
     "sample": "raise --k or --temperature, or give problems that the model solves sometimes",
-    "label": "lower --min_gap, or judge more responses per prompt",
+    "label": "give several responses to a prompt, with different scores, or lower --min_gap",
     "corrupt": "give solutions with equations such as 7 + 5 = 12",
 }
 SHARED = {"model_name_or_path", "trust_remote_code", "mask_token_id", "end_token_id", "shift_logits", "block_size"}

@@ -274,7 +274,7 @@ def test_benchmarks_from_their_files(shared, tmp_path):
         (["--tasks", "sums"], "no task 'sums'"),
         (["--limit", 0], "--limit is 0"),
         (["--k", 0], "--k is 0"),
-        (["--k", 4], "--temperature 0 gives 4 times the same response"),
+        (["--k", 4], "--temperature 0 gives the same response 4 times"),
         (["--k", 4, "--temperature", 1, "--tasks", "lm_eval:gsm8k"], "are asked once"),
         (["--protocol", "llada"], "says nothing of arithmetic; it has gsm8k, math500"),
         (["--protocol", "d1", "--in", "a/x.jsonl"], "says nothing of x"),

@@ -351,7 +351,7 @@ def test_label_leaves_out_what_did_not_end(tmp_path, capsys):
     call(make_prefs.main, "--strategy", "label", "--in", source, "--out", out, "--pairs_per_prompt", 9)
     assert [(row["chosen"], row["rejected"]) for row in read(out)] == [("yes", "no")]
     assert (
-        f"{source}: 3 scored responses to 2 prompts, 1 of which have no better and worse one; 2 responses left out"
+        f"{source}: 3 scored responses to 2 prompts, 1 of them without a pair; 2 responses left out"
         in capsys.readouterr().out
     )
 
