@@ -22,7 +22,7 @@ import config
 from cli import exits
 from cli.parser import names
 from files import InputError
-from reasoning import arguments, protocols
+from reasoning import arguments, problems, protocols, tasks
 from training.plan_arguments import (
     PURPOSES,
     MachineArguments,
@@ -89,30 +89,51 @@ def read_arguments(argv=None):
 
 def read_sampling(argv, purpose):
     """(the command's own arguments, SampleArguments, MachineArguments, SamplingPlanArguments), checked as it would."""
-    used = config.SampleArguments, MachineArguments, SamplingPlanArguments
-    if purpose == "evaluate":
-        import evaluate
-
-        used = evaluate.EvaluateArguments, *used, config.LikelihoodArguments
-        args, sample, machine_args, own, _ = config.parse(argv, __doc__, *used)
-        evaluate.check_tasks(args)
-        evaluate.check_samples(args, sample)
-        tasks = [*evaluate.task_names(args), *evaluate.own_files(args)]
-        count = items(tasks, args.limit)
-        if setting := protocols.setting(args.protocol, tasks[0]):
-            _, sample, *_ = config.parse(argv, __doc__, *used, below=protocols.flags(setting))
-            protocols.fill_in(sample, setting)
-    else:
-        import make_prefs
-
-        args, sample, machine_args, own = config.parse(argv, __doc__, make_prefs.PreferenceArguments, *used)
-        make_prefs.check(args, sample)
-        count = args.num if args.task else None
+    read = read_evaluation if purpose == "evaluate" else read_preferences
+    groups, count, example_tokens = read(argv, (config.SampleArguments, MachineArguments, SamplingPlanArguments))
+    _, sample, machine_args, own = groups
     arguments.check_values(sample)
     check_machine(machine_args)
     own.problems = own.problems if own.problems is not None else count
-    check_sampled(own, sample.gen_length)
-    return args, sample, machine_args, own
+    check_sampled(own, sample.gen_length, example_tokens)
+    return groups
+
+
+def read_evaluation(argv, used):
+    """(groups of read_sampling(), number of problems if it is known, tokens of a protocol's examples)."""
+    import evaluate
+
+    used = evaluate.EvaluateArguments, *used, config.LikelihoodArguments
+    args, sample, machine_args, own, _ = config.parse(argv, __doc__, *used)
+    evaluate.check_tasks(args)
+    evaluate.check_samples(args, sample)
+    files = evaluate.own_files(args)
+    names = [*evaluate.task_names(args), *files]
+    known = {name: len(evaluate.read_own(path, args)) for name, path in files.items()}
+    if args.limit is None:  # d1's files have numbers of their own
+        known |= dict.fromkeys(tasks.EMBEDDED if args.data_dir else tasks.FAMILIES, evaluate.EMBEDDED)
+    example_tokens = 0
+    if setting := protocols.setting(args.protocol, names[0]):
+        if len(names) > 1:
+            raise InputError(
+                f"--protocol {args.protocol} has settings for each task; plan one at a time: --tasks {names[0]}"
+            )
+        _, sample, *_ = config.parse(argv, __doc__, *used, below=protocols.flags(setting))
+        protocols.fill_in(sample, setting)
+        example_tokens = setting.example_tokens
+    return (args, sample, machine_args, own), items(names, args.limit, known), example_tokens
+
+
+def read_preferences(argv, used):
+    """As read_evaluation(), of make_prefs.py."""
+    import make_prefs
+
+    groups = config.parse(argv, __doc__, make_prefs.PreferenceArguments, *used)
+    args, sample, *_ = groups
+    if args.strategy != "sample":
+        raise InputError(f"--strategy {args.strategy} samples nothing: there is nothing to plan, run make_prefs.py")
+    make_prefs.check(args, sample)
+    return groups, args.num if args.task else len(make_prefs.read_problems(args, problems.NAMES)), 0
 
 
 if __name__ == "__main__":
@@ -128,7 +149,6 @@ from training.advice import stuck, tries
 from training.costs import Cost, Lengths, Work, scoring_cost, training_cost, work_of
 from training.footprint import Machine, card_items, disk_items, graph_items, host_items
 from training.plan_table import hours, judged, ssd_lines, table
-from training.sampling_memory import sampled_shape
 from training.shapes import Shape, model_shape
 
 GIB = 2**30
@@ -319,7 +339,7 @@ def plan_sampling(args, sample, machine_args, own):
         response_tokens=own.response_tokens,
         tokens_per_pass=own.tokens_per_pass,
     )
-    lines, fits = planning.lines(sampled_shape(model_config, sample), sample, ds, machine, sampled)
+    lines, fits = planning.lines(model_config, sample, ds, machine, sampled)
     if machine_args.purpose == "evaluate":
         lines.insert(-1, planning.gain_line(own.problems, own.changed))
     print("\n".join(lines), flush=True)

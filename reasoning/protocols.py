@@ -21,6 +21,7 @@ class Setting(NamedTuple):
     prompts: Callable | None = None  # --data_dir -> function that makes a row's prompt; None: the benchmark's own
     opening: str = ""  # text that the response is made to begin with
     tokens_per_pass: int = 1
+    example_tokens: int = 0  # about so many before each question, for plan.py
     reads_right: Callable | None = None  # (response, gold) -> whether the protocol's own reader finds it right
 
 
@@ -113,7 +114,7 @@ def numbers_in(text):
 
 D1S_LENGTHS = {"gen_length": 256, "block_length": 32}
 OF_500 = "of MATH's 5000 test problems, of which these are 500"
-LLADA = {"prompts": with_four_examples, "reads_right": last_number_is}
+LLADA = {"prompts": with_four_examples, "example_tokens": 1400, "reads_right": last_number_is}  # 4640 characters
 D1S = {"opening": "<reasoning>", "tokens_per_pass": 2}
 PROTOCOLS = {
     "llada": {

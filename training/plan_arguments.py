@@ -9,6 +9,7 @@ from files import InputError
 
 PURPOSES = ("train", "evaluate", "make_prefs")
 ITEMS = {"gsm8k": 1319, "math500": 500}  # of benchmarks that are evaluated whole
+PROMPT_TOKENS, LONGER = 99, 127  # GSM8K's test set in a chat template, by Dream's tokenizer: mean, longest minus mean
 
 
 @dataclass
@@ -53,13 +54,19 @@ class PlanArguments:
 class SamplingPlanArguments:
     problems: Optional[int] = arg(
         None,
-        "problems to plan for; default: --limit for each of --tasks, all of gsm8k and math500, or --num of --task",
+        "problems to plan for; default: as many as the command has: --limit for each of --tasks, all of gsm8k, math500 "
+        "and --in, 200 of an embedded task, or --num of --task",
         heading="Rows",
     )
-    prompt_tokens: int = arg(
-        99, "tokens of a prompt on average; 99 is that of GSM8K's test set in a chat template, by Dream's tokenizer"
+    prompt_tokens: Optional[int] = arg(
+        None,
+        f"tokens of a prompt on average; default: {PROMPT_TOKENS}, of GSM8K's test set in a chat template by Dream's "
+        "tokenizer, and about 1400 more for the four examples of --protocol llada and llada-1.5",
     )
-    longest_prompt: int = arg(226, "tokens of the longest prompt, for which memory is planned; 226: GSM8K's")
+    longest_prompt: Optional[int] = arg(
+        None,
+        f"tokens of the longest prompt, for which memory is planned; default: {LONGER} more than --prompt_tokens",
+    )
     response_tokens: int = arg(0, "tokens of a response before it ends; 0: --gen_length")
     tokens_per_pass: float = arg(
         2.5,
@@ -84,18 +91,28 @@ def check_machine(args):
             raise InputError(f"--{name} is {getattr(args, name)}, expected {wanted.get(name, 'more than 0')}")
 
 
-def items(tasks, limit):
-    """Problems of an evaluation of `tasks`, at most `limit` of each; None if a task's number is not known."""
-    counts = [ITEMS.get(task, limit) for task in tasks]
+def items(tasks, limit, known):
+    """Problems of an evaluation of `tasks`, at most `limit` of each; None if a task's number is not known.
+
+    known: {task: its problems}, besides ITEMS.
+    """
+    counts = [(ITEMS | known).get(task, limit) for task in tasks]
     if None in counts:
         return None
     return sum(counts if limit is None else [min(count, limit) for count in counts])
 
 
-def check_sampled(args, gen_length):
-    """Fill in response_tokens of SamplingPlanArguments; refuse numbers that have no meaning."""
+def check_sampled(args, gen_length, example_tokens=0):
+    """Fill in the lengths of SamplingPlanArguments; refuse numbers that have no meaning.
+
+    example_tokens: of what a protocol puts before each question.
+    """
     if args.problems is None:
         raise InputError("--for: give the number of problems, such as --problems 1319 for GSM8K's test set")
+    if args.prompt_tokens is None:
+        args.prompt_tokens = PROMPT_TOKENS + example_tokens
+    if args.longest_prompt is None:
+        args.longest_prompt = args.prompt_tokens + LONGER
     args.response_tokens = args.response_tokens or gen_length
     for name, least in (
         ("problems", 1),

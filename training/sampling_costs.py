@@ -53,7 +53,8 @@ class SamplingPlan(NamedTuple):
     row: int  # tokens of the longest, which memory is for
     reads: list  # [Reads] of a response
     seconds: float
-    computing: float  # seconds of arithmetic and of the card's memory alone
+    arithmetic: float  # seconds of it alone
+    reading: float  # seconds of the card's memory alone
     copying: float  # seconds of the bus alone
     items: list
 
@@ -68,9 +69,16 @@ class SamplingPlan(NamedTuple):
         return sum(each.count * each.tokens for each in self.reads)
 
     @property
+    def computing(self):
+        """Seconds on the card."""
+        return self.arithmetic + self.reading
+
+    @property
     def limit(self):
-        """What takes the time."""
-        return "the bus" if self.copying > self.computing else "arithmetic"
+        """What takes most of the time."""
+        if self.copying > self.computing:
+            return "the bus"
+        return "the card's memory" if self.reading > self.arithmetic else "arithmetic"
 
 
 def reads_of(shape, sample, work):
@@ -136,13 +144,13 @@ def sampling_plan(shape, sample, ds, machine, work):
     made = [(rounds * each.count, pass_of(shape, sample, ds, machine, each, rows)) for each in reads]
     if rest:
         made += [(each.count, pass_of(shape, sample, ds, machine, each, rest)) for each in reads]
-    alone = machine._replace(pcie_gbs=math.inf)
     return SamplingPlan(
         rows=rows,
         row=row,
         reads=reads,
         seconds=sum(count * each.seconds(machine) for count, each in made),
-        computing=sum(count * each.seconds(alone) for count, each in made),
+        arithmetic=sum(count * each.operations for count, each in made) / (machine.tflops * 1e12),
+        reading=sum(count * each.memory for count, each in made) / (machine.memory_gbs * 1e9),
         copying=sum(count * each.bus for count, each in made) / (machine.pcie_gbs * 1e9),
         items=items + batch_items(shape, sample, rows, row),
     )

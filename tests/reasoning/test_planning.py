@@ -130,26 +130,59 @@ def test_the_command_of_an_evaluation(capsys):
     assert "a response of 256 tokens to a prompt of 99: 104 passes, which read 5,912 tokens" in said
     [line] = [each for each in said if each.startswith("planned: ")]
     assert "for 200 problems, a response each, 2 models one after the other (" in line
-    ways = [each.split("  ")[1] for each in said if each.startswith("  ") and "--" in each]
+    ways = [each.split("  ")[1] for each in said if each.startswith("  --")]
     assert ways[-1] == "--cache dual --threshold 0.9" and len(ways) == 5
     assert "with 200 items of which 15% change sides (30), 21 to 9 (+6.0 points)" in said[-2]
     assert said[-1].startswith("FITS: card ")
     assert plan.main([*argv, "--batch_size", "100"]) == 1
-    assert "DOES NOT FIT: the card needs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "DOES NOT FIT: the card needs" in said and "it fits with: --batch_size auto\n" in said
+    assert said.count("  does not fit\n") == 4, "all ways with a cache"
+
+
+@pytest.mark.parametrize(
+    "flags, host, words",
+    [
+        (["--batch_size", "9"], "29.8", "--batch_size auto --load_in_4bit true"),
+        (["--deepspeed", STREAMED], "9", "--load_in_4bit true, without --deepspeed"),
+        ([], "3", None),
+    ],
+)
+def test_what_makes_it_fit(capsys, flags, host, words):
+    argv = ["--for", "evaluate", "--model", LLADA, "--limit", "200", "--gen_length", "256", "--block_length", "32"]
+    assert plan.main([*argv, "--cache", "dual", "--gpu_gib", "15.8", "--host_gib", host, *flags]) == 1
+    [verdict] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("DOES NOT FIT: ")]
+    assert verdict.endswith(f"; it fits with: {words}") if words else "fits with" not in verdict
+
+
+def test_the_problems_that_a_command_has(capsys, tmp_path):
+    """Of an embedded task without --limit, and of a file."""
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "7 + 5?", "answer": 12}\n' * 3, encoding="utf-8")
+    plan.main(["--for", "evaluate", "--model", LLADA, "--tasks", "arithmetic", "--in", str(tmp_path / "mine.jsonl")])
+    assert "for 203 problems, a response each (" in capsys.readouterr().out
+    argv = ["--for", "make_prefs", "--model", LLADA, "--in", str(tmp_path / "mine.jsonl"), "--temperature", "1"]
+    plan.main(argv)
+    assert "for 3 problems, 8 responses each (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seconds, words", [(0.01, "1 s"), (59, "59 s"), (90, "1.5 min"), (2520, "0.70 h")])
+def test_a_duration(seconds, words):
+    assert planning.duration(seconds) == words
 
 
 def test_the_problems_of_an_evaluation():
-    assert items(["gsm8k"], None) == 1319 and items(["gsm8k", "math500", "arithmetic"], 600) == 1700
-    assert items(["gsm8k", "arithmetic"], None) is None
+    assert items(["gsm8k"], None, {}) == 1319 and items(["gsm8k", "math500", "logiqa"], 600, {}) == 1700
+    assert items(["gsm8k", "logiqa"], None, {}) is None and items(["gsm8k", "mine"], None, {"mine": 3}) == 1322
 
 
 def test_a_protocol_sets_lengths_and_passes(capsys):
-    """LLaDA's: 256 tokens, blocks of 8, one token a pass; what is given wins."""
+    """LLaDA's: four examples, 256 tokens, blocks of 8, one token a pass; what is given wins."""
     argv = ["--for", "evaluate", "--model", LLADA, "--protocol", "llada", "--tasks", "gsm8k", "--limit", "200"]
     argv += ["--load_in_4bit", "true", "--gpu_gib", "16", "--host_gib", "29.8"]
     plan.main([*argv])
-    assert "a response of 256 tokens to a prompt of 99: 256 passes, which read 90,880 tokens" in capsys.readouterr().out
-    plan.main([*argv, "--gen_length", "128"])
+    said = capsys.readouterr().out
+    assert "a response of 256 tokens to a prompt of 1499: 256 passes, which read 449,280 tokens" in said
+    plan.main([*argv, "--gen_length", "128", "--prompt_tokens", "99"])
     assert "a response of 128 tokens to a prompt of 99: 128 passes" in capsys.readouterr().out
 
 
@@ -166,6 +199,7 @@ def test_the_command_of_preferences(capsys):
     "argv, words",
     [
         (["--tasks", "gsm8k,hotpotqa"], "--for: give the number of problems"),
+        (["--tasks", "gsm8k,math500", "--protocol", "llada"], "plan one at a time: --tasks gsm8k"),
         (["--problems", "0"], "--problems is 0, expected 1 or more"),
         (["--limit", "5", "--response_tokens", "65"], "expected at most --gen_length 64"),
         (["--limit", "5", "--tokens_per_pass", "0.5"], "--tokens_per_pass is 0.5, expected 1 or more"),
@@ -176,6 +210,11 @@ def test_the_command_of_preferences(capsys):
 )
 def test_refusals(capsys, argv, words):
     assert words in refusal(plan.main, capsys, "--for", "evaluate", "--model", LLADA, *argv)
+
+
+def test_corrupted_preferences_are_not_sampled(capsys):
+    argv = ["--for", "make_prefs", "--strategy", "corrupt", "--task", "arithmetic"]
+    assert "--strategy corrupt samples nothing" in refusal(plan.main, capsys, *argv)
 
 
 def test_another_purpose(capsys):
