@@ -64,8 +64,7 @@ class SamplingPlanArguments:
         "tokenizer, and about 1400 more for the four examples of --protocol llada and llada-1.5",
     )
     longest_prompt: Optional[int] = arg(
-        None,
-        f"tokens of the longest prompt, for which memory is planned; default: {LONGER} more than --prompt_tokens",
+        None, f"tokens of the longest prompt, for which memory is planned; default: {LONGER} more than --prompt_tokens"
     )
     response_tokens: int = arg(0, "tokens of a response before it ends; 0: --gen_length")
     tokens_per_pass: float = arg(
