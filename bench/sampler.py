@@ -222,17 +222,20 @@ def main(argv=None):
     model, tokenizer = sampler.load(sample)
     asked = ask(args.task, args.num, tokenizer)
     measured = settings(asked.block_length)
-    turns = [[measure(model, tokenizer, sample, each, asked) for each in measured] for _ in range(args.turns)]
-    runs = list(zip(*turns))
     print(
         f"{args.num} prompts of {args.task}, gen_length {asked.gen_length}, blocks of {asked.block_length}, "
         f"{args.batch_size} rows a pass, {args.device}, one thread, {args.turns} turn(s)\n"
         f"{'cache':<10}{'commits':<15}{'passes':>7}{'read':>9}{'tokens/s':>10}{'ratio':>7}  {'solved':<20}{'differ':>7}"
-        f"{'lost':>6}{'won':>5}{'p':>7}"
+        f"{'lost':>6}{'won':>5}{'p':>7}",
+        flush=True,
     )
-    table = [row(setting, turns, runs[0], asked) for setting, turns in zip(measured, runs)]
-    for found in table:
-        show(found)
+    runs, table = [[] for _ in measured], []
+    for turn in range(args.turns):
+        for setting, taken in zip(measured, runs):
+            taken.append(measure(model, tokenizer, sample, setting, asked))
+            if turn == args.turns - 1:
+                table.append(row(setting, taken, runs[0], asked))
+                show(table[-1])
     if args.json:
         files.write_json(args.json, {"table": table, "torch": torch.__version__})
 
