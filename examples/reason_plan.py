@@ -19,7 +19,7 @@ from models import architecture, families, folders
 from reasoning import arguments, planning, tasks
 from training import deepspeed_config, plan_table, sampling_costs
 from training.costs import Lengths
-from training.plan_arguments import MachineArguments
+from training.plan_arguments import MachineArguments, SamplingPlanArguments
 from training.sampling_memory import sampled_shape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,18 +42,19 @@ class Lines(NamedTuple):
 
     gen_length: int
     block_length: int  # of a bidirectional model
-    prompt: int
+    prompt: int  # on average
+    longest_prompt: int
     response: int  # of a pair
 
 
 TASKS = {
-    "gsm8k": Lines(256, 32, 144, 156),
-    "math": Lines(512, 32, 144, 368),
-    "countdown": Lines(256, 32, 240, 256),
-    "sudoku": Lines(256, 32, 320, 256),
+    "gsm8k": Lines(256, 32, 99, 226, 201),
+    "math": Lines(512, 32, 110, 800, 400),
+    "countdown": Lines(256, 32, 240, 260, 256),
+    "sudoku": Lines(256, 32, 320, 340, 256),
 }
 OTHERS = TASKS["gsm8k"]
-EMBEDDED = Lines(40, 8, 64, 24)  # tasks.EMBEDDED, for examples/tiny
+EMBEDDED = Lines(40, 8, 64, 110, 24)  # tasks.EMBEDDED, for examples/tiny
 TINY = "configs/tiny.yaml"
 TINY_FLAGS = ["--learning_rate", "1e-4", "--gradient_accumulation_steps", "16", "--tokens_per_forward", "4096"]
 TINY_NUMBERS = {"problems": 200, "validation": 150, "test": 300}
@@ -234,7 +235,15 @@ class Planner:
         """The SamplingPlan of one model's responses."""
         sample = self.samples[k > 1]
         ds = deepspeed_config.read_ds_config(sample.deepspeed)
-        sampled = planning.Sampled(problems, k, 1, self.lines.prompt, self.lines.gen_length, tokens_per_pass=2.5)
+        sampled = planning.Sampled(
+            problems=problems,
+            k=k,
+            models=1,
+            prompt_tokens=self.lines.prompt,
+            longest_prompt=self.lines.longest_prompt,
+            response_tokens=self.lines.gen_length,
+            tokens_per_pass=SamplingPlanArguments.tokens_per_pass,
+        )
         return sampling_costs.sampling_plan(self.shape, sample, ds, self.machine, sampled.work(sample))
 
     def hours(self, numbers):

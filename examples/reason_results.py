@@ -6,6 +6,7 @@ write(...)                     the table, OUT/results.json (the same after any i
 """
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -26,9 +27,9 @@ class StageLog:
     def __init__(self, path):
         self.path, self.lines = path, []
         if path.is_file():
-            whole = path.read_bytes().rpartition(b"\n")[0]  # without a torn last line
+            whole, end, _ = path.read_bytes().rpartition(b"\n")  # without a torn last line
             self.lines = [json.loads(line) for line in whole.decode().splitlines()]
-            path.write_bytes(whole + b"\n" if whole else b"")
+            os.truncate(path, len(whole + end))
 
     @property
     def done(self):
@@ -120,7 +121,8 @@ def commands(planner, numbers):
         ("make_prefs", numbers.problems, ["--task", "arithmetic", "--k", str(numbers.k)]),
     ):
         sampler = planner.sampler_flags(sampled=purpose == "make_prefs")
-        found.append(["--for", purpose, *own, "--problems", str(count), *shared, *sampler, *asked])
+        longest = ["--longest_prompt", str(lines.longest_prompt)]
+        found.append(["--for", purpose, *own, "--problems", str(count), *shared, *sampler, *asked, *longest])
     given = planner.start.training
     for run in planner.made:
         flags = dict(zip(given[::2], given[1::2])) | {"--model_name_or_path": planner.folder}
