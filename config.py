@@ -330,7 +330,7 @@ def parse(argv, doc, *used, hide=(), below=()):
     paths += [word.split("=", 1)[1] for word in argv if word.startswith("--config_file=")]
     if len(paths) > 1:
         raise InputError(f"--config_file is given {len(paths)} times, expected one file")
-    from_file = yaml_as_flags(paths[0], names(*accepted) - {"local_rank"}) if paths else []
+    from_file = yaml_as_flags(paths[0], names(*accepted) - {"local_rank"}, names(*GROUPS)) if paths else []
     try:
         found = parser.parse_args(
             from_file, parser.parse_args([*below])

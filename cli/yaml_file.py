@@ -39,8 +39,11 @@ def read_text(path):
     return piped[path]
 
 
-def yaml_as_flags(path, known):
-    """The entries of the YAML file at `path` as flags: ["--beta=0.2", ...]. known: the names that it may have."""
+def yaml_as_flags(path, known, of_training=()):
+    """The entries of the YAML file at `path` as flags: ["--beta=0.2", ...].
+
+    known: the names that it may have. of_training: names of the training commands, to tell a preset from a misspelling.
+    """
     try:
         entries = yaml.load(read_text(path), Loader)
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -51,6 +54,11 @@ def yaml_as_flags(path, known):
         raise InputError(f"{path}: expected lines of 'name: value'")
     flags = []
     for name, value in entries.items():
+        if name not in known and name in of_training:
+            raise InputError(
+                f"{path}: {name} is an argument of the training commands, which this file is for; leave --config_file "
+                "out and give this command's own flags (--help lists them)"
+            )
         if name not in known:
             raise InputError(f"{path}: unknown argument {shown(name)}{instead_of(name, sorted(known))}")
         if not isinstance(value, str):  # not shown: a few aliases of aliases would fill the screen, and memory

@@ -206,6 +206,7 @@ def test_the_command_of_preferences(capsys):
         (["--limit", "5", "--changed", "2"], "--changed is 2.0, expected a share"),
         (["--limit", "5", "--gpu_gib", "-1"], "--gpu_gib is -1.0"),
         (["--limit", "5", "--beta", "0.1"], "unknown argument --beta"),
+        (["--config_file", str(ROOT / "configs" / "tiny.yaml")], "is an argument of the training commands"),
     ],
 )
 def test_refusals(capsys, argv, words):
