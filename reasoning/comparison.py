@@ -8,7 +8,7 @@ A line of results.json's table, which summary() makes; reasoning/table.py prints
 With several samples per item, accuracy is pass@1, the mean over them, and McNemar's test is that of the majorities.
 """
 
-import math
+import itertools
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -40,8 +40,16 @@ def last_parts(parts, count):
 
 def mcnemar(won, lost):
     """Two-sided p of McNemar's exact test (1947): the first model alone has `won` items right, the other `lost`."""
-    n = won + lost
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(won, lost) + 1)) / 2**n)
+    return next(itertools.islice(chances(won + lost), min(won, lost), None))
+
+
+def chances(changed):
+    """Yields mcnemar() of `changed` items that change sides, for lost = 0, 1, 2, ..., half of them."""
+    ways, fewer = 1, 0  # C(changed, lost), and its sum over lost and below
+    for lost in range(changed // 2 + 1):
+        fewer += ways
+        yield min(1.0, 2 * fewer / 2**changed)
+        ways = ways * (changed - lost) // (lost + 1)
 
 
 SIGNIFICANT = 0.05  # p of McNemar's test below which a gain is said to show
@@ -58,11 +66,9 @@ class Gain(NamedTuple):
 
 def least_gain(changed):
     """The Gain of `changed` items, each solved by exactly one of two models; None: no split of them has p < 0.05."""
-    for lost in range(changed // 2, -1, -1):
-        won = changed - lost
-        if (p := mcnemar(won, lost)) < SIGNIFICANT:
-            return Gain(won, lost, p)
-    return None
+    significant = list(itertools.takewhile(lambda p: p < SIGNIFICANT, chances(changed)))
+    lost = len(significant) - 1
+    return Gain(changed - lost, lost, significant[-1]) if significant else None
 
 
 def gain_line(items, changed):
