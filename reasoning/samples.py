@@ -8,13 +8,14 @@ prompts, or more responses to each, add to what is there.
 """
 
 import contextlib
+import functools
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from files import InputError, fingerprint, naming, replacing
+from files import InputError, fingerprint, naming, replacing, wait_for
 from reasoning import pace, prompts, sampler
 
 NO_INFLUENCE = ("model_name_or_path", "batch_size", "device", "trust_remote_code", "deepspeed")  # on any response
@@ -90,32 +91,46 @@ def complete(path, wanted, rows, sampling, load, *, k=1, note=no_note, desc="sam
     """{number: [its k lines]} for rows {number: {"prompt", "place"}}; what `path` holds is not made again.
 
     wanted: header(). load: called for (model, tokenizer) if anything is missing. note(number, text): more fields of a
-    line, made anew at each call. Raises InputError if the file is of another model or other arguments.
+    line, made anew at each call. Raises InputError if the file is of another model or other arguments. While another
+    process adds to the file, this one waits.
     """
     path = Path(path)
     keys = [Key(number, j, fingerprint(row["prompt"])) for number, row in rows.items() for j in range(k)]
     done = stored(path, wanted)
-    missing = [key for key in keys if key not in done]
-    if missing:
-        start_file(path, wanted, resumes=bool(done))
-        model, tokenizer = load()
-        ids = prompt_ids(tokenizer, [key.number for key in missing], rows, sampling.template)
-        seeds = [key.noise for key in missing]
-        passes = sampler.most_passes(model, ids, sampling, sampler.batch_size(model, ids, sampling))
-        print(f"{desc}: {len(missing)} responses, at most {passes} forward passes", file=sys.stderr, flush=True)
-        bar = pace.Bar(longest_passes(model, ids, sampling), len(keys), len(keys) - len(missing), k, desc=desc)
-        with naming(path), open(path, "a", encoding="utf-8") as file, contextlib.closing(bar):
-
-            def keep(replies):
-                for index, reply in replies.items():
-                    number, j, prompt = key = missing[index]
-                    line = {"number": number, "sample": j, "prompt": prompt, "place": rows[number]["place"]}
-                    done[key] = line | reply._asdict() | note(number, reply.text)
-                    file.write(json.dumps(done[key]) + "\n")
-                file.flush()
-
-            sampler.respond(model, tokenizer, ids, sampling, keys=seeds, finished=keep, pace=bar)
+    if not done.keys() >= set(keys):
+        with wait_for(path.with_name(f".{path.name}.lock"), f"the same samples, {path}"):
+            done = stored(path, wanted)  # a process that this one waited for may have made them
+            if missing := [key for key in keys if key not in done]:
+                start_file(path, wanted, resumes=bool(done))
+                bar = functools.partial(pace.Bar, total=len(keys), done=len(done.keys() & set(keys)), k=k, desc=desc)
+                done |= make(path, missing, rows, sampling, load(), note, bar)
     made = {number: [] for number in rows}
     for key in keys:
         made[key.number].append(done[key] | note(key.number, done[key]["text"]))
+    return made
+
+
+def make(path, missing, rows, sampling, loaded, note, bar):
+    """{Key: line} of the responses `missing`, added to the file as they end.
+
+    loaded: (model, tokenizer). bar: called with the passes that a response takes at most, for a pace.Bar. The others
+    are complete()'s.
+    """
+    (model, tokenizer), made = loaded, {}
+    ids = prompt_ids(tokenizer, [key.number for key in missing], rows, sampling.template)
+    passes = sampler.most_passes(model, ids, sampling, sampler.batch_size(model, ids, sampling))
+    shown = bar(longest_passes(model, ids, sampling))
+    print(f"{shown.desc}: {len(missing)} responses, at most {passes} forward passes", file=sys.stderr, flush=True)
+    with naming(path), open(path, "a", encoding="utf-8") as file, contextlib.closing(shown):
+
+        def keep(replies):
+            for index, reply in replies.items():
+                number, j, prompt = key = missing[index]
+                line = {"number": number, "sample": j, "prompt": prompt, "place": rows[number]["place"]}
+                made[key] = line | reply._asdict() | note(number, reply.text)
+                file.write(json.dumps(made[key]) + "\n")
+            file.flush()
+
+        seeds = [key.noise for key in missing]
+        sampler.respond(model, tokenizer, ids, sampling, keys=seeds, finished=keep, pace=shown)
     return made

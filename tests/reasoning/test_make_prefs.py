@@ -12,6 +12,7 @@ import pytest
 from small import ROOT, call, flags, refusal
 
 import data_prep
+import files
 import make_prefs
 from files import InputError
 from preferences import packed
@@ -148,6 +149,22 @@ def test_sample_goes_on(sampled, tmp_path, monkeypatch):
     assert asked == [24, 2 * 4] and len(read(path)) == 1 + 72 * 4
     call(make_prefs.main, *command, "--num", 70, "--k", 5)  # more responses to each: only the fifth
     assert asked == [24, 2 * 4, 70] and len(read(path)) == 1 + 72 * 4 + 70
+
+
+def test_two_commands_make_samples_once(sampled, tmp_path, monkeypatch, capsys):
+    """The second waits while the first adds to the file, then uses what is there."""
+    out, name = tmp_path / "prefs.jsonl", "prefs.jsonl.samples.jsonl"
+    first = files.hold(tmp_path / f".{name}.lock")
+
+    def meanwhile(seconds):
+        shutil.copy(sampled.with_name(name), tmp_path / name)
+        first.close()
+
+    monkeypatch.setattr(files.time, "sleep", meanwhile)
+    monkeypatch.setattr(sampler, "load", None)
+    call(make_prefs.main, "--task", "arithmetic", *SAMPLE, "--num", 70, "--out", out)
+    assert out.read_bytes() == sampled.read_bytes()
+    assert f"is working on the same samples, {tmp_path / name}" in capsys.readouterr().out
 
 
 def test_answers_mended_afterwards_count(tmp_path):
