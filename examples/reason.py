@@ -163,7 +163,13 @@ class Loop:
         command = [*self.script("evaluate.py"), "--model", first, *compare, *asked, *self.planner.model_flags()]
         command += [*self.planner.sampler_flags(), "--seed", self.args.seed, "--output_dir", self.out / kind]
         self.stages.do(name, kind, self.out / kind / "results.json", *command)
-        return reason_results.lines_by_model(self.out / kind)
+        lines = reason_results.lines_by_model(self.out / kind)
+        if not all(line["n"] for line in lines.values()):
+            raise InputError(
+                f"{self.out / kind}: the leak check left out every item, as its words are those of training prompts; "
+                "give --task problems that differ more"
+            )
+        return lines
 
     def validate(self, name):
         """{model: share of the validation problems that it solves}. By construction, none of them is trained on."""
@@ -235,7 +241,8 @@ class Loop:
         return rounds
 
     def round(self, number, method, model):
-        folder = self.out / f"round-{number}"
+        """A round that begins with `model`, which stands among the candidates."""
+        folder, before = self.out / f"round-{number}", model
         if number > 1:
             folder /= method
             model = self.merged(model, folder)
@@ -243,10 +250,10 @@ class Loop:
         made = [self.train(folder, run, model) for run in RUNS[method]]
         self.models += [each for each in (model, *made) if each not in self.models]
         accuracy = self.validate(f"round {number}, {method}")
-        candidates = {each: accuracy[each] for each in (model, *made)}
+        candidates = {each: accuracy[each] for each in (before, model, *made)}  # model may be merged, and rounded
         best = best_of(candidates)
         print(f"round {number}, {method}: chosen {best}, of " + reason_results.shares(candidates), flush=True)
-        return {"start": model, "candidates": candidates, "chosen": best, "gained": best != model}
+        return {"start": model, "candidates": candidates, "chosen": best, "gained": best in made}
 
 
 def best_of(candidates):
