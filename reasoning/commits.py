@@ -83,8 +83,8 @@ def choose(logits, uniforms, temperature):
 def draw(p, uniforms):
     """Ids (N,) of probabilities p (N, V) float32: the first whose sum up to it exceeds uniforms (N,) x all of it.
 
-    An id of probability 0 is never drawn. Sums of PART ids are searched first: p is read twice, and no sum over all V
-    ids is written.
+    An id of probability 0 is never drawn, except where there is no other. Sums of PART ids are searched first: p is
+    read twice, and no sum over all V ids is written.
     """
     whole = p.shape[1] // PART * PART
     sums = torch.cat((p[:, :whole].unflatten(1, (-1, PART)).sum(-1), p[:, whole:].sum(-1, keepdim=True)), 1).cumsum(1)
@@ -94,7 +94,7 @@ def draw(p, uniforms):
     ids = part * PART + torch.arange(PART, device=p.device)  # (N, PART)
     within = torch.where(ids < p.shape[1], p.gather(1, ids.clamp(max=p.shape[1] - 1)), 0).cumsum(1)
     place = (within <= below(wanted, within[:, -1:])).sum(1)
-    return part[:, 0] * PART + place
+    return (part[:, 0] * PART + place).clamp(max=p.shape[1] - 1)
 
 
 def below(x, limit):

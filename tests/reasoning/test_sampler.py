@@ -312,6 +312,14 @@ def test_draws_at_the_ends():
         assert set(ids[::2].tolist()) == {1} and set(ids[1::2].tolist()) == {V - 2}
 
 
+def test_draws_where_nothing_can_be_drawn():
+    """A model that is certain of the mask, which is never drawn: still an id of the vocabulary."""
+    logits = torch.zeros(2, 600)
+    logits[:, MASK] = 200.0
+    tokens, _ = commits.predict(logits, torch.tensor([0.2, 0.9]), settings(temperature=1.0), torch.tensor([1]), MASK)
+    assert tokens.max() < 600
+
+
 @pytest.mark.parametrize("options", [{"temperature": 2.0}, {"remasking": "random"}])
 def test_seed(model, options):
     one = prompts_of(1, 4)
