@@ -143,11 +143,12 @@ def test_rows_are_chosen_in_turns(tmp_path):
     pairs = [{"prompt": prompt, "chosen": chosen, "rejected": "r"} for prompt, chosen in ("pa", "pb", "qc")]
     reason_problems.write_rows(tmp_path / "prefs.jsonl", pairs)
     reason_problems.write_rows(tmp_path / "source.jsonl", [{"prompt": "p"}, {"prompt": "q"}])
-    found = reason_problems.choose(tmp_path, tmp_path / "source.jsonl", 2)
-    rows = reason_problems.read_rows(tmp_path / "right.jsonl")
-    assert rows == [{"prompt": "p", "response": "a"}, {"prompt": "q", "response": "c"}]
-    assert [row["chosen"] for row in reason_problems.read_rows(tmp_path / "pairs.jsonl")] == ["a", "c"]
-    assert (found["right"], found["responses"], found["pairs"], found["ended"]) == (5, 6, 2, 5)
+    for most, wanted in ((2, "ac"), (9, "acb")):
+        found = reason_problems.choose(tmp_path, tmp_path / "source.jsonl", most)
+        rows = reason_problems.read_rows(tmp_path / "right.jsonl")
+        assert [(row["prompt"], row["response"]) for row in rows] == list(zip("pqp", wanted))
+        assert [row["chosen"] for row in reason_problems.read_rows(tmp_path / "pairs.jsonl")] == list(wanted)
+    assert (found["right"], found["responses"], found["pairs"], found["ended"]) == (5, 6, 3, 5)
 
 
 def test_the_start_stands_among_the_candidates():
@@ -208,8 +209,8 @@ def test_killed_at_random_moments(tmp_path):
     assert "against the start" in said and (tmp_path / "runs/whole/report/report.html").is_file()
     rng = random.Random(26)
     for _ in range(3):
-        loop(tmp_path, "killed", seconds=rng.uniform(0.1, 0.5) * seconds)
-    loop(tmp_path, "killed")
+        assert loop(tmp_path, "killed", seconds=rng.uniform(0.08, 0.3) * seconds) is None
+    assert loop(tmp_path, "killed")
     texts = [(tmp_path / "runs" / name / "results.json").read_text() for name in ("whole", "killed")]
     assert texts[1].replace("runs/killed", "runs/whole") == texts[0]
     assert "python evaluate.py" not in loop(tmp_path, "killed")
