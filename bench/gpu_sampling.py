@@ -48,6 +48,9 @@ class Clock:
     def begin(self, lengths, batch_size):
         self.rows = batch_size
 
+    def shrank(self, batch_size):
+        self.rows = batch_size
+
     def passed(self, seconds, tokens, rows):
         self.seconds.append(seconds)
         self.tokens.append(tokens)

@@ -53,7 +53,6 @@ class Pace:
 
     def passed(self, seconds, tokens, rows):
         """A pass of so many seconds read so many tokens; so many rows are in flight."""
-        del self.in_flight[rows:]  # a lack of memory makes the batch smaller
         self.in_flight += [self.passes] * (rows - len(self.in_flight))
         if self.passes == 1:  # the first pass also warms up
             self.squares, self.products = np.zeros((2, 2)), np.zeros(2)
@@ -64,6 +63,10 @@ class Pace:
         self.seconds += seconds
         self.row_passes += rows
         self.tokens += tokens
+
+    def shrank(self, batch_size):
+        """For want of memory, at most so many rows go on together; all that were in flight begin again."""
+        self.batch_size, self.in_flight = batch_size, []
 
     def ended(self, passes, tokens):
         """A response ended after so many passes, which read so many tokens for it."""

@@ -122,6 +122,8 @@ def fill(model, prompts, sample, special, keys, size, pace=None):
             if size == 1:
                 raise OutOfMemory(f"{sample.device} ran out of memory with one response; add --device cpu") from None
             size = size // 2
+            if pace:
+                pace.shrank(size)
             print(f"warning: out of memory; going on with --batch_size {size}", file=sys.stderr, flush=True)
 
 

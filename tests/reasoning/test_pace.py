@@ -123,14 +123,18 @@ def test_a_pass_costs_no_negative_seconds():
 
 
 def test_a_batch_that_shrinks_for_want_of_memory():
-    """Those that it stopped begin again."""
+    """Those that it stopped begin again, and the rest is planned for the rows that go on together."""
     estimate = Pace(4)
     estimate.begin([100] * 8, 8)
     estimate.passed(1, 800, 8)
-    estimate.passed(1, 400, 4)
-    assert estimate.waiting == 4 and len(estimate.ages) == 4
-    estimate.ended(2, 200)
-    assert estimate.waiting == 4 and estimate.ended_rows == 1
+    estimate.shrank(2)
+    for _ in range(3):
+        estimate.passed(1, 200, 2)
+    assert estimate.waiting == 6 and estimate.ages.tolist() == [3, 3]
+    assert estimate.left().passes == 1 + 3 * 4  # two at a time
+    estimate.passed(1, 200, 2)
+    estimate.ended(4, 400)
+    assert estimate.waiting == 6 and estimate.ended_rows == 1
 
 
 def test_the_bar_shows_problems_an_hour_and_two_lines_tell_them(monkeypatch):

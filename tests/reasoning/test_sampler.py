@@ -17,7 +17,7 @@ from small import ROOT, settings
 
 from models import checkpoint
 from models.llada import LLaDAConfig, LLaDAModelLM
-from reasoning import commits, sampler
+from reasoning import commits, pace, sampler
 
 GOLDEN = ROOT.parent / "shared" / "data" / "llada_golden"
 MASK = 3
@@ -459,7 +459,9 @@ def test_less_memory_than_was_thought(model, monkeypatch, capsys):
         return forward(**kw)
 
     monkeypatch.setattr(model, "forward", scarce)
-    assert ids_of(model, prompts, sample, 7) == want
+    estimate = pace.Pace(12)
+    assert ids_of(model, prompts, sample, 7, pace=estimate) == want
+    assert estimate.batch_size == 1 and estimate.left() == (0, 0, False)
     assert max(passes) == 7 and passes[-1] == 1
     assert capsys.readouterr().err.splitlines() == [
         f"warning: out of memory; going on with --batch_size {size}" for size in (3, 1)
