@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from small import ROOT, copy_of_the_repository, refusal, shell_environment
@@ -159,6 +160,51 @@ def test_the_start_stands_among_the_candidates():
     }
     assert reason_results.by_validation(rounds) == ["rft-3", "start"]
     assert reason.best_of({"start": 0.5, "a": 0.5}) == "start" and reason.best_of({"start": 0.5, "a": 0.6}) == "a"
+
+
+class Told(reason.Loop):
+    """A Loop whose stages do nothing; a model's accuracy is told by its name."""
+
+    def __init__(self, out, accuracies, rounds, merges):
+        self.args, self.out, self.accuracies = SimpleNamespace(rounds=rounds), out, accuracies
+        self.planner = SimpleNamespace(methods=["dpo", "rft"], merges=merges)
+        self.start, self.models, self.sampled = SimpleNamespace(model="start"), ["start"], []
+
+    def validate(self, name):
+        return {model: self.accuracies[model] for model in self.models}
+
+    def test(self, name, models):
+        pass
+
+    def sample(self, number, folder, model):
+        self.sampled.append((number, model))
+
+    def train(self, folder, run, model):
+        return f"{run} of {model}"
+
+    def merged(self, model, folder):
+        return f"merged {model}" if self.planner.merges else model
+
+
+def test_rounds_go_on_from_what_was_chosen(tmp_path):
+    """DPO gains nothing and ends after a round; RFT goes on from its checkpoint, until a round gains nothing."""
+    first, second = "rft-1 of start", "rft-3 of rft-1 of start"
+    shares = {"start": 0.5, "dpo of start": 0.4, first: 0.6, "rft-3 of start": 0.55, f"rft-1 of {first}": 0.5}
+    shares |= {second: 0.7, f"rft-1 of {second}": 0.7, f"rft-3 of {second}": 0.1}
+    told = Told(tmp_path, shares, rounds=9, merges=False)
+    rounds = told.run()
+    assert [each["chosen"] for each in rounds["dpo"]] == ["start"]
+    assert [each["chosen"] for each in rounds["rft"]] == [first, second, second]
+    assert told.sampled == [(1, "start"), (1, "start"), (2, first), (3, second)]
+
+
+def test_an_adapter_competes_with_itself_merged(tmp_path):
+    """Where rounding took what an adapter had gained, the adapter is chosen, not what it was merged into."""
+    first = "rft-1 of start"
+    shares = {"start": 0.5, "dpo of start": 0.5, first: 0.7, "rft-3 of start": 0.5, f"merged {first}": 0.5}
+    shares |= {f"rft-1 of merged {first}": 0.6, f"rft-3 of merged {first}": 0.6}
+    rounds = Told(tmp_path, shares, rounds=3, merges=True).run()["rft"]
+    assert [each["chosen"] for each in rounds] == [first, first] and not rounds[-1]["gained"]
 
 
 def test_a_torn_log_of_stages(tmp_path):
