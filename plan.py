@@ -22,7 +22,7 @@ import config
 from cli import exits
 from cli.parser import names
 from files import InputError
-from reasoning import arguments, problems, protocols, tasks
+from reasoning import arguments, protocols, tasks
 from training.plan_arguments import (
     PURPOSES,
     MachineArguments,
@@ -133,7 +133,7 @@ def read_preferences(argv, used):
     if args.strategy != "sample":
         raise InputError(f"--strategy {args.strategy} samples nothing: there is nothing to plan, run make_prefs.py")
     make_prefs.check(args, sample)
-    return groups, args.num if args.task else len(make_prefs.read_problems(args, problems.NAMES)), 0
+    return groups, args.num if args.task else len(make_prefs.read_problems(args, make_prefs.problems.NAMES)), 0
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ class Special(NamedTuple):
     eos: int | None = None
 
 
+def bare(model):
+    """sampler.load()'s model, without the engine that DeepSpeed puts around it."""
+    return getattr(model, "module", model)
+
+
 class Flight:
     """A response that is being filled."""
 
@@ -61,12 +66,11 @@ class Passes:
     """Forward passes of one model, over at most `size` responses of at most `longest` tokens."""
 
     def __init__(self, model, sample, special, size, longest):
-        bare = getattr(model, "module", model)
         self.model, self.sample, self.special, self.size = model, sample, special, size
-        self.device, self.joins_rows = model.device, bare.joins_rows
-        self.never = special.mask_id if bare.blocks else None
+        self.device, self.joins_rows = model.device, bare(model).joins_rows
+        self.never = special.mask_id if bare(model).blocks else None  # a block-causal model never says the mask token
         streams = 2 if sample.cfg_scale else 1
-        self.store = Store(streams * size, longest) if bare.blocks or sample.cache != "none" else None
+        self.store = Store(streams * size, longest) if bare(model).blocks or sample.cache != "none" else None
 
     def predict(self, flights):
         """[(tokens, sure)], (n,) each and on the CPU, for {slot: Flight} in the order of slots."""

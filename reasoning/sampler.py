@@ -67,12 +67,12 @@ def streamed(sample):
 
 def config_of(model):
     """The configuration of load()'s model; an engine's own is DeepSpeed's."""
-    return getattr(model, "module", model).config
+    return passes.bare(model).config
 
 
 def blocks_of(model):
     """The families.Blocks of load()'s model; None if it is bidirectional."""
-    return getattr(model, "module", model).blocks
+    return passes.bare(model).blocks
 
 
 # --- responses --------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def begin(model, prompts, sample, special, keys, index):
     if blocks:
         filling = blockwise.fill(prompts[index], sample, special, generator, blocks)
     else:
-        is_shifted = getattr(model, "module", model).is_shifted
+        is_shifted = passes.bare(model).is_shifted
         filling = bidirectional.fill(prompts[index], sample, special, generator, int(is_shifted))
     return passes.Flight(index, filling, generator)
 
@@ -145,7 +145,7 @@ def order_of(model, prompts):
     """
     order = list(range(len(prompts)))
     random.Random(0).shuffle(order)
-    if not getattr(model, "module", model).joins_rows:
+    if not passes.bare(model).joins_rows:
         return sorted(order, key=lambda index: -len(prompts[index]))
     longest = max(order, key=lambda index: len(prompts[index]), default=0)
     return sorted(order, key=lambda index: index != longest)
@@ -202,7 +202,7 @@ def respond(model, tokenizer, prompts, sample, *, keys=None, finished=None, pace
 def batch_size(model, prompts, sample):
     """How many responses are filled at a time. auto: as memory has room, or few of a model that cannot join rows."""
     size = sample.batch_size
-    if size == "auto" and not getattr(model, "module", model).joins_rows:
+    if size == "auto" and not passes.bare(model).joins_rows:
         size = ONE_LENGTH
     elif size == "auto":
         shape = sampling_memory.sampled_shape(config_of(model), sample)
@@ -213,7 +213,7 @@ def batch_size(model, prompts, sample):
 
 def check_model(model, prompts, sample):
     """Refuse what has more positions than a model with learned ones, and a cache where rows must have one length."""
-    if sample.cache != "none" and not getattr(model, "module", model).joins_rows:
+    if sample.cache != "none" and not passes.bare(model).joins_rows:
         raise InputError(
             f"--cache {sample.cache}: {sample.model_name_or_path} (model_type {config_of(model).model_type}) cannot "
             "read a part of a row; leave it out"
