@@ -4,7 +4,6 @@ bash tests/run.sh tests/reasoning/test_generate.py
 """
 
 import dataclasses
-import importlib
 import json
 import math
 import re
@@ -136,7 +135,7 @@ def test_text_ends_before_the_first_end(tiny_dir, monkeypatch):
     sample = settings(gen_length=1)
 
     class Model:
-        config, blocks = LLaDAConfig(mask_token_id=MASK), None
+        config, blocks, joins_rows = LLaDAConfig(mask_token_id=MASK), None, True
 
     given, row = [], []
 
@@ -369,16 +368,3 @@ def test_empty_prompt(tiny_dir, capsys):
 
 
 # --- bench ------------------------------------------------------------------------------------------------
-
-
-def test_bench(tiny_dir, capsys, monkeypatch):
-    """Each setting once, on the same problems; the plain sampler is the ratio's 1."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    bench = importlib.import_module("sampler")
-    bench.main(["--model", str(tiny_dir), "--num", "2", "--repeats", "1"])
-    lines = capsys.readouterr().out.splitlines()[2:]
-    assert len(lines) == len(bench.SETTINGS) and all(line.split("solved ")[1].startswith("0 of 2 ") for line in lines)
-    plain = [line.split() for line in lines if " plain " in line]
-    assert [(words[0], words[4]) for words in plain] == [("40", "1.00"), ("8", "1.00")]
-    halves = [line.split() for line in lines if " steps 20 " in line]
-    assert [float(words[3]) <= 20 for words in halves] == [True, True]
