@@ -324,7 +324,7 @@ def machine_of(args):
 
 def plan_sampling(args, sample, machine_args, own):
     """--for evaluate or make_prefs. Returns the exit code."""
-    machine, ds = machine_of(machine_args), deepspeed_config.read_ds_config(sample.deepspeed)
+    machine, ds = machine_of(machine_args), deepspeed_config.read_for_sampling(sample.deepspeed)
     sample.model_name_or_path = config_folder(sample.model_name_or_path)
     sample.device = "cpu"  # which every machine has; the plan is for a card
     arguments.check(sample)

@@ -49,11 +49,7 @@ def streamed(sample):
     """The model under ZeRO-3: each forward pass takes the weights over the bus once, whatever the batch."""
     from training import deepspeed_config, engine, streaming  # deepspeed's import is slow, and nothing else needs it
 
-    if deepspeed_config.read_ds_config(sample.deepspeed)["zero_optimization"]["stage"] != 3:
-        raise InputError(
-            f"--deepspeed {sample.deepspeed}: sampling streams weights with ZeRO stage 3 only; leave it out, or name "
-            "ds_configs/zero3_offload_4080.json"
-        )
+    deepspeed_config.read_for_sampling(sample.deepspeed)
     ranks = engine.start()
     if ranks.world > 1 or ranks.device.type != sample.device.split(":")[0]:
         raise InputError(

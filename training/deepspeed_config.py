@@ -60,6 +60,17 @@ def read_ds_config(path):
     return config
 
 
+def read_for_sampling(path):
+    """read_ds_config() for a command that samples: a file must stream weights."""
+    config = read_ds_config(path)
+    if path and config["zero_optimization"]["stage"] != 3:
+        raise InputError(
+            f"--deepspeed {path}: sampling streams weights with ZeRO stage 3 only; leave it out, or name "
+            "ds_configs/zero3_offload_4080.json"
+        )
+    return config
+
+
 def not_a_number(name):
     """json.load calls this for NaN and Infinity."""
     raise ValueError(f"{name} is not a number")

@@ -205,6 +205,7 @@ def test_the_command_of_preferences(capsys):
         (["--limit", "5", "--tokens_per_pass", "0.5"], "--tokens_per_pass is 0.5, expected 1 or more"),
         (["--limit", "5", "--changed", "2"], "--changed is 2.0, expected a share"),
         (["--limit", "5", "--gpu_gib", "-1"], "--gpu_gib is -1.0"),
+        (["--limit", "5", "--deepspeed", str(ROOT / "ds_configs" / "zero2_offload_4080.json")], "stage 3 only"),
         (["--limit", "5", "--beta", "0.1"], "unknown argument --beta"),
         (["--config_file", str(ROOT / "configs" / "tiny.yaml")], "is an argument of the training commands"),
     ],
