@@ -18,7 +18,6 @@ import torch
 from models.attention import Rows
 from models.cache import Store, Window, Windows
 from reasoning import commits
-from training import fetches
 
 
 class Read(NamedTuple):
@@ -68,6 +67,11 @@ class Passes:
     def __init__(self, model, sample, special, size, longest):
         self.model, self.sample, self.special, self.size = model, sample, special, size
         self.device, self.joins_rows = model.device, bare(model).joins_rows
+        self.ids_device = self.device
+        if sample.deepspeed:
+            from training import fetches  # deepspeed's import is slow, and nothing else of sampling needs it
+
+            self.ids_device = fetches.ids_device(model, self.device)
         self.never = special.mask_id if bare(model).blocks else None  # a block-causal model never says the mask token
         streams = 2 if sample.cfg_scale else 1
         self.store = Store(streams * size, longest) if bare(model).blocks or sample.cache != "none" else None
@@ -106,12 +110,11 @@ class Passes:
             ids.append(read.ids[read.first : read.stop])
             positions.append(read.places + (start - read.first))
             start += read.stop - read.first
-        ids_device = fetches.ids_device(self.model, self.device)
         positions = torch.cat(positions).to(self.device, non_blocking=True)
         if not self.joins_rows:
-            return self.model(input_ids=torch.stack(ids).to(ids_device), positions=positions).logits
+            return self.model(input_ids=torch.stack(ids).to(self.ids_device), positions=positions).logits
         rows = self.rows(reads)
-        ids = torch.cat(ids)[None].to(ids_device, non_blocking=True)  # (1, tokens of the pass)
+        ids = torch.cat(ids)[None].to(self.ids_device, non_blocking=True)  # (1, tokens of the pass)
         return self.model(input_ids=ids, positions=positions, rows=rows).logits
 
     def rows(self, reads):
