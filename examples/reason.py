@@ -271,7 +271,8 @@ def planned(args, machine_args):
     reason_problems.check_task(args.task)
     name = Path(start.preset).stem if start.preset else Path(start.model).name
     out = Path(args.out or f"runs/reason-{name}-{reason_problems.name_of(args.task)}")
-    return Planner(args, start, reason_problems.available(args), machine_args), out
+    prompt_tokens = reason_problems.prompt_tokens(args)
+    return Planner(args, start, reason_problems.available(args), machine_args, prompt_tokens), out
 
 
 def asked_of(args):

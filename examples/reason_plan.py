@@ -150,12 +150,18 @@ class Numbers(NamedTuple):
 class Planner:
     """Hours and memory of every stage, on a Machine."""
 
-    def __init__(self, args, start, available, machine_args):
-        """args: ReasonArguments. available: (problems of the training split, test items)."""
+    def __init__(self, args, start, available, machine_args, prompt_tokens=None):
+        """args: ReasonArguments. available: (problems of the training split, test items).
+
+        prompt_tokens: (on average, of the longest prompt) of a file; None: those of TASKS.
+        """
         self.args, self.start = args, start
         self.machine, self.lines = plan.machine_of(machine_args), TASKS.get(args.task, OTHERS)
         if args.task in tasks.EMBEDDED:
             self.lines = EMBEDDED
+        if prompt_tokens:
+            mean, longest = prompt_tokens
+            self.lines = self.lines._replace(prompt=mean, longest_prompt=longest)
         machine_flags = config.flags(names(MachineArguments) - {"purpose"}, machine_args)
         self.machine_flags = machine_flags.split()
         self.in_training, self.in_test = available

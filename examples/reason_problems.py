@@ -7,6 +7,7 @@ Problems to sample and validation are of a training split: GSM8K's own, 12,000 o
 ones. No test item is among them. A FILE is divided by --seed.
 """
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -17,6 +18,7 @@ import jsonlines
 from files import InputError, replacing
 from reasoning import answers, benchmarks, problems, protocols, tasks
 
+TEMPLATE = 20  # tokens that a chat template adds to a prompt: a planning number
 PER_PROMPT = 4  # pairs, and right responses, of one prompt at most
 MATH = benchmarks.Benchmark(
     files=("math/train.jsonl",),
@@ -43,16 +45,25 @@ def available(args):
         return GENERATED
     if args.task in SIZES:
         return SIZES[args.task]
-    count = len(own_rows(args))
+    count = len(own_rows(args.task, args.seed))
     return count - count // 4, count // 4
 
 
-def own_rows(args):
-    """Rows of a FILE in an order by --seed, each prompt once."""
-    found = {each.text: {"prompt": each.prompt, "answer": each.answer} for each in problems.read(args.task)}
+@functools.cache
+def own_rows(path, seed):
+    """Rows of a FILE in an order by the seed, each prompt once."""
+    found = {each.text: {"prompt": each.prompt, "answer": each.answer} for each in problems.read(path)}
     rows = list(found.values())
-    random.Random(args.seed).shuffle(rows)
+    random.Random(seed).shuffle(rows)
     return rows
+
+
+def prompt_tokens(args):
+    """(tokens of a prompt on average, of the longest one) of a FILE, at four characters a token; else None."""
+    if args.task in (*TRAINING, *tasks.FAMILIES):
+        return None
+    lengths = [len(json.dumps(row["prompt"])) / 4 + TEMPLATE for row in own_rows(args.task, args.seed)]
+    return round(sum(lengths) / len(lengths)), round(max(lengths))
 
 
 def training_rows(args, count):
@@ -83,7 +94,7 @@ def write(out, args, numbers):
     if args.task in (*TRAINING, *tasks.FAMILIES):
         rows = training_rows(args, min(in_training, numbers.validation + args.rounds * per_round))
     else:
-        rows = own_rows(args)
+        rows = own_rows(args.task, args.seed)
         write_rows(folder / "test" / f"{name}.jsonl", rows[: numbers.test])
         rows = rows[len(rows) // 4 :]
     write_rows(folder / "validation" / f"{name}.jsonl", rows[: numbers.validation])

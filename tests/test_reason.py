@@ -116,7 +116,7 @@ def test_problems_of_a_file_are_divided(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
     args, _ = reason.read_arguments(["tiny", "--task", str(path), "--rounds", "2"])
-    assert reason_problems.available(args) == (60, 20)
+    assert reason_problems.available(args) == (60, 20) and reason_problems.prompt_tokens(args) == (24, 24)
     reason_problems.write(tmp_path, args, reason.Numbers(problems=20, k=4, validation=15, test=20))
     folder = tmp_path / "problems"
     files = [folder / "test/mine.jsonl", folder / "validation/mine.jsonl", *sorted(folder.glob("round-*.jsonl"))]
