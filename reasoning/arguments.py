@@ -19,6 +19,8 @@ def check(sample):
         check_blocks(sample, blocks)
     else:
         check_lengths(sample)
+        if sample.model_name_or_path and config.model_type not in families.KNOWN:
+            refuse_cache(sample, config.model_type)
     if sample.block_length is None:
         sample.block_length = blocks.size if blocks else sample.gen_length
     if sample.steps is None and sample.threshold is None:
@@ -81,6 +83,15 @@ def check_blocks(sample, blocks):
         raise InputError(
             f"--cache {sample.cache}: {sample.model_name_or_path} is block-causal and always keeps what is finished, "
             "without approximation; leave it out"
+        )
+
+
+def refuse_cache(sample, kind):
+    """Refuse a cache of a model of this model_type, all of whose rows must have one length."""
+    if sample.cache != "none":
+        raise InputError(
+            f"--cache {sample.cache}: {sample.model_name_or_path} (model_type {kind}) cannot read a part of a row; "
+            "leave it out"
         )
 
 

@@ -20,7 +20,7 @@ from files import InputError
 from models import families
 from models.checkpoint import DTYPES, load_model
 from models.tokenization import end_token_id, load_tokenizer, mask_token_id, response_tokenizer
-from reasoning import bidirectional, blockwise, passes
+from reasoning import arguments, bidirectional, blockwise, passes
 from reasoning.commits import commits_per_pass, row_generator
 from training import cards, memory, sampling_memory
 
@@ -209,11 +209,8 @@ def batch_size(model, prompts, sample):
 
 def check_model(model, prompts, sample):
     """Refuse what has more positions than a model with learned ones, and a cache where rows must have one length."""
-    if sample.cache != "none" and not passes.bare(model).joins_rows:
-        raise InputError(
-            f"--cache {sample.cache}: {sample.model_name_or_path} (model_type {config_of(model).model_type}) cannot "
-            "read a part of a row; leave it out"
-        )
+    if not passes.bare(model).joins_rows:  # of models with sliding windows, only known now
+        arguments.refuse_cache(sample, config_of(model).model_type)
     longest = families.longest(config_of(model))
     needed = max(map(len, prompts), default=0) + sample.gen_length
     if longest and needed > longest:

@@ -169,6 +169,14 @@ def test_first_word_keeps_its_space(tiny_dir, tmp_path, monkeypatch):
     assert sampler.respond(model, tokenizer, [[1]], sample)[0].text == " 7 + 5"
 
 
+def test_a_cache_is_refused_before_a_model_is_loaded(tmp_path):
+    """By config.json, where that says that its rows must have one length."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(InputError, match="--cache dual: .* \\(model_type bert\\) cannot read a part of a row"):
+        settings(model_name_or_path=str(tmp_path), cache="dual")
+    assert settings(model_name_or_path=str(tmp_path)).cache == "none"
+
+
 def test_out_of_memory(spoken, tiny_dir, monkeypatch):
     def full(**_):
         raise torch.OutOfMemoryError("a page of figures")
