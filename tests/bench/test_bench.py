@@ -116,7 +116,7 @@ def test_gpu_on_a_cpu(tmp_path):
     parts = ["--parts", "check", "parity", "table", "--rows", "8B-LoRA", "1.1B-full"]
     found, said = bench("gpu", tmp_path, "--device", "cpu", "--quick", "--steps", "1", *parts)
     assert any(line.startswith("host memory") for line in found["check"]) and not found["steps"]
-    assert {row["what"] for row in found["parity"]} == {"logits", "log-probabilities", "rows end to end"}
+    assert {row["what"] for row in found["parity"]} == {"logits", "log-probabilities", "rows end to end", "windows"}
     assert all(row["ok"] for row in found["parity"]) and found["parity"][0]["checkpoint"] == "tiny"
     assert [row["row"] for row in found["table"]] == ["8B-LoRA", "1.1B-full"] and "failed" not in said
     most = 1 if AVX512 else math.inf
