@@ -332,9 +332,8 @@ def parse(argv, doc, *used, hide=(), below=()):
         raise InputError(f"--config_file is given {len(paths)} times, expected one file")
     from_file = yaml_as_flags(paths[0], names(*accepted) - {"local_rank"}, names(*GROUPS)) if paths else []
     try:
-        found = parser.parse_args(
-            from_file, parser.parse_args([*below])
-        )  # by itself first, so that an error in the file names the file
+        # By itself first, so that an error in the file names the file
+        found = parser.parse_args(from_file, parser.parse_args([*below]))
     except InputError as error:
         raise InputError(f"{paths[0]}: {error}") from None
     groups = parser.read(argv, found)

@@ -142,7 +142,7 @@ if __name__ == "__main__":
 import torch
 
 from models import architecture, families, folders, quantized
-from reasoning import planning
+from reasoning import comparison, planning
 from scoring import noise
 from training import deepspeed_config, memory
 from training.advice import stuck, tries
@@ -341,7 +341,7 @@ def plan_sampling(args, sample, machine_args, own):
     )
     lines, fits = planning.lines(model_config, sample, ds, machine, sampled)
     if machine_args.purpose == "evaluate":
-        lines.insert(-1, planning.gain_line(own.problems, own.changed))
+        lines.insert(-1, comparison.gain_line_of_share(own.problems, own.changed))
     print("\n".join(lines), flush=True)
     return 0 if fits else 1
 

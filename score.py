@@ -70,6 +70,7 @@ import files
 from cli.progress import progress
 from files import InputError
 from models import families
+from models.architecture import bare
 from models.attention import BlockRows, Rows
 from preferences.packed import Packed
 from scoring import passes
@@ -87,7 +88,7 @@ CHUNK = 8  # pairs that the reference job writes at once: what a kill can lose, 
 
 def joins_rows(model):
     """Whether a model takes rows of several lengths in one forward pass."""
-    return getattr(getattr(model, "module", model), "joins_rows", False)
+    return getattr(bare(model), "joins_rows", False)
 
 
 def row_scores(model, rows, device):

@@ -259,6 +259,13 @@ def say(row, **more):
     print(json.dumps(row), flush=True)
 
 
+def cap_memory(args):
+    """Take no more of a card's memory than --vram_gb."""
+    if args.device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.vram_gb * 2**30 / total))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("row", choices=list(ROWS))
@@ -269,9 +276,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     # 1. Memory, model, engine
-    if args.device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.vram_gb * 2**30 / total))
+    cap_memory(args)
     row = ROWS[args.row]
     work = Work(row._replace(shape=TINY) if args.quick else row, args.quick)
     rate = rates(work.ranks.device)

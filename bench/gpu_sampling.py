@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_rows import LLADA_8B, MASK, TINY, Row, random_model
+from gpu_rows import LLADA_8B, MASK, TINY, Row, cap_memory, random_model
 from step import wait
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,13 +43,13 @@ class Clock:
     """Told of each pass, as a pace.Pace is."""
 
     def __init__(self, passes):
-        self.left, self.seconds, self.tokens, self.rows = passes + WARM_UP, [], [], 0
+        self.left, self.seconds, self.tokens = passes + WARM_UP, [], []
 
     def begin(self, lengths, batch_size):
-        self.rows = batch_size
+        pass
 
     def shrank(self, batch_size):
-        self.rows = batch_size
+        pass
 
     def passed(self, seconds, tokens, rows):
         self.seconds.append(seconds)
@@ -97,9 +97,7 @@ def main(argv=None):
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="a tiny shape")
     args = parser.parse_args(argv)
-    if args.device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.vram_gb * 2**30 / total))
+    cap_memory(args)
     ranks, shape = engine.start(), TINY if args.quick else LLADA_8B
     prompts = list(torch.randint(10, shape.vocabulary, (8 if args.quick else 512, PROMPT)))
     began = time.perf_counter()

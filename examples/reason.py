@@ -83,7 +83,7 @@ if __name__ == "__main__":
 
 import reason_problems
 import reason_results
-from reason_plan import RUNS, Numbers, Planner, here, pairs_of, start_of
+from reason_plan import RUNS, Numbers, Planner, here, start_of
 
 import plan
 from reasoning import tasks
@@ -130,7 +130,7 @@ class Stages:
             raise KeyboardInterrupt
         if code or not made.exists():
             raise InputError(
-                f"{self.out}: the stage '{name}' ended with exit code {code}, as said above; when that is mended, run: "
+                f"{self.out}: the stage '{name}' ended with exit code {code}; its message is above. Then run: "
                 f"{exits.command()}"
             )
         self.log.ended(name, time.time() - began)
@@ -205,11 +205,9 @@ class Loop:
     def train(self, folder, run, model):
         """A run of RUNS; the model that it makes."""
         rows, data = ("pairs", "packed") if run.startswith("dpo") else ("right", "right-packed")
-        flags = dict(pairs_of(self.start.flags)) | dict(pairs_of(self.planner.run_flags(run, self.numbers)))
-        preset = ["--config_file", self.start.preset] if self.start.preset else []
-        command = ["bash", here("launch.sh"), self.start.ds_config, *preset, "--model_name_or_path", model]
+        command = ["bash", here("launch.sh"), self.start.ds_config, "--model_name_or_path", model]
         command += ["--in", folder / f"{rows}.jsonl", "--out", folder / data, "--output_dir", folder / run]
-        command += [word for pair in flags.items() for word in pair]
+        command += self.start.training(*self.planner.run_flags(run, self.numbers))
         command += ["--seed", self.args.seed, "--noise_seed", self.args.seed]
         final = folder / run / "final"
         self.stages.do(f"training {folder.relative_to(self.out)}/{run}", run, final, *command)

@@ -72,18 +72,16 @@ class Start(NamedTuple):
     def embedded(self):
         return self.preset is not None and Path(self.preset) == here(TINY)
 
-    @property
-    def training(self):
-        """Flags of a run that say nothing of its files."""
-        return [*(["--config_file", str(self.preset)] if self.preset else []), *self.flags]
+    def training(self, *flags):
+        """Flags of a run that say nothing of its files, with further ones, which win."""
+        given = dict(pairs_of(self.flags)) | dict(pairs_of(flags))
+        chosen = ["--config_file", str(self.preset)] if self.preset else []
+        return [*chosen, *(word for pair in given.items() for word in pair)]
 
     def arguments(self, *flags):
         """config.Arguments of a run with further flags, which win."""
-        given = dict(pairs_of(self.flags)) | dict(pairs_of(flags))
-        words = [word for pair in given.items() for word in pair]
-        chosen = ["--config_file", str(self.preset)] if self.preset else []
-        words += ["--model_name_or_path", plan.config_folder(self.model), "--deepspeed", self.ds_config]
-        return config.Arguments(*config.parse([*chosen, *words], "", *config.GROUPS))
+        files = ["--model_name_or_path", plan.config_folder(self.model), "--deepspeed", self.ds_config]
+        return config.Arguments(*config.parse([*self.training(*flags), *files], "", *config.GROUPS))
 
 
 def pairs_of(flags):

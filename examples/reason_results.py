@@ -15,7 +15,7 @@ import jsonlines
 from reason_plan import here
 
 from files import read_json, write_json
-from reasoning import comparison, planning
+from reasoning import comparison
 from training import plan_table
 
 # --- the log of the stages --------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def plan_lines(args, planner, numbers, out):
         f"at most {numbers.most_rows} pairs and {numbers.most_rows} right responses, 1 in 8 prompts held out",
         f"validation: {numbers.validation} problems of the training split that are never sampled; test: {numbers.test} "
         "items",
-        planning.gain_line(numbers.test, comparison.CHANGED),
+        comparison.gain_line_of_share(numbers.test),
         f"{'stage':58}{'hours':>8}{'times':>7}{'in all':>8}",
     ]
     words = {
@@ -123,13 +123,10 @@ def commands(planner, numbers):
         sampler = planner.sampler_flags(sampled=purpose == "make_prefs")
         longest = ["--longest_prompt", str(lines.longest_prompt)]
         found.append(["--for", purpose, *own, "--problems", str(count), *shared, *sampler, *asked, *longest])
-    given = planner.start.training
+    files = ["--model_name_or_path", planner.folder, "--deepspeed", planner.start.ds_config]
+    rows = ["--pairs", str(numbers.most_rows), *asked, "--response_tokens", str(lines.response)]
     for run in planner.made:
-        flags = dict(zip(given[::2], given[1::2])) | {"--model_name_or_path": planner.folder}
-        own = planner.run_flags(run, numbers)
-        flags |= {"--deepspeed": planner.start.ds_config} | dict(zip(own[::2], own[1::2]))
-        rows = ["--pairs", str(numbers.most_rows), *asked, "--response_tokens", str(lines.response)]
-        found.append([*(word for pair in flags.items() for word in pair), *rows])
+        found.append([*planner.start.training(*planner.run_flags(run, numbers)), *files, *rows])
     return ["  python plan.py " + shlex.join([*words, *planner.machine_flags]) for words in found]
 
 

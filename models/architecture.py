@@ -106,6 +106,11 @@ def build(config, dtype, shift, trust_remote_code=False):
     return model if isinstance(model, LLaDAModelLM) else adapt(model, shift)
 
 
+def bare(model):
+    """A model without the engine that DeepSpeed may have put around it."""
+    return getattr(model, "module", model)
+
+
 def rows_are_apart(config):
     """Whether a row's scores are its own where rows of several lengths share a pass.
 

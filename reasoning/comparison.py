@@ -81,6 +81,11 @@ def gain_line(items, changed):
     return f"{where}, {gain.won} to {gain.lost} (+{points:.1f} points) is the least gain that gives p < {SIGNIFICANT}"
 
 
+def gain_line_of_share(items, share=CHANGED):
+    """gain_line() where a share of the items changes sides."""
+    return gain_line(items, round(share * items))
+
+
 # --- the table --------------------------------------------------------------------------------------------
 
 

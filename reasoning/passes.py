@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from models.architecture import bare
 from models.attention import Rows
 from models.cache import Store, Window, Windows
 from reasoning import commits
@@ -38,11 +39,6 @@ class Special(NamedTuple):
     mask_id: int
     ends: torch.Tensor  # ids that end a text, int64
     eos: int | None = None
-
-
-def bare(model):
-    """sampler.load()'s model, without the engine that DeepSpeed puts around it."""
-    return getattr(model, "module", model)
 
 
 class Flight:

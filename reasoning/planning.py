@@ -9,7 +9,6 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from reasoning import comparison
 from reasoning.commits import commits_per_pass
 from training import deepspeed_config
 from training.advice import ROOT
@@ -120,8 +119,3 @@ def way_lines(shape, sample, ds, machine, sampled):
         hours = f"{made.seconds / 3600:8.2f}" if fits else "  does not fit"
         found.append(f"  {flags:38}{made.rows:6}{made.passes:8}{made.tokens:13,}{hours}")
     return found
-
-
-def gain_line(problems, changed):
-    """How large a gain an evaluation of so many items can show. changed: the share of items that change sides."""
-    return comparison.gain_line(problems, round(changed * problems))

@@ -18,6 +18,7 @@ import torch
 from cli.out_of_memory import OutOfMemory
 from files import InputError
 from models import families
+from models.architecture import bare
 from models.checkpoint import DTYPES, load_model
 from models.tokenization import end_token_id, load_tokenizer, mask_token_id, response_tokenizer
 from reasoning import arguments, bidirectional, blockwise, passes
@@ -63,12 +64,12 @@ def streamed(sample):
 
 def config_of(model):
     """The configuration of load()'s model; an engine's own is DeepSpeed's."""
-    return passes.bare(model).config
+    return bare(model).config
 
 
 def blocks_of(model):
     """The families.Blocks of load()'s model; None if it is bidirectional."""
-    return passes.bare(model).blocks
+    return bare(model).blocks
 
 
 # --- responses --------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def begin(model, prompts, sample, special, keys, index):
     if blocks:
         filling = blockwise.fill(prompts[index], sample, special, generator, blocks)
     else:
-        is_shifted = passes.bare(model).is_shifted
+        is_shifted = bare(model).is_shifted
         filling = bidirectional.fill(prompts[index], sample, special, generator, int(is_shifted))
     return passes.Flight(index, filling, generator)
 
@@ -141,7 +142,7 @@ def order_of(model, prompts):
     """
     order = list(range(len(prompts)))
     random.Random(0).shuffle(order)
-    if not passes.bare(model).joins_rows:
+    if not bare(model).joins_rows:
         return sorted(order, key=lambda index: -len(prompts[index]))
     longest = max(order, key=lambda index: len(prompts[index]), default=0)
     return sorted(order, key=lambda index: index != longest)
@@ -198,7 +199,7 @@ def respond(model, tokenizer, prompts, sample, *, keys=None, finished=None, pace
 def batch_size(model, prompts, sample):
     """How many responses are filled at a time. auto: as memory has room, or few of a model that cannot join rows."""
     size = sample.batch_size
-    if size == "auto" and not passes.bare(model).joins_rows:
+    if size == "auto" and not bare(model).joins_rows:
         size = ONE_LENGTH
     elif size == "auto":
         shape = sampling_memory.sampled_shape(config_of(model), sample)
@@ -209,7 +210,7 @@ def batch_size(model, prompts, sample):
 
 def check_model(model, prompts, sample):
     """Refuse what has more positions than a model with learned ones, and a cache where rows must have one length."""
-    if not passes.bare(model).joins_rows:  # of models with sliding windows, only known now
+    if not bare(model).joins_rows:  # of models with sliding windows, only known now
         arguments.refuse_cache(sample, config_of(model).model_type)
     longest = families.longest(config_of(model))
     needed = max(map(len, prompts), default=0) + sample.gen_length

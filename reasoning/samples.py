@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,7 +118,8 @@ def make(path, missing, rows, sampling, loaded, note, bar):
     """
     (model, tokenizer), made = loaded, {}
     ids = prompt_ids(tokenizer, [key.number for key in missing], rows, sampling.template)
-    passes = sampler.most_passes(model, ids, sampling, sampler.batch_size(model, ids, sampling))
+    sampling = replace(sampling, batch_size=sampler.batch_size(model, ids, sampling))  # "auto" is settled once
+    passes = sampler.most_passes(model, ids, sampling, sampling.batch_size)
     shown = bar(longest_passes(model, ids, sampling))
     print(f"{shown.desc}: {len(missing)} responses, at most {passes} forward passes", file=sys.stderr, flush=True)
     with naming(path), open(path, "a", encoding="utf-8") as file, contextlib.closing(shown):

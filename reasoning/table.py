@@ -49,7 +49,7 @@ def print_task(task, lines):
         if test := line.get("first_model_against_it"):
             print_test(first, test, line)
     if len(lines) == 1:
-        print_folded(f"to compare models: {comparison.gain_line(items, round(comparison.CHANGED * items))}")
+        print_folded(f"to compare models: {comparison.gain_line_of_share(items)}")
 
 
 def measures_of(line):

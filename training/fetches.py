@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from models.architecture import bare
 from models.llada import LLaDAModelLM
 
 IS_KNOWN = hasattr(coordinators, "update_recompute_parameters") and hasattr(
@@ -141,7 +142,7 @@ def ids_device(model, device):
 
     Other families than LLaDA make tensors of their own where their ids are.
     """
-    model = getattr(model, "module", model)
+    model = bare(model)
     is_on_host = isinstance(model, LLaDAModelLM) and isinstance(model.get_input_embeddings(), HostEmbedding)
     return torch.device("cpu") if is_on_host else device
 
