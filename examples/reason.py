@@ -28,6 +28,9 @@ from cli.parser import arg
 from files import InputError, read_json, wait_for, write_json
 from training.plan_arguments import MachineArguments, check_machine
 
+RFT_RATE = 1e-5  # of d1's SFT with LoRA (arXiv 2504.12216); not tuned here
+EMBEDDED_RFT_RATE = 3e-4  # for examples/tiny
+
 
 @dataclass
 class ReasonArguments:
@@ -49,11 +52,27 @@ class ReasonArguments:
     data_dir: Optional[str] = arg(
         None, "folder of the benchmark's files, such as gsm8k/train.jsonl; default: the Hub", metavar="FOLDER"
     )
+    test_file: Optional[str] = arg(
+        None, "--task FILE: a file of the test items; default: a quarter of FILE", metavar="FILE"
+    )
     problems: Optional[int] = arg(None, "problems to sample in a round; default: by --hours", heading="Numbers")
     k: int = arg(8, "responses to each")
     validation: Optional[int] = arg(None, "problems of the training split that choose the checkpoint")
     test: Optional[int] = arg(None, "test items")
     seed: int = arg(1, "seed of problems, noise and order")
+    rft_learning_rate: Optional[float] = arg(
+        None,
+        f"learning rate of --method rft; that of dpo is the preset's; default: {RFT_RATE}, or {EMBEDDED_RFT_RATE} for "
+        "examples/tiny",
+        heading="Training and sampling",
+    )
+    gen_length: Optional[int] = arg(
+        None, "tokens of a response, at most; default: the task's, as all that follow (evaluate.py explains them)"
+    )
+    block_length: Optional[int] = arg(None, "tokens in a block")
+    steps: Optional[int] = arg(None, "forward passes per response, in the place of --threshold 0.9")
+    threshold: Optional[float] = arg(None, "probability at which a pass commits a prediction")
+    cache: Optional[Literal["none", "prefix", "dual"]] = arg(None, "of keys and values, of a bidirectional model")
 
 
 def read_arguments(argv=None):
@@ -72,6 +91,8 @@ def read_arguments(argv=None):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} is {value}, expected at least 1")
+    if args.rft_learning_rate is not None and not 0 < args.rft_learning_rate < float("inf"):
+        raise InputError(f"--rft_learning_rate is {args.rft_learning_rate}, expected more than 0")
     if args.k < 2:
         raise InputError(f"--k is {args.k}; a pair needs two responses to a prompt, expected at least 2")
     args.start = start
@@ -263,10 +284,11 @@ def best_of(candidates):
 
 
 def planned(args, machine_args):
-    """(Planner, folder) of the arguments, whose task is filled in."""
+    """(Planner, folder) of the arguments, whose task and rate of RFT are filled in."""
     start = start_of(args, plan.machine_of(machine_args))
     args.task = args.task or ("arithmetic" if start.embedded else "gsm8k")
-    reason_problems.check_task(args.task)
+    args.rft_learning_rate = args.rft_learning_rate or (EMBEDDED_RFT_RATE if start.embedded else RFT_RATE)
+    reason_problems.check_task(args.task, args.test_file)
     name = Path(start.preset).stem if start.preset else Path(start.model).name
     out = Path(args.out or f"runs/reason-{name}-{reason_problems.name_of(args.task)}")
     prompt_tokens = reason_problems.prompt_tokens(args)
@@ -274,7 +296,7 @@ def planned(args, machine_args):
 
 
 def asked_of(args):
-    """{argument: value} of what must be the same when the loop is resumed. args: with its task filled in."""
+    """{argument: value} of what must be the same when the loop is resumed. args: of planned()."""
     return {name: value for name, value in asdict(args).items() if name not in FREE} | {"start": args.start}
 
 

@@ -29,12 +29,12 @@ HELD_OUT = 0.125  # of the prompts of pairs and rows, scored while training
 LEAST = 32  # problems of a round
 ITEMS = 300  # of validation
 BATCH = 16  # pairs, or rows, of a step
+SAMPLER = ("steps", "threshold", "cache")  # arguments that win over what is chosen here
 WAYS = (  # of training a model that has no preset, the first that fits is taken: ds_config, flags
     ("zero2_offload_4080", ["--learning_rate", "1e-6"]),
     ("zero0", ["--learning_rate", "5e-6", "--lora_r", "16"]),
     ("zero0", ["--learning_rate", "5e-6", "--lora_r", "16", "--load_in_4bit", "true"]),
 )
-RFT_RATE = "1e-5"  # of d1's SFT with LoRA (arXiv 2504.12216); not tuned here
 
 
 class Lines(NamedTuple):
@@ -160,6 +160,12 @@ class Planner:
         if prompt_tokens:
             mean, longest = prompt_tokens
             self.lines = self.lines._replace(prompt=mean, longest_prompt=longest)
+        if args.gen_length:
+            self.lines = self.lines._replace(
+                gen_length=args.gen_length, response=min(self.lines.response, args.gen_length)
+            )
+        if args.block_length:
+            self.lines = self.lines._replace(block_length=args.block_length)
         machine_flags = config.flags(names(MachineArguments) - {"purpose"}, machine_args)
         self.machine_flags = machine_flags.split()
         self.in_training, self.in_test = available
@@ -190,15 +196,20 @@ class Planner:
 
     def sampler_flags(self, sampled=False):
         """Flags of the sampler. sampled: for responses at temperature 1, of which pairs are made."""
-        found = ["--gen_length", str(self.lines.gen_length)]
+        found = {"gen_length": self.lines.gen_length}
+        if self.blocks is None or self.args.block_length:
+            found["block_length"] = self.lines.block_length
         if self.start.embedded:
             # Token by token for pairs: blocks, where the most confident tokens come first, decide the rest.
-            found += ["--block_length", "1" if sampled else str(self.lines.block_length), "--batch_size", "64"]
+            found |= {"block_length": 1 if sampled else self.lines.block_length, "batch_size": 64}
         elif self.blocks is None:
-            found += ["--block_length", str(self.lines.block_length), "--cache", "dual", "--threshold", "0.9"]
-        else:
-            found += ["--threshold", "0.9"]
-        return found + (["--temperature", "1"] if sampled else [])
+            found["cache"] = "dual"
+        if not self.start.embedded and not self.args.steps:
+            found["threshold"] = 0.9
+        found |= {name: value for name in SAMPLER if (value := getattr(self.args, name)) is not None}
+        if sampled:
+            found["temperature"] = 1
+        return [word for name, value in found.items() for word in (f"--{name}", str(value))]
 
     def run_flags(self, run, numbers):
         """Flags of a run that say nothing of its files."""
@@ -207,10 +218,10 @@ class Planner:
         found = ["--num_train_epochs", str(epochs), "--eval_fraction", str(HELD_OUT), "--eval_steps", steps]
         if run.startswith("dpo"):
             return found + ["--save_steps", steps]
-        rate = "3e-4" if self.start.embedded else RFT_RATE
-        rows = BATCH if self.start.embedded else 1
+        rate = self.args.rft_learning_rate
+        rows = BATCH if self.start.embedded else min(BATCH, self.start.arguments().train.per_device_train_batch_size)
         found += ["--save_steps", steps, "--task", "sft", "--loss_type", "sft", "--beta", "0.1"]
-        found += ["--learning_rate", rate, "--per_device_train_batch_size", str(rows)]
+        found += ["--learning_rate", f"{rate:g}", "--per_device_train_batch_size", str(rows)]
         found += ["--gradient_accumulation_steps", str(BATCH // rows)]
         return found + ([] if self.blocks else ["--sft_pad_to", str(self.lines.gen_length)])
 

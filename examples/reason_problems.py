@@ -32,11 +32,13 @@ GENERATED = (6000, 1000)  # that are drawn at most
 BENCHMARKS = {"gsm8k": "gsm8k", "math": "math500"}  # evaluate.py's names of the tests
 
 
-def check_task(task):
-    """Refuse a --task that is neither a name nor a file."""
+def check_task(task, test_file=None):
+    """Refuse a --task that is neither a name nor a file, and a --test_file without a file of training problems."""
     names = [*TRAINING, *tasks.FAMILIES]
     if task not in names and not Path(task).is_file():
         raise InputError(f"--task {task}: neither a task nor a file; there are {', '.join(names)}")
+    if test_file and task in names:
+        raise InputError(f"--test_file {test_file}: {task} has its own test items; it is for --task FILE")
 
 
 def available(args):
@@ -45,24 +47,32 @@ def available(args):
         return GENERATED
     if args.task in SIZES:
         return SIZES[args.task]
-    count = len(own_rows(args.task, args.seed))
-    return count - count // 4, count // 4
+    return tuple(map(len, own_rows(args.task, args.test_file, args.seed)))
 
 
 @functools.cache
-def own_rows(path, seed):
-    """Rows of a FILE in an order by the seed, each prompt once."""
-    found = {each.text: {"prompt": each.prompt, "answer": each.answer} for each in problems.read(path)}
-    rows = list(found.values())
+def own_rows(path, test_file, seed):
+    """(training rows, test rows) of a FILE in an order by the seed. No prompt is there twice, nor in both."""
+    found = rows_by_text(path)
+    test = rows_by_text(test_file) if test_file else {}
+    rows = [row for text, row in found.items() if text not in test]
     random.Random(seed).shuffle(rows)
-    return rows
+    if test_file:
+        return rows, list(test.values())
+    return rows[len(rows) // 4 :], rows[: len(rows) // 4]
+
+
+def rows_by_text(path):
+    """{text of the prompt: row} of a file of problems."""
+    return {each.text: {"prompt": each.prompt, "answer": each.answer} for each in problems.read(path)}
 
 
 def prompt_tokens(args):
     """(tokens of a prompt on average, of the longest one) of a FILE, at four characters a token; else None."""
     if args.task in (*TRAINING, *tasks.FAMILIES):
         return None
-    lengths = [len(json.dumps(row["prompt"])) / 4 + TEMPLATE for row in own_rows(args.task, args.seed)]
+    rows = sum(own_rows(args.task, args.test_file, args.seed), [])
+    lengths = [len(json.dumps(row["prompt"])) / 4 + TEMPLATE for row in rows]
     return round(sum(lengths) / len(lengths)), round(max(lengths))
 
 
@@ -94,9 +104,8 @@ def write(out, args, numbers):
     if args.task in (*TRAINING, *tasks.FAMILIES):
         rows = training_rows(args, min(in_training, numbers.validation + args.rounds * per_round))
     else:
-        rows = own_rows(args.task, args.seed)
-        write_rows(folder / "test" / f"{name}.jsonl", rows[: numbers.test])
-        rows = rows[len(rows) // 4 :]
+        rows, test = own_rows(args.task, args.test_file, args.seed)
+        write_rows(folder / "test" / f"{name}.jsonl", test[: numbers.test])
     write_rows(folder / "validation" / f"{name}.jsonl", rows[: numbers.validation])
     rows = rows[numbers.validation :]
     for number in range(args.rounds):

@@ -85,6 +85,8 @@ def test_refusals(capsys, tmp_path):
         (["--dry_run"], "reason.sh needs a model first"),
         (["nowhere"], "nowhere: neither a preset nor a folder; give a folder, a Hub name or one of dream_7b"),
         (["tiny", "--task", "nothing"], "--task nothing: neither a task nor a file; there are gsm8k, math"),
+        (["tiny", "--task", "sudoku", "--test_file", "f"], "--test_file f: sudoku has its own test items"),
+        (["tiny", "--rft_learning_rate", "0"], "--rft_learning_rate is 0.0, expected more than 0"),
         (["tiny", "--k", "1"], "--k is 1; a pair needs two responses"),
         (["tiny", "--hours", "0"], "--hours is 0.0, expected more than 0"),
         (["tiny", "--rounds", "0"], "--rounds is 0, expected at least 1"),
@@ -122,6 +124,27 @@ def test_problems_of_a_file_are_divided(tmp_path):
     files = [folder / "test/mine.jsonl", folder / "validation/mine.jsonl", *sorted(folder.glob("round-*.jsonl"))]
     parts = [[row["prompt"] for row in reason_problems.read_rows(path)] for path in files]
     assert list(map(len, parts)) == [20, 15, 20, 20] and len({prompt for part in parts for prompt in part}) == 75
+
+
+def test_a_file_of_test_items(tmp_path):
+    """All of it is for the test, none of it is trained on."""
+    for name, numbers in (("mine", range(40)), ("theirs", range(30, 50))):
+        rows = [{"prompt": f"What is {number} + 1?", "answer": str(number + 1)} for number in numbers]
+        reason_problems.write_rows(tmp_path / f"{name}.jsonl", rows)
+    words = ["tiny", "--task", str(tmp_path / "mine.jsonl"), "--test_file", str(tmp_path / "theirs.jsonl")]
+    args, _ = reason.read_arguments(words)
+    assert reason_problems.available(args) == (30, 20)
+    training, test = reason_problems.own_rows(args.task, args.test_file, args.seed)
+    assert {row["answer"] for row in training} == {str(number) for number in range(1, 31)}
+    assert [row["answer"] for row in test] == [str(number) for number in range(31, 51)]
+
+
+def test_flags_of_the_sampler(capsys):
+    """Those of the command win over the task's, for every model."""
+    flags = ["--gen_length", "96", "--block_length", "16", "--steps", "24", "--cache", "none"]
+    said = printed(reason.main, capsys, *LLADA, *flags, "--rft_learning_rate", "2e-5", "--dry_run")
+    assert said.count("--gen_length 96 --block_length 16 --cache none --steps 24") == 3
+    assert "--threshold" not in said and said.count("--learning_rate 2e-05") == 2
 
 
 def test_generated_problems_are_divided(tmp_path):
