@@ -1,130 +1,173 @@
-"""Two small sums for improve.sh: how many SFT steps cost what DPO cost, and the table of all seeds.
+"""Several seeds of reason.sh in one table: each of them, and the test items of all pooled. The end of improve.sh.
 
-python examples/improve.py equal-tokens runs/improve/seed-1/round-1   -> SFT steps of 16 rows
-python examples/improve.py table runs/improve 1 7 8 9   (one round, seeds 7 8 9) -> the table, and results.json
+    FOLDER/{plan.json, results.json, test/} of reason.sh, one per seed -> the table, and FILE
+    python examples/improve.py runs/improve/seed-1 runs/improve/seed-2 --out runs/improve/results.json
+
+Pooled are the items, so McNemar's exact test is that of the sums of items won and lost. It takes items to be
+independent; seeds of a generated task draw their own, those of a benchmark share them, and the table says so.
 """
 
+import itertools
 import json
+import os
+import re
 import sys
 from pathlib import Path
-
-import numpy as np
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import write_json
-from preferences.packed import Packed
-from reasoning import tasks
-
-ROWS, PAD_TO = 16, 40  # improve.sh's SFT: rows a step, tokens that a response is padded to
-MODELS = ("base", "sft", "sft_early", "dpo")
-OTHERS = MODELS[:3]  # what DPO is compared with
+from cli import exits
+from cli.parser import Parser
+from files import InputError, check_out, read_json, write_json
 
 
-def tokens(folder, name):
-    """Tokens that a finished run took forward and backward."""
-    return json.loads((folder / name / "log.jsonl").read_text().splitlines()[-1])["num_tokens"]
-
-
-def equal_tokens(folder):
-    """SFT steps whose forward-backward tokens are those of the finished DPO run beside it."""
-    lengths = np.diff(Packed(folder / "packed").bounds, axis=1)  # (pairs, 3) prompt, chosen, rejected
-    return round(tokens(folder, "dpo") / (ROWS * (lengths[:, 0] + np.maximum(lengths[:, 1], PAD_TO)).mean()))
-
-
-class Seed:
-    """One seed's models on the same held-out problems, as evaluate.py has measured them.
-
-    After several rounds DPO is the last round's model, of all rounds' tokens; SFT is always the first round's.
-    """
-
-    def __init__(self, work, rounds, seed):
-        folder, self.number = work / f"seed-{seed}", int(seed)
-        self.first = folder / "round-1"
-        self.rounds = [folder / f"round-{number}" for number in range(1, rounds + 1)]
-        self.evaluated = folder / f"evaluate-{rounds}"
-        self.results = json.loads((self.evaluated / "results.json").read_text())
-        self.names = {model["path"]: name for name, model in self.results["models"].items()}
-        self.lines = {line["model"]: line for line in self.results["table"]}
-        self.paths = {
-            "base": "examples/tiny",
-            "sft": self.first / "sft" / "final",
-            "sft_early": self.first / "sft-early" / "final",
-            "dpo": self.rounds[-1] / "dpo" / "final",
-        }
-
-    def line(self, path):
-        """evaluate.py's line about the model at `path`."""
-        return self.lines[self.names[str(path)]]
-
-    def row(self):
-        """Accuracies, intervals, DPO's paired tests, tokens spent."""
-        row = {"seed": self.number, "n": self.line("examples/tiny")["n"]}
-        lines = {name: self.line(path) for name, path in self.paths.items()}
-        row |= {name: line["accuracy"] for name, line in lines.items()}
-        row["dpo_by_round"] = [self.line(folder / "dpo" / "final")["accuracy"] for folder in self.rounds]
-        row["ci95"] = {name: line["ci95"] for name, line in lines.items()}
-        row |= {f"dpo_against_{name}": lines[name]["first_model_against_it"] for name in OTHERS}
-        row["dpo_tokens"] = sum(tokens(folder, "dpo") for folder in self.rounds)
-        return row | {"sft_tokens": tokens(self.first, "sft"), "sft_early_tokens": tokens(self.first, "sft-early")}
-
-    def verdicts(self):
-        """Yields (steps of the problem, model, whether it is solved) of every response."""
-        problems = tasks.generate(self.results["arguments"]["limit"], "test", self.number)
-        for name, path in self.paths.items():
-            for line in (self.evaluated / f"{self.names[str(path)]}-arithmetic.jsonl").read_text().splitlines():
-                response = json.loads(line)
-                yield len(problems[int(response["id"]) - 1].steps), name, response["correct"] is True
-
-
-def shares_by_steps(seeds):
-    """{steps of the problem: {"n", share solved by each model}} of all seeds together."""
-    found = {}
-    for seed in seeds:
-        for steps, name, correct in seed.verdicts():
-            found.setdefault(steps, {}).setdefault(name, []).append(correct)
-    shares = {}
-    for steps, solved in sorted(found.items()):
-        shares[steps] = {"n": len(solved["base"])}
-        for name, verdicts in solved.items():
-            shares[steps][name] = sum(verdicts) / len(verdicts)
-    return shares
-
-
-def table(work, rounds, numbers):
-    """Print the table of all seeds, and write it to results.json."""
-    seeds = [Seed(work, rounds, number) for number in numbers]
-    rows, shares = [seed.row() for seed in seeds], shares_by_steps(seeds)
-    path = work / ("results.json" if rounds == 1 else f"results-{rounds}-rounds.json")
-    write_json(path, {"seeds": rows, "by_steps": shares})
-    print_table(rows, shares, rounds)
-    print(f"{path}: the same as JSON; every response: {work}/seed-*/evaluate-{rounds}/*.jsonl")
-
-
-def print_table(rows, shares, rounds):
-    head = "seed    n   base    SFT  early    DPO   DPO - base (p)    DPO - SFT (p)    DPO - early (p)   "
-    head += "tokens DPO / SFT / early"
-    print(head + ("   DPO by round" if rounds > 1 else ""))
-    for row in rows:
-        tests = [row[f"dpo_against_{name}"] for name in OTHERS]
-        text = f"{row['seed']:4d} {row['n']:4d}" + accuracies(row)
-        text += "".join(f"   {test['difference']:+.3f} ({test['p']:.2g})".ljust(19) for test in tests)
-        text += f"{row['dpo_tokens']} / {row['sft_tokens']} / {row['sft_early_tokens']}"
-        if rounds > 1:
-            text += f"   {', '.join(f'{value:.3f}' for value in row['dpo_by_round'])}"
-        print(text)
-    print("by steps of the problem, all seeds:")
-    for steps, each in shares.items():
-        print(f"{steps:4d} {each['n']:4d}" + accuracies(each))
-
-
-def accuracies(row):
-    return "".join(f"  {row[name]:.3f}" for name in MODELS)
+def read_arguments(argv=None):
+    """Namespace: folders, out."""
+    parser = Parser([], __doc__)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of reason.sh, its --out; one per seed")
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSON file to write")
+    args = parser.parse_args(argv)
+    check_out(args.out)
+    return args
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["equal-tokens"] and len(sys.argv) == 3:
-        print(equal_tokens(Path(sys.argv[2])))
-    elif sys.argv[1:2] == ["table"] and len(sys.argv) > 4:
-        table(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
-    else:
-        sys.exit(__doc__)
+    exits.early(read_arguments)  # answers --help and mistakes before the imports below, which take seconds
+
+import reason_results
+
+from reasoning import comparison, tasks
+
+NAMES = {"start": "start", "rft": "RFT", "dpo": "DPO"}
+TESTS = (("dpo", "start"), ("dpo", "rft"), ("rft", "start"))
+MEND = "bash examples/reason.sh MODEL --out FOLDER"
+
+
+class Seed(NamedTuple):
+    """What reason.sh has measured on the test items of one seed."""
+
+    number: int
+    task: str
+    chosen: dict  # {"start", "rft" or "dpo": the model}
+    answers: dict  # {the same: its rows on each item, comparison.grouped()}
+
+
+def read(folder):
+    """The Seed of a folder of reason.sh."""
+    folder = Path(folder)
+    results = read_json(folder / "results.json", MEND)
+    if not {"task", "start", "methods"} <= results.keys():
+        raise InputError(f"{folder}/results.json: not written by reason.sh; make such a folder with: {MEND}")
+    number, methods = read_json(folder / "plan.json", MEND)["asked"]["seed"], results["methods"]
+    chosen = {"start": results["start"]["model"]}
+    chosen |= {name: methods[name]["model"] for name in NAMES if name in methods}
+    lines = reason_results.lines_by_model(folder / "test")
+    answers = {name: reason_results.answers_of(folder / "test", lines[model]) for name, model in chosen.items()}
+    if results["task"] in tasks.FAMILIES:
+        problems = tasks.generate(results["numbers"]["test"], "test", number, (results["task"],))
+        steps = {problem.prompt: len(problem.steps) for problem in problems}
+        for [row] in itertools.chain(*answers.values()):
+            row["steps"] = steps[row["prompt"]]
+    return Seed(number, results["task"], chosen, answers)
+
+
+def read_all(folders):
+    """The Seeds of folders, which differ in their seed alone."""
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+        raise InputError("a folder is named twice; expected one of reason.sh for each seed")
+    seeds = [read(folder) for folder in folders]
+    for folder, seed in zip(folders, seeds):
+        if (seed.task, *seed.chosen) != (seeds[0].task, *seeds[0].chosen):
+            raise InputError(
+                f"{folder}: {seed.task} by {', '.join(seed.chosen)}, and {folders[0]} is {seeds[0].task} by "
+                f"{', '.join(seeds[0].chosen)}; expected one task and the same methods"
+            )
+    return seeds
+
+
+def pooled(folders):
+    """{"task", "seeds": [a row each], "pooled": row, "by_steps": {steps of the problem: {name: share solved}}}.
+
+    folders: of reason.sh, one per seed. by_steps: None if the problems were not generated.
+    """
+    seeds = read_all(folders)
+    rows = [{"seed": seed.number, "chosen": seed.chosen} | row_of(seed.answers) for seed in seeds]
+    answers = {name: [item for seed in seeds for item in seed.answers[name]] for name in seeds[0].answers}
+    prompts = {json.dumps(item[0]["prompt"]) for item in answers["start"]}
+    by_steps = None
+    if seeds[0].task in tasks.FAMILIES:
+        by_steps = {name: comparison.parts(items, "steps") for name, items in answers.items()}
+    every = {"different_items": len(prompts)} | row_of(answers)
+    return {"task": seeds[0].task, "seeds": rows, "pooled": every, "by_steps": by_steps}
+
+
+def row_of(answers):
+    """{"n", "models": {name: accuracy and interval}, "tests": {"dpo - start": comparison.against(), ...}}."""
+    models = {name: comparison.accuracy_of(items) for name, items in answers.items()}
+    tests = {
+        f"{first} - {second}": comparison.against(answers[first], answers[second])
+        for first, second in TESTS
+        if {first, second} <= answers.keys()
+    }
+    return {"n": len(answers["start"]), "models": models, "tests": tests}
+
+
+# --- the table --------------------------------------------------------------------------------------------
+
+
+def print_table(found):
+    """Print what pooled() has found."""
+    rows, every = found["seeds"], found["pooled"]
+    methods = [name for name in every["models"] if name != "start"]
+    print(f"{found['task']}: test items solved; in brackets those won and lost, and p of McNemar's exact test")
+    head = ["seed", "n", *(NAMES[name] for name in every["models"]), *map(titled, every["tests"]), "chosen"]
+    cells = [[str(row["seed"]), *cells_of(row), ", ".join(labels(row, methods))] for row in rows]
+    reason_results.print_columns([head, *cells, ["all", *cells_of(every), ""]])
+    if every["different_items"] < every["n"]:
+        print(f"{every['different_items']} of the {every['n']} items are different; p takes all to be independent")
+    if found["by_steps"]:
+        print("by steps of the problem, all seeds:")
+        reason_results.print_columns(step_rows(found["by_steps"]))
+
+
+def titled(test):
+    """ "dpo - rft" -> "DPO - RFT"."""
+    return " - ".join(NAMES[name] for name in test.split(" - "))
+
+
+def cells_of(row):
+    solved = [f"{each['accuracy']:.3f}" for each in row["models"].values()]
+    return [str(row["n"]), *solved, *map(test_cell, row["tests"].values())]
+
+
+def test_cell(test):
+    """comparison.against() as +0.100 (2:0, 0.5)."""
+    return f"{test['difference']:+.3f} ({test['won']}:{test['lost']}, {test['p']:.2g})"
+
+
+def labels(row, methods):
+    """Which run's model each method has chosen: "dpo", "start", "round-2/rft/rft-3"."""
+    start = row["chosen"]["start"]
+    paths = ["start" if row["chosen"][name] == start else row["chosen"][name] for name in methods]
+    paths = [re.sub(r".*/(round-\d+/)", r"\1", path).removesuffix("/final") for path in paths]
+    return [path.removeprefix("round-1/") for path in paths]
+
+
+def step_rows(by_steps):
+    """Rows of the table by steps."""
+    rows = [["steps", "n", *(NAMES[name] for name in by_steps)]]
+    for steps, part in by_steps["start"].items():
+        rows.append([steps, str(part["n"]), *(f"{each[steps]['accuracy']:.3f}" for each in by_steps.values())])
+    return rows
+
+
+def main(argv=None):
+    args = read_arguments(argv)
+    found = pooled(args.folders)
+    write_json(args.out, found)
+    print_table(found)
+    print(f"{args.out}: the same as JSON; every answer: test/*.jsonl of each folder")
+
+
+if __name__ == "__main__":
+    exits.run(main)

@@ -154,13 +154,10 @@ def accuracy_of_chosen(each):
     return each["candidates"][each["chosen"]]
 
 
-def against_start(folder, line, start):
-    """McNemar's test of a model's answers against the start's: comparison.against()."""
-    rows = []
-    for each in (line, start):
-        with jsonlines.open(folder / each["file"]) as file:
-            rows.append(comparison.grouped(list(file)))
-    return comparison.against(*rows)
+def answers_of(folder, line):
+    """The answers that a line of evaluate.py's table counts: comparison.grouped()."""
+    with jsonlines.open(folder / line["file"]) as file:
+        return comparison.grouped(list(file))
 
 
 # --- the end ----------------------------------------------------------------------------------------------
@@ -172,7 +169,8 @@ def write(out, loop, rounds, lines):
     found = {"start": {"model": start, **measured(lines[start])}, "methods": {}}
     for method, each in rounds.items():
         chosen = each[-1]["chosen"]
-        test = measured(lines[chosen]) | {"against_start": against_start(out / "test", lines[chosen], lines[start])}
+        both = [answers_of(out / "test", lines[model]) for model in (chosen, start)]
+        test = measured(lines[chosen]) | {"against_start": comparison.against(*both)}
         found["methods"][method] = {"model": chosen, **test, "rounds": each}
     statistics = {str(folder.relative_to(out)): each for folder, each in loop.statistics.items()}
     results = {"task": loop.args.task, "numbers": loop.numbers._asdict(), **found, "pairs": statistics}
@@ -213,16 +211,20 @@ def test_cells(found):
 
 
 def print_table(results):
-    rows = [HEAD, *result_rows(results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     print(
         f"{results['task']}: {results['numbers']['validation']} validation problems, {results['start']['n']} test items"
     )
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print_columns([HEAD, *result_rows(results)])
     for method, found in results["methods"].items():
         if found["model"] == results["start"]["model"]:
             print(f"{method}: no checkpoint solved more of the validation problems than the start, which stays")
+
+
+def print_columns(rows):
+    """Print rows of texts, of one length, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def tables(results, log):

@@ -73,12 +73,12 @@ def test_readme_main_job(tmp_path):
 @pytest.mark.long
 def test_improve(clone):
     """improve.sh with too few problems to improve anything."""
-    succeed(IMPROVE, clone, SEEDS="1 2", PROBLEMS="24", HELD_OUT="24")
+    said = succeed(IMPROVE, clone, SEEDS="1 2", PROBLEMS="24", VALIDATION="24", HELD_OUT="24")
+    assert sorted(re.findall(r"^seed \d: done$", said, re.M)) == ["seed 1: done", "seed 2: done"]
     results = json.loads((clone / "runs/improve/results.json").read_text())
-    assert [seed["seed"] for seed in results["seeds"]] == [1, 2] and all(seed["n"] == 24 for seed in results["seeds"])
-    assert all(0 <= seed[name] <= 1 for seed in results["seeds"] for name in ("base", "sft", "sft_early", "dpo"))
-    assert sum(each["n"] for each in results["by_steps"].values()) == 48
-    assert all(0.7 < seed["dpo_tokens"] / seed["sft_tokens"] < 1.4 for seed in results["seeds"])
+    assert [(seed["seed"], seed["n"]) for seed in results["seeds"]] == [(1, 24), (2, 24)]
+    assert list(results["pooled"]["models"]) == ["start", "rft", "dpo"] and results["pooled"]["n"] == 48
+    assert sum(each["n"] for each in results["by_steps"]["dpo"].values()) == 48
 
 
 def test_two_ranks_and_stale_data(clone, tmp_path):

@@ -1,4 +1,5 @@
-"""Tests of examples/reason.sh: its plan against plan.py's, its problems, what it refuses; and the whole loop, killed.
+"""Tests of examples/reason.sh: its plan against plan.py's, its problems, what it refuses; the table of several seeds
+(examples/improve.py); and the whole loop, killed.
 
 bash tests/run.sh tests/test_reason.py
 """
@@ -17,11 +18,13 @@ import pytest
 from small import ROOT, copy_of_the_repository, refusal, shell_environment
 
 sys.path.insert(0, str(ROOT / "examples"))
+import improve
 import reason
 import reason_problems
 import reason_results
 
 import plan
+from reasoning import tasks
 
 CARD = ["--gpu_gib", "16", "--host_gib", "29.8"]
 LLADA = ["llada_8b_qlora_4080", "--model", str(ROOT / "tests/configs/llada_8b"), *CARD]
@@ -36,7 +39,7 @@ def at_the_root(monkeypatch):
 def printed(main, capsys, *words):
     """What a command prints; its exit code must be 0."""
     capsys.readouterr()
-    assert main([*words]) == 0
+    assert not main([*words])
     return capsys.readouterr().out
 
 
@@ -243,6 +246,75 @@ def test_a_torn_log_of_stages(tmp_path):
     log.began("two", None)
     log.ended("two", 36)
     assert reason_results.StageLog(log.path).table() == [["one", "0.5", "0.5", 1], ["two", "", "0.01", 2]]
+
+
+# --- the table of several seeds ---------------------------------------------------------------------------
+
+
+def write_seed(folder, seed, verdicts, task="arithmetic"):
+    """A folder as reason.sh leaves it. verdicts: {"start" or a method: "1" or "0" for each test item}"""
+    count = len(verdicts["start"])
+    prompts = [f"What is {number}?" for number in range(count)]
+    if task in tasks.FAMILIES:
+        prompts = [problem.prompt for problem in tasks.generate(count, "test", seed, (task,))]
+    models = {name: f"{folder}/round-{1 + (name == 'rft')}/{name}-1/final" for name in verdicts} | {"start": "tiny"}
+    (folder / "test").mkdir(parents=True)
+    for name, each in verdicts.items():
+        rows = [{"id": prompt, "prompt": prompt, "correct": each[place] == "1"} for place, prompt in enumerate(prompts)]
+        reason_problems.write_rows(folder / "test" / f"{name}.jsonl", rows)
+    test = {"models": {name: {"path": model} for name, model in models.items()}}
+    test["table"] = [{"model": name, "file": f"{name}.jsonl"} for name in verdicts]
+    methods = {name: {"model": model} for name, model in models.items() if name != "start"}
+    results = {"task": task, "numbers": {"test": count}, "start": {"model": "tiny"}, "methods": methods}
+    for path, value in (("results", results), ("plan", {"asked": {"seed": seed}}), ("test/results", test)):
+        (folder / f"{path}.json").write_text(json.dumps(value))
+    return str(folder)
+
+
+def test_seeds_are_pooled(capsys, tmp_path):
+    """Won and lost are summed over seeds, and so are the problems of each number of steps."""
+    one = write_seed(tmp_path / "one", 1, {"start": "110000", "rft": "110111", "dpo": "011110"})
+    two = write_seed(tmp_path / "two", 2, {"start": "0000", "rft": "1100", "dpo": "1111"})
+    said = printed(improve.main, capsys, one, two, "--out", str(tmp_path / "all.json"))
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert [(row["seed"], row["n"]) for row in found["seeds"]] == [(1, 6), (2, 4)]
+    assert {name: each["accuracy"] for name, each in found["pooled"]["models"].items()} == pytest.approx(
+        {"start": 0.2, "rft": 0.7, "dpo": 0.8}
+    )
+    wanted = {"dpo - start": (7, 1, 18 / 256), "dpo - rft": (3, 2, 1.0), "rft - start": (5, 0, 2 / 32)}
+    tests = found["pooled"]["tests"]
+    assert {name: (each["won"], each["lost"], each["p"]) for name, each in tests.items()} == wanted
+    first = {name: (each["won"], each["lost"]) for name, each in found["seeds"][0]["tests"].items()}
+    assert first == {"dpo - start": (3, 1), "dpo - rft": (1, 2), "rft - start": (3, 0)}
+    solved = {}  # steps: [DPO's verdicts]
+    for seed, verdicts in ((1, "011110"), (2, "1111")):
+        for problem, verdict in zip(tasks.generate(len(verdicts), "test", seed), verdicts):
+            solved.setdefault(str(len(problem.steps)), []).append(int(verdict))
+    shares = {steps: (each["n"], each["accuracy"]) for steps, each in found["by_steps"]["dpo"].items()}
+    assert shares == {steps: (len(each), sum(each) / len(each)) for steps, each in solved.items()} and len(shares) > 1
+    assert re.search(r"^all +10 +0.200 +0.700 +0.800 +\+0.600 \(7:1, 0.07\)", said, re.M)
+    assert "round-2/rft-1, dpo-1" in said and "items are different" not in said
+
+
+def test_seeds_that_share_their_test_items(capsys, tmp_path):
+    """A benchmark's: pooled with a word about it, of one method alone, without steps."""
+    folders = [write_seed(tmp_path / str(seed), seed, {"start": "000", "dpo": "001"}, "gsm8k") for seed in (1, 2)]
+    said = printed(improve.main, capsys, *folders, "--out", str(tmp_path / "all.json"))
+    assert "3 of the 6 items are different" in said and "RFT" not in said and "steps" not in said
+    assert improve.pooled(folders)["pooled"]["tests"]["dpo - start"]["won"] == 2
+
+
+def test_seeds_that_cannot_be_pooled(capsys, tmp_path):
+    one = write_seed(tmp_path / "one", 1, {"start": "00", "dpo": "01"})
+    other = write_seed(tmp_path / "other", 2, {"start": "00", "dpo": "01"}, "gsm8k")
+    for folders, sentence in (
+        ([one, f"{one}/../one"], "a folder is named twice; expected one of reason.sh for each seed"),
+        ([one, other], "other: gsm8k by start, dpo, and"),
+        ([f"{one}/test"], "one/test/results.json: not written by reason.sh"),
+        ([str(tmp_path)], "results.json: cannot be read"),
+    ):
+        assert sentence in refusal(improve.main, capsys, *folders, "--out", str(tmp_path / "all.json"))
+    assert not (tmp_path / "all.json").exists()
 
 
 # --- the whole loop ---------------------------------------------------------------------------------------
