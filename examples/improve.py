@@ -47,7 +47,7 @@ class Seed(NamedTuple):
     """What reason.sh has measured on the test items of one seed."""
 
     number: int
-    task: str
+    task: str  # without the folder of a file of problems, which may be the seed's own
     chosen: dict  # {"start", "rft" or "dpo": the model}
     answers: dict  # {the same: its rows on each item, comparison.grouped()}
 
@@ -68,7 +68,7 @@ def read(folder):
         steps = {problem.prompt: len(problem.steps) for problem in problems}
         for [row] in itertools.chain(*answers.values()):
             row["steps"] = steps[row["prompt"]]
-    return Seed(number, results["task"], chosen, answers)
+    return Seed(number, Path(results["task"]).stem, chosen, answers)
 
 
 def read_all(folders):
@@ -86,16 +86,17 @@ def read_all(folders):
 
 
 def pooled(folders):
-    """{"task", "seeds": [a row each], "pooled": row, "by_steps": {steps of the problem: {name: share solved}}}.
+    """{"task", "seeds": [row_of() each, with "seed" and "chosen"], "pooled": row_of(), "by_steps"}.
 
-    folders: of reason.sh, one per seed. by_steps: None if the problems were not generated.
+    folders: of reason.sh, one per seed. by_steps: {name: {steps of the problem: its "n", "accuracy", "ci95"}} of all
+    seeds; None if the problems were not generated.
     """
     seeds = read_all(folders)
     rows = [{"seed": seed.number, "chosen": seed.chosen} | row_of(seed.answers) for seed in seeds]
     answers = {name: [item for seed in seeds for item in seed.answers[name]] for name in seeds[0].answers}
     prompts = {json.dumps(item[0]["prompt"]) for item in answers["start"]}
     by_steps = None
-    if seeds[0].task in tasks.FAMILIES:
+    if all("steps" in row for [row] in answers["start"]):
         by_steps = {name: comparison.parts(items, "steps") for name, items in answers.items()}
     every = {"different_items": len(prompts)} | row_of(answers)
     return {"task": seeds[0].task, "seeds": rows, "pooled": every, "by_steps": by_steps}

@@ -297,8 +297,9 @@ def test_seeds_are_pooled(capsys, tmp_path):
 
 
 def test_seeds_that_share_their_test_items(capsys, tmp_path):
-    """A benchmark's: pooled with a word about it, of one method alone, without steps."""
-    folders = [write_seed(tmp_path / str(seed), seed, {"start": "000", "dpo": "001"}, "gsm8k") for seed in (1, 2)]
+    """A benchmark's, or a file's: pooled with a word about it, of one method alone, without steps."""
+    verdicts, files = {"start": "000", "dpo": "001"}, ("a/arithmetic.jsonl", "b/arithmetic.jsonl")
+    folders = [write_seed(tmp_path / file[0], 1, verdicts, file) for file in files]
     said = printed(improve.main, capsys, *folders, "--out", str(tmp_path / "all.json"))
     assert "3 of the 6 items are different" in said and "RFT" not in said and "steps" not in said
     assert improve.pooled(folders)["pooled"]["tests"]["dpo - start"]["won"] == 2
