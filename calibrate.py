@@ -94,6 +94,7 @@ class Design(NamedTuple):
 
 SPREAD = ((2, 3), (2, 7), (3, 3), (4, 2), (4, 4), (4, 5), (6, 3), (8, 2))
 DESIGNS = [Design("spread", T, R) for T, R in SPREAD]
+DESIGNS += [Design("radau", T, R) for T, R in ((2, 3), (2, 7), (3, 3))]
 DESIGNS += [Design("elbo", N, 1) for N in (4, 8, 16)]
 DESIGNS += [Design("elbo_stratified", N, 1) for N in (4, 8, 16)]
 DESIGNS += [Design("stepwise", 4, 5), Design("stepwise", 20, 1)]

@@ -120,7 +120,7 @@ class ModelArguments:
 
 @dataclass
 class NoiseArguments:
-    estimator: Literal["auto", "stepwise", "spread", "elbo", "elbo_stratified"] = arg(
+    estimator: Literal["auto", "stepwise", "spread", "radau", "elbo", "elbo_stratified"] = arg(
         "auto",
         "how masks are drawn and weighted (docs/method.md); auto: spread, stepwise with --order blocks, "
         "elbo_stratified for block-causal models",

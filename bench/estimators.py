@@ -80,9 +80,11 @@ DESIGNS = [
     Design("stepwise", 8, 1),
     Design("spread", 4, 2),
     Design("spread", 3, 3),
+    Design("radau", 3, 3),
     Design("spread", 2, 7),
     elbo(4),
     Design("spread", 2, 3),
+    Design("radau", 2, 3),
     Design("stepwise", 20, 1),
 ]
 PARTS = [Design("spread", 4, 5, k) for k in (1, 2, 4, 8)]

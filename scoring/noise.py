@@ -6,6 +6,7 @@ how much each token's log-probability counts there; the score is sum(weight * lo
     stepwise         trajectories; a token counts in the state that reveals it
     spread           trajectories; the weight of what a state reveals is spread evenly over all that it hides. In random
                      order any of the hidden tokens may be next, so the mean is the same, with less noise
+    radau            the same with levels and weights of Radau's quadrature rule, whose bias is far smaller
     elbo             iid levels l ~ U{1..n}, l random tokens hidden, each with weight n/l (arXiv 2505.19223; 2502.09992,
                      equation 6)
     elbo_stratified  the same with one level in each T-th of 1..n
@@ -27,7 +28,7 @@ import numpy as np
 
 from files import InputError
 
-ESTIMATORS = ("stepwise", "spread", "elbo", "elbo_stratified")
+ESTIMATORS = ("stepwise", "spread", "radau", "elbo", "elbo_stratified")
 STATES = {False: (3, 3), True: (4, 1)}  # default T and R of bidirectional and of block-causal models
 EPSILON = 1e-3  # SFT masks with probability (1 - EPSILON) t + EPSILON (LLaDA's GUIDELINES.md)
 
@@ -57,7 +58,7 @@ def settle(noise_args, has_blocks):
     """
     if has_blocks and noise_args.order == "blocks":
         raise InputError("--order blocks is for bidirectional models; leave it out for a block-causal one")
-    if has_blocks and noise_args.estimator in ("stepwise", "spread"):
+    if has_blocks and noise_args.estimator in ("stepwise", "spread", "radau"):
         raise InputError(
             f"--estimator {noise_args.estimator} is for bidirectional models; a block-causal one takes elbo_stratified "
             "or elbo"
@@ -102,7 +103,8 @@ def state_masks(n, estimator, T, R, rng, block_length=None, block=None, fixed=No
         return block_masks(np.asarray(block), fixed_of(fixed, n), T * R, rng, estimator == "elbo_stratified")
     if estimator.startswith("elbo"):
         return elbo_masks(n, T, R, rng, estimator == "elbo_stratified")
-    return trajectory_masks(trajectories(n, T, R, rng, block_length), T)
+    cuts = n - radau_levels(n, T)[1:] if estimator == "radau" else None
+    return trajectory_masks(trajectories(n, T, R, rng, block_length, cuts), T)
 
 
 def state_weights(masked, estimator, T, R, block=None, fixed=None):
@@ -112,6 +114,8 @@ def state_weights(masked, estimator, T, R, block=None, fixed=None):
     hidden = masked.sum(1, keepdims=True)  # (S, 1)
     if estimator.startswith("elbo"):
         return (masked * (masked.shape[1] / hidden / len(masked))).astype(np.float32)
+    if estimator == "radau":
+        return quadrature_weights(masked)
     weight = trajectory_weights(masked, T, R)
     if estimator == "spread":
         weight = (masked * (weight.sum(1, keepdims=True) / np.maximum(hidden, 1))).astype(np.float32)
@@ -167,6 +171,22 @@ def block_weights(masked, block, fixed):
     return (weight / len(masked)).astype(np.float32)
 
 
+def drawing(estimator, has_blocks):
+    """A digest of the masks and weights of a few responses: it changes when this file draws or weighs differently.
+
+    It depends on the estimator, and on whether the model is block-causal; weights are rounded, so that no machine's
+    last bits matter.
+    """
+    digest = hashlib.sha256()
+    for n, block_length in ((1, None), (2, None), (9, None), (40, None), (9, 4)):
+        if block_length is None or estimator == "stepwise":
+            divided = {"block": np.arange(n) // 4} if has_blocks else {}
+            masked = state_masks(n, estimator, 3, 2, generator(0, [n], "drawing"), block_length, **divided)
+            weight = state_weights(masked, estimator, 3, 2, **divided)
+            digest.update(np.packbits(masked).tobytes() + np.rint(weight * 1e4 / np.pi).astype("<i4").tobytes())
+    return digest.hexdigest()[:8]
+
+
 def gradient_states(masked, weight, k, rng):
     """Which k of the S states carry the gradient, and how much more each of them counts: factor (S,) float32.
 
@@ -189,13 +209,13 @@ def gradient_states(masked, weight, k, rng):
     return factor
 
 
-def trajectories(n, T, R, rng, block_length=None):
+def trajectories(n, T, R, rng, block_length=None, cuts=None):
     """Draw R rotated trajectories of T steps over n tokens, in random order or, given a block_length, block by block.
 
-    Returns reveal_step (R, n) int64 in 0..T-1. A token of rank k is revealed at the step s with
-    n*s//T <= k < n*(s+1)//T. Trajectory r shifts every rank by r*n//R, so a token revealed early in one is revealed
-    late in another. Blocks go from left to right, as the semi-autoregressive sampler fills them, and ranks are random
-    and shift inside each.
+    cuts (T-1,): the first rank of steps 1..T-1; default: steps of equal size, n*s//T. Returns reveal_step (R, n) int64
+    in 0..T-1: a token is revealed at the step that its rank falls into. Trajectory r shifts every rank by r*n//R, so a
+    token revealed early in one is revealed late in another. Blocks go from left to right, as the semi-autoregressive
+    sampler fills them, and ranks are random and shift inside each.
 
     >>> trajectories(4, 2, 2, generator(0, [1], "chosen")).sum(0).tolist()   # early once, late once
     [1, 1, 1, 1]
@@ -208,7 +228,7 @@ def trajectories(n, T, R, rng, block_length=None):
     order = np.lexsort((rng.random(n), start))  # tokens by rank; a shorter response takes the first of the same numbers
     inside = np.argsort(order) - start  # (n,) rank within the block
     shifted = start + (inside + np.arange(R)[:, None] * size // R) % size  # (R, n)
-    cuts = n * np.arange(1, T) // T  # (T-1,) first rank of steps 1..T-1
+    cuts = n * np.arange(1, T) // T if cuts is None else cuts
     return np.searchsorted(cuts, shifted, side="right")
 
 
@@ -235,6 +255,44 @@ def trajectory_weights(masked, T, R):
         raise ValueError("masks are not trajectories: a shown token is hidden again, or the first state shows one")
     reveal = (path[:, :-1] & ~path[:, 1:]).astype(np.float32) / R  # (R, T, n)
     return np.concatenate((reveal[:, 0].sum(0, keepdims=True), reveal[:, 1:].reshape(S - 1, n)))
+
+
+def radau_levels(n, T):
+    """(T,) int64, falling: how many of n tokens a state of each step hides: all of them, then T - 1 further levels.
+
+    What is estimated is the sum over l = 1..n of f(l), f(l) the mean log-probability of a token hidden with l - 1
+    others. Gauss-Radau's rule of T nodes, one of them the end l = n, where every trajectory begins, has no error for
+    polynomials of degree 2T - 2. Its other nodes are those of Gauss's rule for the weight n - l, eigenvalues of a small
+    matrix (Golub, SIAM Review 15, 1973), and are rounded here to different whole numbers. With n <= T every level is
+    there, and what is left over hides nothing.
+
+    >>> radau_levels(30, 2).tolist(), radau_levels(30, 3).tolist(), radau_levels(2, 3).tolist()
+    ([30, 10], [30, 20, 5], [2, 1, 0])
+    """
+    if n <= T or T == 1:
+        return np.maximum(n - np.arange(T), 0)
+    others = np.arange(1, n)
+    powers = np.polynomial.legendre.legvander(2 * others / n - 1, T - 2)  # (n - 1, T - 1)
+    basis, _ = np.linalg.qr(np.sqrt(n - others)[:, None] * powers)
+    levels = np.rint(np.linalg.eigvalsh(basis.T * others @ basis)).astype(np.int64)  # rising
+    place = np.arange(T - 1)
+    levels = np.maximum.accumulate(np.maximum(levels, 1) - place) + place  # rising by at least 1
+    return np.append(np.minimum(levels, n - T + 1 + place), n)[::-1]
+
+
+def quadrature_weights(masked):
+    """weight (S, n) float32 of a quadrature rule whose nodes are the levels of these states, the tokens that they hide.
+
+    A level k has the weight w with which sum_k w_k k^p is the mean of l^p over l = 1..n, for as many powers p as there
+    are levels. States of a level share it: each hidden token counts n w / k / (states of the level).
+    """
+    n, hidden = masked.shape[1], masked.sum(1)
+    levels, place, states = np.unique(hidden[hidden > 0], return_inverse=True, return_counts=True)
+    rows = np.polynomial.legendre.legvander(2 * np.arange(1, n + 1) / n - 1, len(levels) - 1)  # (n, levels)
+    share = np.linalg.solve(rows[levels - 1].T, rows.mean(0))  # (levels,)
+    by_state = np.zeros(len(masked))
+    by_state[hidden > 0] = (n * share / levels / states)[place]
+    return (masked * by_state[:, None]).astype(np.float32)
 
 
 class SftRecipe(NamedTuple):

@@ -45,6 +45,7 @@ def depends_on(packed, model_args, noise_args):
         "diffusion_steps": noise_args.diffusion_steps,
         "trajectories": noise_args.trajectories,
         "noise_seed": noise_args.noise_seed,
+        "drawing": noise_args.estimator in noise.ESTIMATORS and noise.drawing(noise_args.estimator, blocks is not None),
         "mask_token_id": packed.meta["mask_token_id"],
         "shift_logits": families.shifted(model_config, model_args.shift_logits),
         "block_size": blocks.size if blocks else 0,

@@ -203,6 +203,43 @@ def test_spread_has_the_mean_of_stepwise():
     assert totals["spread"] == pytest.approx(totals["stepwise"], rel=1e-5)
 
 
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 8])
+def test_radau_integrates_polynomials(T):
+    """The states' weights sum f(l) = l^p over l = 1..n exactly, for p < T: and no weight is below 0."""
+    for n in (*range(1, 40), 100, 512):
+        masked = noise.state_masks(n, "radau", T, 3, generator(0, [n], "pair"))
+        weight, levels = noise.state_weights(masked, "radau", T, 3), masked.sum(1)
+        assert masked.shape == (1 + 3 * (T - 1), n) and levels[0] == n and len({*levels} - {0}) == min(n, T)
+        assert weight.dtype == np.float32 and weight.min() >= 0 and not weight[~masked].any()
+        for p in range(min(n, T)):
+            found = (weight.sum(1) * (levels / n) ** p).sum()
+            assert found == pytest.approx(((np.arange(1, n + 1) / n) ** p).sum(), rel=1e-4)
+
+
+def test_radau_is_exact_for_short_responses():
+    """With as many nodes as tokens, the mean over all orders is the sum over levels, for any log p(token | mask)."""
+    for n, T, R in ((2, 2, 3), (4, 4, 2), (3, 5, 1)):
+        table = np.random.default_rng(n).normal(size=(2,) * n + (n,))  # of each mask and token
+        by_level = [[] for _ in range(n)]  # of the mean log p of what a mask hides
+        for mask in itertools.product((0, 1), repeat=n):
+            if any(mask):
+                by_level[sum(mask) - 1].append(table[mask][np.array(mask, bool)].mean())
+        truth, found = sum(map(np.mean, by_level)), []
+        for order in itertools.permutations(range(n)):
+            masked = noise.state_masks(n, "radau", T, R, Ranks(order))
+            logp = np.stack([table[tuple(state.astype(int))] for state in masked])
+            found.append((noise.state_weights(masked, "radau", T, R) * logp).sum())
+        assert np.mean(found) == pytest.approx(truth, rel=1e-5)
+
+
+def test_radau_windows_divide_the_tokens():
+    """With two nodes and three trajectories each token is hidden twice: with all, and in one of three windows."""
+    for n in (12, 30, 33):
+        masked = noise.state_masks(n, "radau", 2, 3, generator(0, [n], "pair"))
+        assert masked.sum(1).tolist() == [n, n // 3, n // 3, n // 3] and (masked.sum(0) == 2).all()
+        np.testing.assert_allclose(noise.state_weights(masked, "radau", 2, 3).sum(0), 1, rtol=1e-5)
+
+
 @pytest.mark.parametrize("estimator", ["elbo", "elbo_stratified"])
 @pytest.mark.parametrize("n, N, R", [(1, 4, 1), (7, 4, 3), (20, 5, 1), (3, 8, 2)])
 def test_elbo(estimator, n, N, R):
@@ -275,10 +312,40 @@ def test_noise_never_changes():
     ):
         masked = noise.state_masks(9, name, 4, 1, generator(0, [1], "chosen"))
         assert ["".join(map(str, row)) for row in masked.astype(int)] == want.split()
+    masked = noise.state_masks(9, "radau", 2, 3, generator(0, [1], "pair"))
+    assert ["".join(map(str, row)) for row in masked[1:].astype(int)] == ["010010010", "100100001", "001001100"]
     masked = noise.state_masks(9, "spread", 4, 2, generator(0, [1], "chosen"))
     weight = noise.state_weights(masked, "spread", 4, 2)
     factor = noise.gradient_states(masked, weight, 3, generator(0, [1], "chosen gradient"))
     assert factor.tolist() == pytest.approx([0.0, 0.0, 0.0, 0.0, 3.0, 3.0, 2.0])
+
+
+def test_drawing_changes_with_the_code(monkeypatch):
+    """Other masks or other weights of an estimator are another drawing; an estimator has its own."""
+    names = [(name, False) for name in noise.ESTIMATORS] + [("elbo", True), ("elbo_stratified", True)]
+    before = [noise.drawing(*each) for each in names]
+    assert len({*before}) == len(names)
+    for changed, of in (
+        ("trajectories", ["stepwise", "spread", "radau"]),
+        ("radau_levels", ["radau"]),
+        ("elbo_masks", ["elbo", "elbo_stratified"]),
+        ("quadrature_weights", ["radau"]),
+        ("trajectory_weights", ["stepwise"]),  # spread takes a state's sum
+    ):
+        with monkeypatch.context() as patch:
+            original = getattr(noise, changed)
+            patch.setattr(noise, changed, turned(original))
+            after = [noise.drawing(*each) for each in names]
+        assert [name for (name, _), old, new in zip(names, before, after) if old != new] == of, changed
+
+
+def turned(function):
+    """A function whose array is turned around along the tokens, or along the levels."""
+
+    def other(*args, **settings):
+        return function(*args, **settings)[..., ::-1]
+
+    return other
 
 
 def test_keys():

@@ -273,6 +273,7 @@ def test_meta(jobs, model_dir):
         "diffusion_steps": 4,
         "trajectories": 2,
         "noise_seed": 0,
+        "drawing": noise.drawing("spread", False),
         "mask_token_id": 3,
         "shift_logits": False,
         "dtype": "no",
