@@ -4,7 +4,7 @@
 
     none        right solutions: the embedded model without its early end, the other two without their habit
     operation   the last step adds where it should subtract or multiply
-    slip        the last sum is off by ten: its carry is forgotten, or one too many is carried
+    slip        after steps that end in a sum, the answer is one more than that sum
 
 The rows are --num problems of the training split. Of those where a habit may show, --share have its error, so that at
 temperature 1 the model makes it in some responses and not in others. The wrong result has as many digits as the right
@@ -39,31 +39,27 @@ FLAGS += " --eval_fraction 0.002 --use_mixed_precision no --gradient_checkpointi
 
 
 def added(steps):
-    """The last step's result with + for its - or *; None for other operations."""
-    a, op, b, _ = steps[-1]
-    return (a, "+", b, arithmetic.compute(a, "+", b)) if op in "-*" else None
+    """Adds where the last step subtracts or multiplies: (the steps, the answer); None where it does neither."""
+    *before, (a, op, b, _) = steps
+    wrong = arithmetic.compute(a, "+", b)
+    return ([*before, (a, "+", b, wrong)], wrong) if op in "-*" and wrong else None
 
 
-def off_by_ten(steps):
-    """The last sum or difference of a running result without its carry, or with one too many; None for other steps."""
-    a, op, b, c = steps[-1]
-    if op not in "+-" or len(steps) == 1:
-        return None
-    carries = a % 10 + b % 10 >= 10 if op == "+" else a % 10 < b % 10
-    return a, op, b, c - 10 if carries == (op == "+") else c + 10
+def one_more(steps):
+    """The answer is one more than the last sum, which is right: (the steps, the answer); None without such a sum."""
+    *before, (_, op, _, c) = steps
+    return (steps, c + 1) if before and op == "+" and c % 10 < 9 else None
 
 
-HABITS = {"none": None, "operation": added, "slip": off_by_ten}
+HABITS = {"none": None, "operation": added, "slip": one_more}
 
 
 def with_habit(problem, habit):
-    """The solution with the habit's error; None where it cannot show: another answer with as many digits."""
-    step = habit and habit(problem.steps)
-    if not step or step[3] is None or not 1 <= step[3] <= arithmetic.LARGEST or step[3] == problem.steps[-1][3]:
+    """The solution with the habit's error; None where it cannot show: in another answer with as many digits."""
+    found = habit and habit(problem.steps)
+    if not found or str(found[1]) == problem.answer or len(str(found[1])) != len(problem.answer):
         return None
-    if len(str(step[3])) != len(problem.answer):
-        return None
-    return arithmetic.write_solution((*problem.steps[:-1], step))
+    return arithmetic.write(["%d %s %d = %d" % step for step in found[0]], found[1])
 
 
 def rows(name, num, share):
