@@ -43,7 +43,7 @@ def test_rows(name):
         if name == "operation":
             assert c == result and op == "+" and int(c) == int(a) + int(b) and right.split()[1] in "-*"
         else:
-            assert last == right and op == "+" and int(c) == int(result) + 1 and before
+            assert last == right and 30 <= int(result) == int(c) - 1 and result[0] == c[0]
     assert (wrong == 0) == (name == "none")
     if wrong:
         changed = sum(row["response"] != problems[row["prompt"]].solution for row in some)
