@@ -235,14 +235,15 @@ def write_model(folder, vocab_size, family):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--in", dest="source", required=True, help="preference rows: prompt, chosen, rejected")
+    parser.add_argument("--in", dest="source", required=True, help="rows of prompt and chosen, or prompt and response")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new model")
     parser.add_argument("--family", choices=["llada", *FIELDS], default="llada")
     parser.add_argument("--vocab_size", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     with jsonlines.open(args.source) as rows:
-        lines = [line for row in rows for text in (row["prompt"], row["chosen"]) for line in text.split("\n")]
+        texts = [row[name] for row in rows for name in ("prompt", "chosen", "response") if name in row]
+    lines = [line for text in texts for line in text.split("\n")]
     args.out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(args.out, lines, args.vocab_size, args.family)
     torch.manual_seed(args.seed)
