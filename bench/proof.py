@@ -79,7 +79,7 @@ def by_solutions(folders):
 
 
 def table(out):
-    folders = sorted(out.glob("seed-*"))
+    folders = [path.parent for path in sorted(out.glob("seed-*/results.json"))]
     found = improve.pooled(folders) | {"by_solutions": by_solutions(folders)}
     write_json(out / "results.json", found)
     improve.print_table(found)

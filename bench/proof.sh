@@ -4,15 +4,15 @@
 #
 #   bash bench/proof.sh            # some two hours of two cores; ends in runs/proof/results.json
 #
-# Environment: SEEDS="1 2 3", WORK=runs/proof, JOBS (seeds at a time; default: one a core); STEPS of a base, GOLD solved
-# grids, PROBLEMS to sample in a round, VALIDATION, TEST and ROUNDS, for a smaller trial. The same command resumes.
+# Environment: SEEDS="1 2 3", WORK=runs/proof, JOBS (seeds at a time; default: one a core), ROUNDS=1. The same command
+# resumes.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 cd "$here"
 [ -n "${CUDA_VISIBLE_DEVICES+x}" ] || export CUDA_VISIBLE_DEVICES= # models this small are no work for a GPU
 set_up ds_configs/zero0.json
 export python WORK=${WORK:-runs/proof} OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu
-export STEPS=${STEPS:-1500} PROBLEMS=${PROBLEMS:-4000} VALIDATION=${VALIDATION:-2000} TEST=${TEST:-2000} ROUNDS=${ROUNDS:-2}
+export ROUNDS=${ROUNDS:-1}
 
 fresh_model() { "$python" examples/new_tiny.py --in "$WORK/gold.jsonl" --vocab_size 266 --out "$1" --seed "$2"; }
 one_seed() {
@@ -20,14 +20,14 @@ one_seed() {
     # 1. A base: LLaDA's SFT on solved grids and their end token, from random weights
     [ -f "$work/init/model.safetensors" ] || fresh_model "$work/init" "$1"
     "$python" train_dpo.py --loss_type sft --task sft --data "$WORK/packed" --model_name_or_path "$work/init" \
-        --output_dir "$work" --deepspeed ds_configs/zero0.json --max_steps "$STEPS" --learning_rate 2e-3 \
+        --output_dir "$work" --deepspeed ds_configs/zero0.json --max_steps 1500 --learning_rate 2e-3 \
         --seed "$1" --noise_seed "$1" --use_mixed_precision no --gradient_checkpointing false --sft_pad_to 17 \
         --per_device_train_batch_size 128 --gradient_accumulation_steps 1 --weight_decay 0.01 --adam_beta2 0.99 \
         --eval_fraction 0.01 --eval_steps 250 --save_steps 1000 --logging_steps 50
     # 2. The loop: 17 tokens in 4 passes
     bash examples/reason.sh bench/proof.yaml --model "$work/final" --task "$WORK/problems.jsonl" \
-        --test_file "$WORK/test.jsonl" --rounds "$ROUNDS" --problems "$PROBLEMS" --validation "$VALIDATION" \
-        --test "$TEST" --gen_length 17 --block_length 17 --steps 4 --cache none --rft_learning_rate 3e-4 \
+        --test_file "$WORK/test.jsonl" --rounds "$ROUNDS" --problems 4000 --validation 2000 --test 2000 \
+        --gen_length 17 --block_length 17 --steps 4 --cache none --rft_learning_rate 3e-4 \
         --seed "$1" --out "$WORK/seed-$1"
 }
 run_seed() { # with its log; not followed by "||", where bash would continue after a failure
@@ -38,8 +38,7 @@ run_seed() { # with its log; not followed by "||", where bash would continue aft
 }
 export -f fresh_model one_seed run_seed
 mkdir -p "$WORK"
-[ -f "$WORK/test.jsonl" ] || "$python" bench/proof.py problems --out "$WORK" ${GOLD:+--gold "$GOLD"} --test "$TEST" \
-    --problems $((ROUNDS * PROBLEMS + VALIDATION))
+[ -f "$WORK/test.jsonl" ] || "$python" bench/proof.py problems --out "$WORK"
 [ -d "$WORK/tokenizer" ] || fresh_model "$WORK/tokenizer" 0
 "$python" data_prep.py --reuse --task sft --in "$WORK/gold.jsonl" --out "$WORK/packed" \
     --model_name_or_path "$WORK/tokenizer"

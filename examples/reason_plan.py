@@ -220,7 +220,7 @@ class Planner:
             return found + ["--save_steps", steps]
         rate = self.args.rft_learning_rate
         rows = BATCH if self.start.embedded else min(BATCH, self.start.arguments().train.per_device_train_batch_size)
-        found += ["--save_steps", steps, "--task", "sft", "--loss_type", "sft", "--beta", "0.1"]
+        found += ["--save_steps", steps, "--task", "sft", "--loss_type", "sft", "--beta", "0.1", "--sft_weight", "0"]
         found += ["--learning_rate", f"{rate:g}", "--per_device_train_batch_size", str(rows)]
         found += ["--gradient_accumulation_steps", str(BATCH // rows)]
         return found + ([] if self.blocks else ["--sft_pad_to", str(self.lines.gen_length)])

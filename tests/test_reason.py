@@ -150,6 +150,14 @@ def test_flags_of_the_sampler(capsys):
     assert "--threshold" not in said and said.count("--learning_rate 2e-05") == 2
 
 
+def test_a_preset_of_ones_own(capsys, tmp_path):
+    """Its loss is that of dpo; rft is SFT alone."""
+    (tmp_path / "mine.yaml").write_text("use_mixed_precision: 'no'\nsft_weight: 5\nlearning_rate: 2e-4\n")
+    words = [str(tmp_path / "mine.yaml"), "--model", "examples/tiny", "--task", "arithmetic", "--dry_run"]
+    said = printed(reason.main, capsys, *words)
+    assert said.count("--sft_weight 0 ") == 2 and said.count("FITS") == 4
+
+
 def test_generated_problems_are_divided(tmp_path):
     args, _ = reason.read_arguments(["tiny", "--task", "arithmetic"])
     reason_problems.write(tmp_path, args, reason.Numbers(problems=30, k=4, validation=20, test=10))
