@@ -2,7 +2,7 @@
 # Does DPO, or RFT, make a model solve more that has no planted flaw? Three bases of a million parameters learn 4x4 Sudoku
 # from solved grids; reason.sh then trains each on its own verified responses. See bench/proof.py and docs/tuning.md.
 #
-#   bash bench/proof.sh            # some two hours of two cores; ends in runs/proof/results.json
+#   bash bench/proof.sh            # an hour or two on two cores; ends in runs/proof/results.json
 #
 # Environment: SEEDS="1 2 3", WORK=runs/proof, JOBS (seeds at a time; default: one a core), ROUNDS=1. The same command
 # resumes.
