@@ -2,17 +2,17 @@
 # Does DPO, or RFT, make a model solve more that has no planted flaw? Three bases of a million parameters learn 4x4 Sudoku
 # from solved grids; reason.sh then trains each on its own verified responses. See bench/proof.py and docs/tuning.md.
 #
-#   bash bench/proof.sh            # an hour or two on two cores; ends in runs/proof/results.json
+#   bash bench/proof.sh            # two hours on two cores; ends in runs/proof/results.json
 #
-# Environment: SEEDS="1 2 3", WORK=runs/proof, JOBS (seeds at a time; default: one a core), ROUNDS=1. The same command
-# resumes.
+# Environment: SEEDS="1 2 3", WORK=runs/proof, JOBS (seeds at a time; default: one a core), ROUNDS=2. The same command
+# resumes; other ROUNDS need another WORK.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 cd "$here"
 [ -n "${CUDA_VISIBLE_DEVICES+x}" ] || export CUDA_VISIBLE_DEVICES= # models this small are no work for a GPU
 set_up ds_configs/zero0.json
 export python WORK=${WORK:-runs/proof} OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu
-export ROUNDS=${ROUNDS:-1}
+export ROUNDS=${ROUNDS:-2}
 
 fresh_model() { "$python" examples/new_tiny.py --in "$WORK/gold.jsonl" --vocab_size 266 --out "$1" --seed "$2"; }
 one_seed() {
