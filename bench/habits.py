@@ -73,11 +73,16 @@ def rows(name, num, share):
 # --- the model --------------------------------------------------------------------------------------------
 
 
-def run(script, *flags):
+def environment():
+    """The variables of a script: one thread, and no GPU unless one is chosen, as these models are no work for it."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if "CUDA_VISIBLE_DEVICES" not in env:
-        env.setdefault("DS_ACCELERATOR", "cpu")  # a model this small is no work for a GPU
-    subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=True, env=env)
+        env.setdefault("DS_ACCELERATOR", "cpu")
+    return env
+
+
+def run(script, *flags):
+    subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=True, env=environment())
 
 
 def read_arguments(argv):

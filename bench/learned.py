@@ -28,7 +28,10 @@ import jsonlines
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from habits import environment
+from small import last_of_each
+
 import files
 from cli import exits
 from reasoning import comparison
@@ -86,24 +89,11 @@ class Trained(NamedTuple):
 # --- stages -----------------------------------------------------------------------------------------------
 
 
-def last_of_each(words):
-    """A command line where a flag that is given again has its last values alone: the scripts refuse a second one."""
-    found, name = {}, ""
-    for word in map(str, words):
-        if word.startswith("--"):
-            name = word
-            found[name] = []
-        found.setdefault(name, []).append(word)
-    return [word for values in found.values() for word in values]
-
-
 def execute(command, log):
     """Run a script, its output into the file `log`. Returns (exit code, processor seconds)."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if "CUDA_VISIBLE_DEVICES" not in env:
-        env.setdefault("DS_ACCELERATOR", "cpu")  # models this small are no work for a GPU
     with open(log, "w") as out:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
+        options = {"cwd": ROOT, "env": environment(), "stdout": out, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen([sys.executable, *command], **options)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, usage.ru_utime + usage.ru_stime
@@ -202,13 +192,6 @@ def pooled(trained, decoding):
     return [verdict for each in trained for verdict in each.solved[decoding]]
 
 
-def against(ours, theirs):
-    """McNemar's test of two lists of verdicts: the default's `theirs`."""
-    won = sum(a and not b for a, b in zip(ours, theirs, strict=True))
-    lost = sum(b and not a for a, b in zip(ours, theirs, strict=True))
-    return {"won": won, "lost": lost, "p": comparison.mcnemar(won, lost)}
-
-
 def row_of(design, rate, trained, default, decoding):
     """A design's line for one model: trained, default: [Trained] of the seeds."""
     verdicts = pooled(trained, decoding)
@@ -221,7 +204,7 @@ def row_of(design, rate, trained, default, decoding):
         "pairs": float(np.mean([each.pairs for each in trained])),
         "tokens": float(np.mean([each.tokens for each in trained])),
         "seconds": float(np.mean([each.seconds for each in trained])),
-        "against_default": against(verdicts, pooled(default, decoding)),
+        "against_default": comparison.paired(verdicts, pooled(default, decoding)),
     }
 
 

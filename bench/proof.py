@@ -11,7 +11,7 @@ turned, mirrored or with rows or columns exchanged (reasoning/sudoku.py, class_o
 """
 
 import argparse
-import functools
+import itertools
 import json
 import random
 import sys
@@ -28,18 +28,13 @@ EMPTY = range(8, 13)  # cells
 GOLD, PROBLEMS, TEST = 100_000, 10_000, 2_000
 
 
-@functools.cache
-def split_of(puzzle):
-    return tasks.split_of(sudoku.class_of(puzzle))
-
-
 def puzzles(count, split, seed):
     """`count` different (puzzle, one of its solutions) of a split; each solution is as likely as any other."""
     rng, found = random.Random(f"{split} {seed}"), {}
     while len(found) < count:
         solved, empty = rng.choice(sudoku.grids()), rng.sample(range(16), rng.choice(EMPTY))
         puzzle = "".join("0" if cell in empty else digit for cell, digit in enumerate(solved))
-        if split_of(puzzle) == split:
+        if tasks.split_of(sudoku.class_of(puzzle)) == split:
             found.setdefault(puzzle, solved)
     return found.items()
 
@@ -67,20 +62,17 @@ def write_problems(out, gold, count, test):
 # --- the table --------------------------------------------------------------------------------------------
 
 
-def by_solutions(folders):
+def by_solutions(seeds):
     """{model: {"one" or "several" solutions: its n, accuracy and interval}} of all seeds."""
-    found = {}
-    for seed in improve.read_all(folders):
-        for name, items in seed.answers.items():
-            for [row] in items:
-                row["solutions"] = "one" if len(sudoku.solutions(row["prompt"][:16])) == 1 else "several"
-            found.setdefault(name, []).extend(items)
-    return {name: comparison.parts(items, "solutions") for name, items in found.items()}
+    answers = improve.joined(seeds)
+    for [row] in itertools.chain(*answers.values()):
+        row["solutions"] = "one" if len(sudoku.solutions(row["prompt"][:16])) == 1 else "several"
+    return {name: comparison.parts(items, "solutions") for name, items in answers.items()}
 
 
 def table(out):
-    folders = [path.parent for path in sorted(out.glob("seed-*/results.json"))]
-    found = improve.pooled(folders) | {"by_solutions": by_solutions(folders)}
+    seeds = improve.read_all([path.parent for path in sorted(out.glob("seed-*/results.json"))])
+    found = improve.pooled(seeds) | {"by_solutions": by_solutions(seeds)}
     write_json(out / "results.json", found)
     improve.print_table(found)
     for name, parts in found["by_solutions"].items():

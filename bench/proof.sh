@@ -9,10 +9,11 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 cd "$here"
+. examples/seeds.sh
 [ -n "${CUDA_VISIBLE_DEVICES+x}" ] || export CUDA_VISIBLE_DEVICES= # models this small are no work for a GPU
 set_up ds_configs/zero0.json
-export python WORK=${WORK:-runs/proof} OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu
-export ROUNDS=${ROUNDS:-2}
+[ "$gpus" != 0 ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+export python WORK=${WORK:-runs/proof} ROUNDS=${ROUNDS:-2} OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 fresh_model() { "$python" examples/new_tiny.py --in "$WORK/gold.jsonl" --vocab_size 266 --out "$1" --seed "$2"; }
 one_seed() {
@@ -30,18 +31,12 @@ one_seed() {
         --gen_length 17 --block_length 17 --steps 4 --cache none --rft_learning_rate 3e-4 \
         --seed "$1" --out "$WORK/seed-$1"
 }
-run_seed() { # with its log; not followed by "||", where bash would continue after a failure
-    set -eu
-    exec 3>&2 > "$WORK/seed-$1.log" 2>&1
-    trap '[ $? = 0 ] || echo "error: seed $1 stopped: $(tail -n 1 "$WORK/seed-$1.log")" >&3' EXIT
-    one_seed "$1"
-}
-export -f fresh_model one_seed run_seed
+export -f fresh_model
 mkdir -p "$WORK"
 [ -f "$WORK/test.jsonl" ] || "$python" bench/proof.py problems --out "$WORK"
 [ -d "$WORK/tokenizer" ] || fresh_model "$WORK/tokenizer" 0
 "$python" data_prep.py --reuse --task sft --in "$WORK/gold.jsonl" --out "$WORK/packed" \
     --model_name_or_path "$WORK/tokenizer"
 echo "proof: seeds ${SEEDS:=1 2 3}, logs in $WORK/seed-*.log"
-printf '%s\n' $SEEDS | xargs -P "${JOBS:-$(getconf _NPROCESSORS_ONLN)}" -I{} bash -c 'run_seed "$1"' proof {}
+run_seeds $SEEDS
 "$python" bench/proof.py table --out "$WORK"

@@ -85,15 +85,19 @@ def read_all(folders):
     return seeds
 
 
-def pooled(folders):
+def joined(seeds):
+    """{name: the answers of all seeds, one after the other}."""
+    return {name: [item for seed in seeds for item in seed.answers[name]] for name in seeds[0].answers}
+
+
+def pooled(seeds):
     """{"task", "seeds": [row_of() each, with "seed" and "chosen"], "pooled": row_of(), "by_steps"}.
 
-    folders: of reason.sh, one per seed. by_steps: {name: {steps of the problem: its "n", "accuracy", "ci95"}} of all
-    seeds; None if the problems were not generated.
+    seeds: read_all(). by_steps: {name: {steps of the problem: its "n", "accuracy", "ci95"}} of all seeds; None if the
+    problems were not generated.
     """
-    seeds = read_all(folders)
     rows = [{"seed": seed.number, "chosen": seed.chosen} | row_of(seed.answers) for seed in seeds]
-    answers = {name: [item for seed in seeds for item in seed.answers[name]] for name in seeds[0].answers}
+    answers = joined(seeds)
     prompts = {json.dumps(item[0]["prompt"]) for item in answers["start"]}
     by_steps = None
     if all("steps" in row for [row] in answers["start"]):
@@ -164,10 +168,11 @@ def step_rows(by_steps):
 
 def main(argv=None):
     args = read_arguments(argv)
-    found = pooled(args.folders)
+    found = pooled(read_all(args.folders))
     write_json(args.out, found)
     print_table(found)
     print(f"{args.out}: the same as JSON; every answer: test/*.jsonl of each folder")
+    return 0
 
 
 if __name__ == "__main__":

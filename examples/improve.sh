@@ -11,6 +11,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 cd "$here"
+. examples/seeds.sh
 rounds=1
 case $#${1:-} in 0) ;; 2--rounds) rounds=$2 ;; *) die "examples/improve.sh $*: expected nothing, or --rounds 2" ;; esac
 [[ $rounds =~ ^[1-9]$ ]] || die "--rounds is '$rounds', expected a number from 1 to 9"
@@ -21,16 +22,11 @@ export WORK=${WORK:-runs/improve} OMP_NUM_THREADS=1 # a seed a core
 export numbers="--rounds $rounds ${PROBLEMS:+--problems $PROBLEMS} ${VALIDATION:+--validation $VALIDATION}"
 numbers+=${HELD_OUT:+ --test $HELD_OUT}
 
-run_seed() { # with its log; not followed by "||", where bash would continue after a failure
-    set -eu
-    exec 3>&1 4>&2 > "$WORK/seed-$1.log" 2>&1
-    trap '[ $? = 0 ] || echo "error: seed $1 stopped: $(tail -n 1 "$WORK/seed-$1.log")" >&4' EXIT
+one_seed() {
     bash examples/reason.sh examples/tiny --task arithmetic --seed "$1" --out "$WORK/seed-$1" $numbers
-    echo "seed $1: done" >&3
 }
-export -f run_seed
 mkdir -p "$WORK"
 read -ra seeds <<< "${SEEDS:-1 2 3}"
 echo "improve: seeds ${seeds[*]}, $rounds round(s), logs in $WORK/seed-*.log"
-printf '%s\n' "${seeds[@]}" | xargs -P "${JOBS:-$(getconf _NPROCESSORS_ONLN)}" -I{} bash -c 'run_seed "$1"' improve {}
+run_seeds "${seeds[@]}"
 "$python" examples/improve.py "${seeds[@]/#/$WORK/seed-}" --out "$WORK/results.json"

@@ -155,11 +155,17 @@ def parts(items, name):
     return {str(value): {"n": len(part)} | accuracy_of(part) for value, part in found.items()}
 
 
+def paired(ours, theirs):
+    """{"won", "lost", "p"} of McNemar's test of two models' verdicts, bool, on the same items."""
+    pairs = list(zip(ours, theirs, strict=True))
+    won, lost = pairs.count((True, False)), pairs.count((False, True))
+    return {"won": won, "lost": lost, "p": mcnemar(won, lost)}
+
+
 def against(first, items):
     """McNemar's test of the first model's verdicts against another's; with several samples, the gain in pass@1, too."""
-    pairs = [(is_solved(ours), is_solved(theirs)) for ours, theirs in zip(first, items)]
-    won, lost = pairs.count((True, False)), pairs.count((False, True))
-    test = {"difference": (won - lost) / len(items), "won": won, "lost": lost, "p": mcnemar(won, lost)}
+    test = paired(list(map(is_solved, first)), list(map(is_solved, items)))
+    test = {"difference": (test["won"] - test["lost"]) / len(items)} | test
     if len(items[0]) > 1:
         gains = [solved(ours) - solved(theirs) for ours, theirs in zip(first, items)]
         test["pass@1"] = {"value": sum(gains) / len(gains), "ci95": estimates.bootstrap(gains)}

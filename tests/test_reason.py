@@ -39,7 +39,7 @@ def at_the_root(monkeypatch):
 def printed(main, capsys, *words):
     """What a command prints; its exit code must be 0."""
     capsys.readouterr()
-    assert not main([*words])
+    assert main([*words]) == 0
     return capsys.readouterr().out
 
 
@@ -310,7 +310,7 @@ def test_seeds_that_share_their_test_items(capsys, tmp_path):
     folders = [write_seed(tmp_path / file[0], 1, verdicts, file) for file in files]
     said = printed(improve.main, capsys, *folders, "--out", str(tmp_path / "all.json"))
     assert "3 of the 6 items are different" in said and "RFT" not in said and "steps" not in said
-    assert improve.pooled(folders)["pooled"]["tests"]["dpo - start"]["won"] == 2
+    assert improve.pooled(improve.read_all(folders))["pooled"]["tests"]["dpo - start"]["won"] == 2
 
 
 def test_seeds_that_cannot_be_pooled(capsys, tmp_path):
