@@ -1,44 +1,38 @@
-"""How noisy and how biased the score's estimators are on your pairs and your model, and which one to use.
+"""How much of each estimator's gradient your pairs agree on, on your model, and at which noise levels.
 
-    packed/ + model (+ policy) -> packed/calibration-<key>.json, .png; read by --diffusion_steps auto
+    packed/ + model -> packed/calibration-<key>.json, .png; read by --diffusion_steps auto
     python data_prep.py --in examples/prefs.jsonl
-    python calibrate.py --data packed --use_mixed_precision no --pairs 2 --draws 2
+    python calibrate.py --data packed --use_mixed_precision no --pairs 4
 
-Every design (estimator, T, R) is drawn several times for some pairs, and scored by the reference and by a policy under
-the same noise: --policy, or the reference with each weight moved a little. The truth is the score in steps of one
-token, by elbo_stratified with up to 64 levels (of each block, where the model is block-causal). Of the designs with a
-small bias, it recommends the one with the least noise at equal cost: variance of the margin times forward passes.
-scoring/calibration.py defines a small bias.
+DPO's first steps go along the gradient of S(chosen) - S(rejected), averaged over pairs. Every design (estimator, T, R)
+is drawn a few times for some pairs, and the share of such a gradient that pairs agree on is its signal
+(scoring/signal.py). The truth, for its bias and for the levels, is the score in steps of one token: every level once,
+or 64 levels if there are more (of each block, where the model is block-causal). Gradients are held as sketches
+(models/sketch.py). It recommends a design for few pairs and one for many (scoring/calibration.py).
 
-n response tokens, T denoising steps, R trajectories, S states, D draws.
+n response tokens, T denoising steps, R trajectories, P pairs, D draws, K numbers of a sketch, B bins of levels.
 """
 
 import time
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import config
 from cli import exits
 from cli.parser import arg, names
 from preferences import packed as disk
-from scoring import recipe
-from scoring.calibration import key, measure, place, recommend
+from scoring import noise, recipe, signal
+from scoring.calibration import cheapest, densest, designs_of, is_finite, key, place, signal_of
 
-UNUSED = {"end_token_id", "gradient_checkpointing", "lora_r", "lora_alpha", "lora_targets"}
-UNUSED |= {"diffusion_steps", "trajectories", "estimator", "order", "block_length", "noise_sets"}
+UNUSED = {"end_token_id", "lora_r", "lora_alpha", "lora_targets"}
+UNUSED |= {"diffusion_steps", "trajectories", "estimator", "order", "block_length", "noise_sets", "ld_alpha"}
 UNUSED |= names(config.DataArguments, config.TrainArguments) - {"data"}
 
 
 @dataclass
 class CalibrateArguments:
-    policy: Optional[str] = arg(
-        None,
-        "trained model to measure margins with; without it weights are moved a little",
-        metavar="MODEL",
-        heading="Calibration",
-    )
-    pairs: int = arg(8, "pairs to measure on")
-    draws: int = arg(6, "draws of each estimator for each pair")
+    pairs: int = arg(32, "pairs to measure on", heading="Calibration")
+    draws: int = arg(2, "draws of each estimator for each pair")
     reuse: bool = arg(
         False, "measure only if --diffusion_steps is auto and --data holds no calibration of this model yet"
     )
@@ -73,238 +67,264 @@ if __name__ == "__main__":
     exits.early(early)  # answers --help and mistakes before the imports below, which take seconds
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 import files
 import score
 from cli.progress import progress
 from files import InputError
-from models import checkpoint, families
-from scoring import noise
+from models import architecture, families
+from models.sketch import Sketch
+from scoring.calibration import Design
 from scoring.states import response_states
+from scoring.window import Piece
 from training import deepspeed_config, engine, streaming
 
-
-class Design(NamedTuple):
-    estimator: str
-    diffusion_steps: int
-    trajectories: int
+LEVELS = 64  # of the truth, at most
+CLEAR = 2  # standard errors that a signal must be above 0
 
 
-SPREAD = ((2, 3), (2, 7), (3, 3), (4, 2), (4, 4), (4, 5), (6, 3), (8, 2))
-DESIGNS = [Design("spread", T, R) for T, R in SPREAD]
-DESIGNS += [Design("radau", T, R) for T, R in ((2, 3), (2, 7), (3, 3))]
-DESIGNS += [Design("elbo", N, 1) for N in (4, 8, 16)]
-DESIGNS += [Design("elbo_stratified", N, 1) for N in (4, 8, 16)]
-DESIGNS += [Design("stepwise", 4, 5), Design("stepwise", 20, 1)]
-BLOCK_DESIGNS = [Design("elbo_stratified", N, 1) for N in (2, 3, 4, 6, 8, 16)]  # of block-causal models
-BLOCK_DESIGNS += [Design("elbo", N, 1) for N in (4, 8, 16)]
-LEVELS, MASKS, TRUTH_DRAWS = 64, 4, 2  # of the truth
-MOVED = 0.02  # how far a weight is moved without a policy, in standard deviations of its tensor
-
-
-# --- what is scored ---------------------------------------------------------------------------------------
-
-
-def designs_of(masking):
-    """The designs to measure, for a model of this Masking."""
-    return BLOCK_DESIGNS if masking.blocks else DESIGNS
+# --- gradients --------------------------------------------------------------------------------------------
 
 
 def truth_design(n, blocks):
     """The design that stands for the truth, for a response of n tokens."""
-    return Design("elbo_stratified", min(n, blocks.size if blocks else n, LEVELS), MASKS)
+    return Design("elbo_stratified", min(n, blocks.size if blocks else n, LEVELS), 1)
 
 
-def draws_of(packed, index, side, design, draws, noise_seed, blocks=None):
-    """Yields (masked (S, n), weight (S, n)) of one response, `draws` times."""
-    n, name = len(packed[index][1 + side]), noise.side_of(design.estimator, side, blocks is not None)
-    divided = recipe.partition(len(packed[index][0]), n, blocks)
-    for draw in range(draws):
-        stream = f"{name} calibration {tuple(design)}"
-        rng = noise.generator(noise_seed, packed.content(index), stream, draw)
-        masked = noise.state_masks(n, *design, rng, **divided)
-        yield masked, noise.state_weights(masked, *design, **divided)
+class Drawn(NamedTuple):
+    """The states of a response under one draw."""
+
+    masked: np.ndarray  # (S, n) bool
+    weight: np.ndarray  # (S, n) float32
+    bins: np.ndarray  # (S, n) of signal.level_bins()
 
 
-@torch.no_grad()
-def move(model, seed=0):
-    """Add noise of MOVED standard deviations to every weight, in place; under ZeRO-3 to the gathered weight."""
-    rng = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if not torch.is_floating_point(parameter):  # in 4 bits
-            continue
-        with checkpoint.writing(parameter) as is_mine:
-            if is_mine:
-                step = torch.randn(parameter.shape, generator=rng).to(parameter.device)
-                step *= MOVED * parameter.float().std(correction=0)
-                parameter.add_(step.to(parameter.dtype))
+def margin(scores):
+    """The loss whose gradient is measured."""
+    return scores[0] - scores[1]
 
 
-class Scorer(NamedTuple):
-    """What both models are scored with."""
+class Measurement(NamedTuple):
+    """What gradients are measured with."""
 
+    model: Any
+    sketch: Sketch
     packed: disk.Packed
     pairs: np.ndarray
-    draws: int
     masking: families.Masking
     tokens_per_forward: int
     noise_seed: int
     ranks: engine.Ranks
 
+    def draw(self, index, side, design, draw):
+        """The Drawn of a response of pair `index`; side 0 is chosen, 1 rejected."""
+        prompt, n, blocks = self.packed[index][0], len(self.packed[index][1 + side]), self.masking.blocks
+        design = design or truth_design(n, blocks)
+        stream = f"{noise.side_of(design.estimator, side, blocks is not None)} calibration {tuple(design)}"
+        rng = noise.generator(self.noise_seed, self.packed.content(index), stream, draw)
+        divided = recipe.partition(len(prompt), n, blocks)
+        masked = noise.state_masks(n, *design, rng, **divided)
+        return Drawn(masked, noise.state_weights(masked, *design, **divided), signal.level_bins(masked, **divided))
 
-class Scored(NamedTuple):
-    """The scores of one design, and what one of them costs."""
+    def gradient(self, index, drawn):
+        """(gradient (K,) of a pair's margin, forward passes of one state that it took). drawn: of both responses."""
+        prompt, *responses = self.packed[index]
+        states = [
+            response_states(prompt, response, each.masked, each.weight, *self.masking)
+            for response, each in zip(responses, drawn)
+        ]
+        piece = Piece(states, margin, slopes=[1.0, -1.0])
+        self.sketch.clear()
+        score.score_and_backward(self.model, [piece], self.tokens_per_forward, self.ranks, backward)
+        return self.sketch.gradient().numpy(), sum(len(each.live) for each in states)
 
-    scores: np.ndarray  # (pairs, D, 2), of chosen and rejected
-    seconds: float
-    passes: float  # forward passes of one state
+    def of_design(self, design, draws, bar):
+        """(gradients (P, D, K) of a design, forward passes of all of them)."""
+        found, passes = [], 0
+        for index in self.pairs:
+            for draw in range(draws):
+                gradient, count = self.gradient(index, [self.draw(index, side, design, draw) for side in (0, 1)])
+                found.append(gradient)
+                passes += count
+            bar.update()
+        return np.stack(found).reshape(len(self.pairs), draws, -1), passes
+
+    def of_truth(self, bar):
+        """(gradients (P, B, K) of the levels of each bin, whose sum is the truth's; forward passes of all of them)."""
+        found, passes = [], 0
+        for index in self.pairs:
+            drawn = [self.draw(index, side, None, 0) for side in (0, 1)]
+            for level in range(signal.BINS):
+                of_level = [each._replace(weight=each.weight * (each.bins == level)) for each in drawn]
+                gradient, count = self.gradient(index, of_level)
+                found.append(gradient)
+                passes += count
+            bar.update()
+        return np.stack(found).reshape(len(self.pairs), signal.BINS, -1), passes
 
 
-@torch.no_grad()
-def score_designs(model, scorer, description):
-    """[Scored] of every design and, last, of the truth."""
-    found = []
-    designs = designs_of(scorer.masking)
-    total = len(scorer.pairs) * (len(designs) + 1)
-    with progress(total, "design", description, disable=not scorer.ranks.first) as bar:
+def backward(loss, _):
+    """No engine's: the weights have no gradient that an engine would have to reduce."""
+    loss.backward()
+
+
+# --- the calibration --------------------------------------------------------------------------------------
+
+
+def prepare(packed, model_args, noise_args, args, masking, ranks):
+    """The Measurement: some pairs, the model with its sketch, and as many tokens in a pass as fit."""
+    rng = np.random.default_rng(noise_args.noise_seed)
+    pairs = np.sort(rng.choice(len(packed), min(args.pairs, len(packed)), replace=False))
+    model = architecture.bare(streaming.load(model_args, ranks))  # an engine has no backward pass without an optimizer
+    if model_args.gradient_checkpointing:
+        architecture.recompute_activations(model)
+    sketch = Sketch(model)
+    tokens = score.tokens_of_a_pass(model, packed, model_args.tokens_per_forward, masking, ranks, has_graph=True)
+    return Measurement(model, sketch, packed, pairs, masking, tokens, noise_args.noise_seed, ranks)
+
+
+def most_passes(measurement, draws):
+    """Forward passes of one state that a calibration makes at most: a state that scores nothing needs none."""
+    blocks, bounds = measurement.masking.blocks, measurement.packed.bounds[measurement.pairs]
+    responses = np.diff(bounds[:, 1:4], axis=1).ravel().tolist()
+    of_designs = len(responses) * draws * sum(noise.state_count(*design) for design in designs_of(blocks))
+    of_truth = sum(truth_design(n, blocks).diffusion_steps for n in responses)
+    return of_designs + of_truth * (signal.BINS if blocks else 1)  # blocks of one state have several levels
+
+
+def epoch_passes(packed, blocks):
+    """(forward passes of one state in an epoch of training with the default design, its states of a response)."""
+    states = noise.state_count(*noise.default_design(has_blocks=blocks is not None))
+    return 2 * len(packed) * states, states
+
+
+def measured(measurement, designs, draws):
+    """(rows of the table, gradients (P, B, K) of the truth's levels, forward passes of one state of all of it)."""
+    rows, bars = [], len(measurement.pairs) * (len(designs) + 1)
+    with progress(bars, "pair", "calibration", disable=not measurement.ranks.first) as bar:
+        by_level, total = measurement.of_truth(bar)
+        truth = by_level.sum(1)
         for design in designs:
-            found.append(score_design(model, scorer, design, scorer.draws, bar))
-        found.append(score_design(model, scorer, None, TRUTH_DRAWS, bar))
-    return found
-
-
-def score_design(model, scorer, design, draws, bar):
-    """The Scored of one design; None: of the truth."""
-    scores = torch.zeros(len(scorer.pairs), draws, 2, dtype=torch.float64)
-    passes, began = 0, time.time()
-    for p, index in enumerate(scorer.pairs):
-        prompt, *responses = scorer.packed[index]
-        drawn, noise_of = [], (scorer.noise_seed, scorer.masking.blocks)
-        for side, response in enumerate(responses):
-            mine = design or truth_design(len(response), scorer.masking.blocks)
-            for masked, weight in draws_of(scorer.packed, index, side, mine, draws, *noise_of):
-                drawn.append(response_states(prompt, response, masked, weight, *scorer.masking))
-        passes += sum(len(states.live) for states in drawn)
-        found = score.state_scores(model, drawn, scorer.tokens_per_forward, scorer.ranks)
-        sums = torch.stack([by_state.sum() for by_state in found])  # (2 D,)
-        scores[p] = sums.view(2, draws).t().double().cpu()  # (D, 2)
-        bar.update()
-    return Scored(scores.numpy(), (time.time() - began) / scores.numel(), passes / scores.numel())
-
-
-# --- what is measured -------------------------------------------------------------------------------------
-
-
-def measured_rows(designs, policy, reference):
-    """The table: a dictionary of plain values per design. policy, reference: [Scored], the truth last."""
-    rows = []
-    for design, by_policy, by_reference in zip(designs, policy, reference):
-        found = measure(by_policy.scores, by_reference.scores, policy[-1].scores, reference[-1].scores)
-        found = {name: float(value) for name, value in found.items()}
-        cost = {"passes": by_reference.passes, "seconds": by_reference.seconds}
-        noise_x_cost = {"noise_x_cost": found["margin_variance"] * by_reference.passes}
-        rows.append(design._asdict() | cost | found | noise_x_cost)
-    return rows
+            gradients, passes = measurement.of_design(design, draws, bar)
+            per_response = {"passes": passes / (2 * len(measurement.pairs) * draws)}
+            rows.append(design._asdict() | per_response | signal.measure(gradients, truth))
+            total += passes
+    return rows, by_level, total
 
 
 def run(packed, model_args, noise_args, args, masking, ranks):
-    """Score the designs with both models, measure, and write the table and its plot."""
-    # 1. Some pairs, and as many tokens in a forward pass as fit
-    if len(packed) < 2 or args.pairs < 2 or args.draws < 2:
-        raise InputError("a calibration compares pairs and draws: at least 2 pairs, --pairs 2 and --draws 2 are needed")
-    rng = np.random.default_rng(noise_args.noise_seed)
-    pairs = np.sort(rng.choice(len(packed), min(args.pairs, len(packed)), replace=False))
-    model = streaming.load(model_args, ranks)
-    tokens = score.tokens_of_a_pass(model, packed, model_args.tokens_per_forward, masking, ranks)
+    """Measure the designs, and write the table and its plot."""
+    # 1. The model and some pairs, and what it will take
+    if min(len(packed), args.pairs) < 3 or args.draws < 2:
+        raise InputError("a calibration compares pairs and draws: at least 3 pairs, --pairs 3 and --draws 2 are needed")
+    measurement = prepare(packed, model_args, noise_args, args, masking, ranks)
+    of_epoch, states = epoch_passes(packed, masking.blocks)
+    if ranks.first:
+        passes = most_passes(measurement, args.draws)
+        print(
+            f"calibration: at most {passes:,} forward and backward passes of one state, as {passes / of_epoch:.1f} "
+            f"epochs of training on these {len(packed)} pairs with {states} states a response",
+            flush=True,
+        )
 
-    # 2. The scores of the reference, then of the policy
-    scorer = Scorer(packed, pairs, args.draws, masking, tokens, noise_args.noise_seed, ranks)
-    reference = score_designs(model, scorer, "calibration, reference")
-    if args.policy:
-        del model  # there may be no room for two
-        model = streaming.load(model_args, ranks, args.policy)
-    else:
-        move(model)
-    policy = score_designs(model, scorer, "calibration, policy")
+    # 2. The gradients of the truth, and of each design
+    began = time.time()
+    rows, by_level, passes = measured(measurement, designs_of(masking.blocks), args.draws)
+    if not is_finite(rows):
+        raise InputError(
+            f"{model_args.model_name_or_path}: the gradients of its scores are 0 or not finite; the model is broken or "
+            "its numbers overflow (try --use_mixed_precision no)"
+        )
 
     # 3. The table
-    rows = measured_rows(designs_of(masking), policy, reference)
-    if not all(0 < row["noise_x_cost"] < float("inf") for row in rows):
-        raise InputError(
-            f"the scores of {args.policy or 'the moved model'} are those of the reference, or not finite; "
-            "expected a model trained from it"
-        )
     if ranks.first:
-        report(rows, packed, model_args, args, len(pairs))
+        levels = signal.shares(by_level)
+        table = {
+            "depends_on": key(packed, model_args),
+            "pairs": len(measurement.pairs),
+            "draws": args.draws,
+            "price": {"passes": passes, "seconds": time.time() - began, "epochs": passes / of_epoch},
+            "rows": rows,
+            "levels": {"share": levels.value.tolist(), "error": levels.error.tolist()},
+            "few_pairs": design_of(cheapest(rows)),
+            "many_pairs": design_of(densest(rows)),
+        }
+        report(table, place(packed, model_args))
     dist.barrier()
+
+
+def design_of(row):
+    """{"estimator", "diffusion_steps", "trajectories"} of a row."""
+    return {name: row[name] for name in Design._fields}
 
 
 # --- what is written --------------------------------------------------------------------------------------
 
 
-def report(rows, packed, model_args, args, pairs):
-    """Print the table, write it and its plot, and recommend a design."""
-    path, best = place(packed, model_args), recommend(rows)
-    show(rows, best)
-    table = {
-        "depends_on": key(packed, model_args),
-        "policy": args.policy or f"every weight moved by {MOVED} sd",
-        "pairs": pairs,
-        "draws": args.draws,
-        "rows": rows,
-    }
+def report(table, path):
+    """Print the table and what follows from it, write it and its plot."""
+    show(table["rows"])
+    numbers = [f"{share:.0%} +- {100 * error:.0f}" for share, error in zip(*table["levels"].values())]
+    print(f"the true gradient by hidden share, most hidden last: {', '.join(numbers)}")
     files.write_json(path, table)
-    plot(rows, path.with_suffix(".png"))
-    flags = " ".join(f"--{name} {best[name]}" for name in Design._fields)
-    print(f"{path}, {path.with_suffix('.png').name}: of {pairs} pairs, {args.draws} draws each")
-    print(f"recommended: {flags} (or --diffusion_steps auto)", flush=True)
-
-
-def show(rows, best):
-    """Print the table: passes per response, seconds per response and model, noise times cost relative to the best's."""
+    plot(table, path.with_suffix(".png"))
+    price = table["price"]
     print(
-        f"{'estimator':<16}{'T':>4}{'R':>4}{'passes':>8}{'seconds':>9}   score: {'variance':>8}{'bias':>9}   "
-        f"margin: {'variance':>8}{'bias':>9}{'noise x cost':>14}"
+        f"{path}, {path.with_suffix('.png').name}: of {table['pairs']} pairs, {table['draws']} draws; "
+        f"{price['passes']:,} passes, as {price['epochs']:.1f} epochs; {price['seconds']:.0f} s"
     )
+    best = max(table["rows"], key=signal_of)
+    if best["signal"] < CLEAR * best["signal_error"]:
+        print("warning: these pairs show no gradient that they agree on, so designs cannot be compared; more --pairs")
+    print(f"few pairs (pairs are the limit): {flags(table['few_pairs'])} (or --diffusion_steps auto)")
+    print(f"many pairs (compute is the limit): {flags(table['many_pairs'])}", flush=True)
+
+
+def flags(design):
+    return " ".join(f"--{name} {value}" for name, value in design.items())
+
+
+def show(rows):
+    """Print the table: passes per response, and signal per pass relative to the best's."""
+    print(f"{'estimator':<16}{'T':>4}{'R':>4}{'passes':>8}{'signal':>9}{'':>7}{'per pass':>10}{'noise':>8}{'bias':>7}")
+    most = max(row["signal"] / row["passes"] for row in rows)
     for row in sorted(rows, key=passes_of):
-        design = f"{row['estimator']:<16}{row['diffusion_steps']:4d}{row['trajectories']:4d}"
-        cost = f"{row['passes']:8.1f}{row['seconds']:9.3f}"
-        of_score = f"{row['score_variance']:15.3g}{row['score_bias']:+9.2g}"
-        of_margin = f"{row['margin_variance']:16.3g}{row['margin_bias']:9.2g}"
-        relative = f"{row['noise_x_cost'] / best['noise_x_cost']:14.2f}"
-        mark = "  <- recommended" if row is best else ""
-        print(f"{design}{cost}   {of_score}   {of_margin}{relative}{mark}")
+        print(
+            f"{row['estimator']:<16}{row['diffusion_steps']:4d}{row['trajectories']:4d}{row['passes']:8.1f}"
+            f"{row['signal']:9.1%} +-{100 * row['signal_error']:4.1f}"
+            f"{row['signal'] / row['passes'] / most:10.2f}{row['noise']:8.0%}{row['bias']:7.0%}"
+        )
 
 
-def plot(rows, path):
-    """Variance (filled) and squared bias (hollow) against forward passes; of the score, of the margin."""
+def plot(table, path):
+    """Signal against forward passes, and the share of each bin of levels."""
     from matplotlib.figure import Figure  # imported here: nothing else needs it
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, quantity in zip(figure.subplots(1, 2), ("score", "margin")):
-        for colour, estimator in enumerate(noise.ESTIMATORS):
-            mine = [row for row in rows if row["estimator"] == estimator]
-            plot_estimator(axes, sorted(mine, key=passes_of), quantity, estimator, f"C{colour}")
-        axes.set(xlabel="forward passes per response", ylabel="variance; hollow: squared bias")
-        axes.set(title=quantity, yscale="log")
-        axes.legend(fontsize=8)
+    designs, levels = figure.subplots(1, 2)
+    for colour, estimator in enumerate(noise.ESTIMATORS):
+        mine = [row for row in table["rows"] if row["estimator"] == estimator]
+        if mine:
+            plot_estimator(designs, sorted(mine, key=passes_of), estimator, f"C{colour}")
+    designs.set(xlabel="forward passes per response", ylabel="signal", title="what pairs agree on")
+    designs.legend(fontsize=8)
+    middles = (np.arange(signal.BINS) + 0.5) / signal.BINS
+    levels.bar(middles, table["levels"]["share"], 0.9 / signal.BINS, yerr=table["levels"]["error"], capsize=3)
+    levels.set(xlabel="hidden share of the response", ylabel="share", title="levels it comes from")
     with files.replacing(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
 
 
-def plot_estimator(axes, rows, quantity, estimator, colour):
+def plot_estimator(axes, rows, estimator, colour):
     """One estimator's designs, each labelled TxR."""
-    passes = [row["passes"] for row in rows]
-    variances = [row[f"{quantity}_variance"] for row in rows]
-    biases = [row[f"{quantity}_bias"] ** 2 for row in rows]
-    axes.plot(passes, variances, "o", color=colour, label=estimator)
-    axes.plot(passes, biases, "o", color=colour, fillstyle="none")
-    for row, point in zip(rows, zip(passes, variances)):
+    passes, signals = [row["passes"] for row in rows], [row["signal"] for row in rows]
+    errors = [row["signal_error"] for row in rows]
+    axes.errorbar(passes, signals, errors, fmt="o", color=colour, label=estimator, capsize=3)
+    for row in rows:
         label = f"{row['diffusion_steps']}x{row['trajectories']}"
         near = {"textcoords": "offset points", "xytext": (4, 3)}
-        axes.annotate(label, point, fontsize=7, color=colour, **near)
+        axes.annotate(label, (row["passes"], row["signal"]), fontsize=7, color=colour, **near)
 
 
 def passes_of(row):

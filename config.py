@@ -122,19 +122,19 @@ class ModelArguments:
 class NoiseArguments:
     estimator: Literal["auto", "stepwise", "spread", "radau", "elbo", "elbo_stratified"] = arg(
         "auto",
-        "how masks are drawn and weighted (docs/method.md); auto: spread, stepwise with --order blocks, "
+        "how masks are drawn and weighted (docs/method.md); auto: radau, stepwise with --order blocks, "
         "elbo_stratified for block-causal models",
         heading="Noise: the masked states in which a response is scored",
     )
     diffusion_steps: number_or_auto = arg(
         None,
-        "T, denoising steps of a trajectory; auto: T and R that calibrate.py recommends; default: 3, or 4 for "
-        "block-causal models",
+        "T, denoising steps of a trajectory; auto: T and R that calibrate.py recommends; default: 2 (spread and "
+        "stepwise 3, elbo 8, elbo_stratified and block-causal models 4)",
     )
     trajectories: Optional[int] = arg(
         None,
         "R, rotated trajectories per response: 1 + R(T-1) states, a row each (elbo: R masks at T levels, RT states); "
-        "default: 3, or 1 for block-causal models",
+        "default: 3 (elbo, elbo_stratified and block-causal models 1)",
     )
     order: Literal["random", "blocks"] = arg(
         "random", "order in which tokens are revealed: random, or block by block from left to right"

@@ -4,10 +4,9 @@
     python data_prep.py --in examples/prefs.jsonl
     python score.py --data packed --use_mixed_precision no
 
-S(x, y) = 1/R sum_r sum_s sum_{i: reveal_step_r[i] = s} log p(y_i | state before s, x)   (docs/method.md)
+S(x, y) = sum over states s and the tokens i that s hides of weight[s, i] * log p(y_i | s, x)   (docs/method.md)
 
-By default a state's share is spread evenly over all tokens that it hides, which has the same mean; scoring/noise.py has
-the weights of each estimator.
+scoring/noise.py has the states and weights of each estimator.
 
 B rows of a forward pass, N tokens of all of them, M of these scored, L length, n response tokens, T denoising steps,
 R trajectories, S states.
@@ -208,14 +207,19 @@ class Job(NamedTuple):
     stop: stopping.Stop
 
 
-@torch.no_grad()
-def tokens_of_a_pass(model, packed, wanted, masking, ranks):
-    """`wanted`, the --tokens_per_forward; for auto, the most that fit, tried on the longest response, all masked."""
+def tokens_of_a_pass(model, packed, wanted, masking, ranks, has_graph=False):
+    """`wanted`, the --tokens_per_forward; for auto, the most that fit, tried on the longest response, all masked.
+
+    has_graph: each forward pass is followed by a backward pass.
+    """
     states = all_masked(packed, masking)
     length = states.tokens
 
     def trial(tokens):
-        row_scores(model, [(states, (0,))] * (tokens // length), ranks.device)
+        with torch.set_grad_enabled(has_graph):
+            scores = row_scores(model, [(states, (0,))] * (tokens // length), ranks.device)
+        if has_graph:
+            scores.sum().backward()
 
     if wanted == "auto":
         wanted = memory.largest_that_fits(length, max(length, passes.ENOUGH), trial, ranks).size

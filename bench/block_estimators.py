@@ -37,7 +37,7 @@ from cli import exits
 from models import checkpoint
 from models.families import Masking
 from preferences import packed as disk
-from scoring import noise, recipe
+from scoring import noise, recipe, sft_noise
 from scoring.states import response_states
 
 WAYS = ("row", "block", "ranks", "stratified", "own")
@@ -83,7 +83,7 @@ def run(script, *argv):
 
 def row_level(n, S, rng):
     """One level t ~ U(0, 1) a copy, tokens hidden with that probability and weighted by its inverse."""
-    t = (1 - noise.EPSILON) * rng.random((S, 1)) + noise.EPSILON
+    t = (1 - sft_noise.EPSILON) * rng.random((S, 1)) + sft_noise.EPSILON
     masked = rng.random((S, n)) < t
     return masked, (masked / t / S).astype(np.float32)
 

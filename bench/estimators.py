@@ -1,4 +1,4 @@
-"""Noise and bias of score, margin and gradient on a trained model: every estimator against VRPO's iid ELBO.
+"""Noise and bias of score, margin and gradient on a trained model: every estimator, and rivals.py's, against VRPO's.
 
     python bench/estimators.py [--json FILE] [--pairs 20] [--draws 8]
     python bench/estimators.py --data packed --model_name_or_path M --policy P --json FILE
@@ -14,10 +14,10 @@ gradient   variance of the gradient of S(w) - S(l), summed over all weights, and
 x          that variance as a share of the iid ELBO's at as many passes or fewer [95% interval, pairs resampled]
 fair       the bias is below the standard deviation on a pair: of score, margin, gradient
 
-Second table, of parts of the states in the gradient:
-error         squared error of one pair's gradient for the mean over pairs, the variance between pairs included
+Second table, of all designs, and of those with part of the states in the gradient:
+error         squared error of one pair's gradient for the mean over pairs: between pairs, noise, squared bias
 cost          in forward passes a response, a backward pass being two, all at one pass's length
-error x cost  at equal compute (pairs times passes) the squared error of the mean, as a share of the first row's
+error x cost  at equal compute (pairs times passes) the squared error, as a share of elbo 16x1's
 
 n response tokens, T denoising steps, R trajectories, S states, k of them in the gradient, D draws.
 """
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import rivals  # noqa: F401  (its estimators join the product's)
 import torch
 from step import add_gradient
 
@@ -53,21 +54,22 @@ class Design(NamedTuple):
     T: int  # 0: a step for every token
     R: int
     k: int = 0  # states in the gradient; 0: all
-    shared: bool = True  # whether chosen and rejected share their noise
+    shared: bool = True  # whether chosen and rejected share their noise, if the estimator is one whose pairs do
+    block_length: int = 0  # of --order blocks; 0: random order
 
     @property
     def name(self):
-        is_own = not self.shared and not self.estimator.startswith("elbo")
-        return f"{self.estimator} {self.T}x{self.R}" + (f" k={self.k}" if self.k else "") + (" own" if is_own else "")
+        more = [f"k={self.k}"] * bool(self.k) + ["own"] * (not self.shared)
+        more += [f"blocks of {self.block_length}"] * bool(self.block_length)
+        return " ".join([f"{self.estimator} {self.T}x{self.R}", *more])
 
 
-def elbo(T, k=0, estimator="elbo"):
-    return Design(estimator, T, 1, k, shared=False)
+DEFAULT = Design(*noise.default_design())
 
 
 DESIGNS = [
-    elbo(16),
-    elbo(16, estimator="elbo_stratified"),
+    Design("elbo", 16, 1),
+    Design("elbo_stratified", 16, 1),
     Design("stepwise", 16, 1),
     Design("stepwise", 4, 5),
     Design("spread", 4, 5, shared=False),
@@ -75,22 +77,32 @@ DESIGNS = [
     Design("spread", 3, 7),
     Design("spread", 6, 3),
     Design("spread", 8, 2),
-    elbo(8),
-    elbo(8, estimator="elbo_stratified"),
+    Design("elbo", 8, 1),
+    Design("elbo_stratified", 8, 1),
     Design("stepwise", 8, 1),
     Design("spread", 4, 2),
     Design("spread", 3, 3),
     Design("radau", 3, 3),
     Design("spread", 2, 7),
-    elbo(4),
+    Design("elbo", 4, 1),
     Design("spread", 2, 3),
     Design("radau", 2, 3),
+    Design("flat", 2, 3),
+    Design("steep", 2, 3),
+    Design("coupled", 2, 1),
+    Design("mirror", 2, 1),
+    Design("stepwise", 4, 1, block_length=8),
+    Design("spread", 2, 2),
+    Design("flat", 2, 2),
+    Design("sdmc", 3, 1),
+    Design("halves", 1, 2),
+    Design("spread", 1, 1),
     Design("stepwise", 20, 1),
 ]
 PARTS = [Design("spread", 4, 5, k) for k in (1, 2, 4, 8)]
 PARTS += [Design("spread", 3, 3, k) for k in (1, 2, 4)]
 PARTS += [Design("spread", 2, 3, k) for k in (1, 2)]
-PARTS += [elbo(8, k) for k in (1, 2, 4)]
+PARTS += [Design("elbo", 8, 1, k) for k in (1, 2, 4)]
 TRUTH_MASKS, TRUTH_DRAWS = 8, 3
 TOKENS = 4096  # of a forward pass
 
@@ -99,6 +111,7 @@ def policy_of_examples(work):
     """(packed, model, policy) folders of the embedded model, made once."""
     model, data, policy = ROOT / "examples" / "tiny", work / "packed", work / "policy"
     common = ["--data", data, "--model_name_or_path", model, "--config_file", ROOT / "configs" / "tiny.yaml"]
+    common += ["--estimator", "spread"]
     commands = {
         "data_prep.py": ["--in", ROOT / "examples" / "prefs.jsonl"],
         "score.py": [],
@@ -125,7 +138,7 @@ def draw(packed, index, design, number):
         name = noise.side_of(design.estimator, side) if design.shared else ("chosen", "rejected")[side]
         rng = noise.generator(0, packed.content(index), f"{name} bench", number)
         levels = design.T or len(response)
-        masked = noise.state_masks(len(response), design.estimator, levels, design.R, rng)
+        masked = noise.state_masks(len(response), design.estimator, levels, design.R, rng, design.block_length)
         weight = noise.state_weights(masked, design.estimator, levels, design.R)
         states = response_states(packed[index][0], response, masked, weight, packed.meta["mask_token_id"])
         if design.k:
@@ -223,6 +236,8 @@ def row_of(design, tallies, truths, seconds, baselines):
         "trajectories": design.R,
         "backprop_steps": design.k,
         "shared_noise": design.shared,
+        "block_length": design.block_length,
+        "default": design == DEFAULT,
         "passes": passes,
         "heads": np.mean([tally.heads for tally in tallies]),
         "seconds": seconds,
@@ -250,7 +265,7 @@ def row_of(design, tallies, truths, seconds, baselines):
 
 
 def name_of(row):
-    names = ("estimator", "diffusion_steps", "trajectories", "backprop_steps", "shared_noise")
+    names = ("estimator", "diffusion_steps", "trajectories", "backprop_steps", "shared_noise", "block_length")
     return Design(*(row[name] for name in names)).name
 
 
@@ -264,22 +279,22 @@ def show(row):
         f"{row['score_variance']:8.3g}{row['score_bias']:+8.2f}{ratio('score'):>19} |"
         f"{row['margin_variance']:8.3g}{row['margin_bias']:7.2f}{ratio('margin'):>19} |"
         f"{row['gradient_variance']:9.4g}{row['gradient_bias2']:8.0f}{ratio('gradient'):>19} | "
-        f"{'/'.join('yes' if fair else 'no' for fair in row['fair'])}",
+        f"{'/'.join('yes' if fair else 'no' for fair in row['fair'])}{'  default' if row['default'] else ''}",
         flush=True,
     )
 
 
 def compare_parts(rows, spread):
-    """Print what k costs and brings: rows of all states first, then of part of them."""
+    """Print what a design's passes bring, with all of its states in the gradient and with part of them."""
     head = f"{'states in the gradient':<24}{'cost':>7}{'noise':>9}{'bias^2':>9}{'error x cost':>14}"
     print(f"\n{head}   (variance between pairs {spread:.0f})")
-    first = None
-    for row in sorted(rows, key=lambda row: (row["estimator"], -row["passes"], row["backprop_steps"])):
+    for row in rows:
         k = row["backprop_steps"]
         row["cost"] = row["passes"] + min(k, row["passes"]) * 3 if k else 3 * row["passes"]
-        row["error"] = spread + row["gradient_variance"]
-        first = first or row["error"] * row["cost"]
-        row["error_x_cost"] = row["error"] * row["cost"] / first
+        row["error"] = spread + row["gradient_variance"] + max(0.0, row["gradient_bias2"])
+    unit = next(row["error"] * row["cost"] for row in rows if name_of(row) == "elbo 16x1")
+    for row in rows:
+        row["error_x_cost"] = row["error"] * row["cost"] / unit
         print(
             f"{name_of(row):<24}{row['cost']:7.1f}{row['gradient_variance']:9.0f}{row['gradient_bias2']:9.0f}"
             f"{row['error_x_cost']:14.2f}"
@@ -341,7 +356,7 @@ def main(argv=None):
     measuring = Measuring(policy, reference, packed, pairs)
 
     # 2. The truth.
-    truths, _ = measuring.measure(Design("elbo_stratified", 0, TRUTH_MASKS, shared=False), TRUTH_DRAWS)
+    truths, _ = measuring.measure(Design("elbo_stratified", 0, TRUTH_MASKS), TRUTH_DRAWS)
     spread, length = between(truths)
     tokens = [len(side) for index in pairs for side in packed[index][1:]]
     print(
@@ -359,7 +374,7 @@ def main(argv=None):
             tallies, seconds = measuring.measure(design, args.draws)
             rows.append(row_of(design, tallies, truths, seconds, baselines))
             show(rows[-1])
-    compare_parts([row for row in rows if row["estimator"] in ("spread", "elbo")], spread)
+    compare_parts(rows, spread)
     if args.json:
         table = {
             "pairs": len(pairs),

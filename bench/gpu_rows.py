@@ -63,7 +63,7 @@ ROWS = {
 PASSES = {"full": 1, "lora": 2 / 3, "qlora": 2 / 3}  # of forward, backward by inputs and backward by weights
 GSM8K, QUICK = (100, 200, 16), (8, 16, 2)  # tokens of prompt and response; pairs of an optimizer step: the presets'
 MASK = 3
-T, R = noise.STATES[False]
+DESIGN = noise.default_design()
 
 
 # --- the model --------------------------------------------------------------------------------------------
@@ -113,8 +113,8 @@ def responses_of(vocabulary, prompt, response):
     """The States of a pair of random ids, by the default estimator."""
     rng, made = np.random.default_rng(0), []
     for _ in range(2):
-        masked = noise.state_masks(response, "spread", T, R, rng)
-        weight = noise.state_weights(masked, "spread", T, R)
+        masked = noise.state_masks(response, *DESIGN, rng)
+        weight = noise.state_weights(masked, *DESIGN)
         ids = rng.integers(10, vocabulary, prompt + response)
         made.append(response_states(ids[:prompt], ids[prompt:], masked, weight, MASK))
     return made

@@ -4,7 +4,7 @@
 
     none        right solutions: the embedded model without its early end, the other two without their habit
     operation   the last step adds where it should subtract or multiply
-    slip        from 30 on, the answer is one more than the result of the last step
+    slip        from 10 on, the answer is one more than the result of the last step
 
 The rows are --num problems of the training split. Of those where a habit may show, --share have its error, so that at
 temperature 1 the model makes it in some responses and not in others. The wrong result has as many digits as the right
@@ -46,9 +46,9 @@ def added(steps):
 
 
 def one_more(steps):
-    """The answer is one more than the last result, which is right: (the steps, the answer); None below 30."""
+    """The answer is one more than the last result, which is right: (the steps, the answer); None below 10."""
     result = steps[-1][3]
-    return (steps, result + 1) if result >= 30 and result % 10 < 9 else None
+    return (steps, result + 1) if result >= 10 and result % 10 < 9 else None
 
 
 HABITS = {"none": None, "operation": added, "slip": one_more}

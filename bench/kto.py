@@ -2,9 +2,10 @@
 
     python bench/kto.py --seeds 0 1 2
 
-Both train on examples/prefs.jsonl with the settings of configs/tiny.yaml: DPO on steps of 8 pairs, KTO on steps of 16
-responses, for as many epochs. A held-out pair is told apart if the gain (policy less reference) of its chosen response
-is the larger one; KTO never sees which responses belong together. All is kept in --work, and made once.
+Both train on examples/prefs.jsonl with the settings of configs/tiny.yaml and 7 states a response: DPO on steps of 8
+pairs, KTO on steps of 16 responses, for as many epochs. A held-out pair is told apart if the gain (policy less
+reference) of its chosen response is the larger one; KTO never sees which responses belong together. All is kept in
+--work, and made once.
 """
 
 import argparse
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from reasoning import tasks  # noqa: E402
 
 SETTINGS = ["--config_file", ROOT / "configs" / "tiny.yaml", "--report_to", "none", "--save_steps", "0"]
+SETTINGS += ["--estimator", "spread"]
 WAYS = {
     "DPO": [],
     "KTO": ["--task", "kto", "--loss_type", "kto", "--gradient_accumulation_steps", "16", "--eval_steps", "0"],

@@ -93,7 +93,7 @@ def execute(command, log):
     """Run a script, its output into the file `log`. Returns (exit code, processor seconds)."""
     with open(log, "w") as out:
         options = {"cwd": ROOT, "env": environment(), "stdout": out, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen([sys.executable, *command], **options)
+        process = subprocess.Popen([sys.executable, "bench/rivals.py", *command], **options)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, usage.ru_utime + usage.ru_stime
@@ -192,8 +192,8 @@ def pooled(trained, decoding):
     return [verdict for each in trained for verdict in each.solved[decoding]]
 
 
-def row_of(design, rate, trained, default, decoding):
-    """A design's line for one model: trained, default: [Trained] of the seeds."""
+def row_of(design, rate, trained, first, decoding):
+    """A design's line for one model: trained, first: [Trained] of the seeds."""
     verdicts = pooled(trained, decoding)
     return {
         "design": design.name,
@@ -204,13 +204,13 @@ def row_of(design, rate, trained, default, decoding):
         "pairs": float(np.mean([each.pairs for each in trained])),
         "tokens": float(np.mean([each.tokens for each in trained])),
         "seconds": float(np.mean([each.seconds for each in trained])),
-        "against_default": comparison.paired(verdicts, pooled(default, decoding)),
+        "against_first": comparison.paired(verdicts, pooled(first, decoding)),
     }
 
 
-def show(row, is_default):
-    test = row["against_default"]
-    compared = "default" if is_default else f"{test['won']} won, {test['lost']} lost, p = {test['p']:.2g}"
+def show(row, is_first):
+    test = row["against_first"]
+    compared = "first" if is_first else f"{test['won']} won, {test['lost']} lost, p = {test['p']:.2g}"
     seeds = " ".join(f"{value:.3f}" for value in row["by_seed"])
     print(
         f"  {row['design']:<32}{row['solved']:>7.3f}  ({seeds}){compared:>30}{row['passes']:>5} passes"
@@ -253,7 +253,7 @@ def subject_of(text, decoding):
 def read_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--designs", nargs="+", default=["spread 3x3", "spread 2x3"], help="the default first")
+    parser.add_argument("--designs", nargs="+", default=["radau 2x3", "spread 3x3"], help="others against the first")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--learning_rates", nargs="+", default=["1e-4"])
     parser.add_argument("--tuning_seed", type=int, default=9)

@@ -37,7 +37,7 @@ from training.engine import Ranks
 
 TINY = ROOT / "examples" / "tiny"
 CPU = torch.device("cpu")
-T, R = noise.STATES[False]
+T, R = 3, 3
 
 
 class Work(NamedTuple):

@@ -171,6 +171,20 @@ def adapt(model, shift):
     return model
 
 
+def block_modules(model):
+    """The model's blocks, in order: the elements of its outermost nn.ModuleLists."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return [block for name in outermost for block in model.get_submodule(name)]
+
+
+def recompute_activations(model):
+    """Keep each block's input alone in the graph, and compute the rest again in the backward pass."""
+    if model.supports_gradient_checkpointing:  # ALBERT does not
+        # Non-reentrant: the only kind that works under ZeRO-3 with several forwards a step
+        model.activation_checkpointing_enable({"use_reentrant": False})
+
+
 def block_linears(model):
     """{name: (in, out)} of the nn.Linear modules inside the model's blocks, which LoRA may adapt.
 

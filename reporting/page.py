@@ -284,7 +284,7 @@ def configuration(runs):
     columns = {run.name: run.arguments for run in runs}
     title, rest = "What differs between the runs", "The same in all"
     if len(runs) == 1:
-        columns = {"value": runs[0].arguments, "default": {"ranks": 1} | default_arguments()}
+        columns = {"value": runs[0].arguments, "default": {"ranks": 1} | default_arguments(runs[0].arguments)}
         title, rest = "What differs from the defaults", "As by default"
     orders = [column["order"] for column in columns.values()]
     different, others = [], []  # rows
@@ -298,9 +298,13 @@ def configuration(runs):
     return f"<section><h2>Configuration</h2><h3>{title}</h3>{first}{rest}</section>"
 
 
-def default_arguments():
+def default_arguments(arguments):
+    """The defaults beside a run's arguments; T and R are those of its estimator."""
     found = {item.name: item.default for group in config.GROUPS for item in fields(group)}
-    return found | dict(zip(("diffusion_steps", "trajectories"), noise.STATES[False]))
+    estimator = arguments["estimator"]
+    if estimator == "auto":
+        estimator = noise.automatic_estimator(arguments["order"])
+    return found | dict(zip(("diffusion_steps", "trajectories"), noise.default_size(estimator)))
 
 
 def differ(name, values, orders):

@@ -1,21 +1,44 @@
-"""A calibration: how it is measured from scores, where it is on disk, which design it recommends. See calibrate.py.
+"""A calibration: what it measures, where it is on disk, which design it recommends. See calibrate.py."""
 
-D draws of a design.
-"""
-
+import math
 import shlex
+from typing import NamedTuple
+
+import numpy as np
 
 import config
 import files
 from files import InputError
-from models import folders
-from scoring import recipe
+from models import families, folders
+from scoring import noise, recipe, signal
 
-STEP_PAIRS = 16  # pairs of an optimizer step, whose own noise a bias is compared with
+
+class Design(NamedTuple):
+    """An estimator with its T and R."""
+
+    estimator: str
+    diffusion_steps: int
+    trajectories: int
+
+
+DESIGNS = [Design("spread", T, R) for T, R in ((2, 2), (2, 3), (2, 7), (3, 3))]
+DESIGNS += [Design("radau", T, R) for T, R in ((2, 3), (3, 3))]
+DESIGNS += [Design("elbo", 8, 1)]
+DESIGNS += [Design("elbo_stratified", N, 1) for N in (4, 8)]
+BLOCK_DESIGNS = [Design("elbo_stratified", N, 1) for N in (2, 3, 4, 6, 8)]  # of block-causal models
+BLOCK_DESIGNS += [Design("elbo", 8, 1)]
+
+
+def designs_of(blocks):
+    """The designs to measure, for a model with these families.Blocks, or None."""
+    return BLOCK_DESIGNS if blocks else DESIGNS
 
 
 def key(packed, model_args):
     """What a calibration depends on."""
+    model_config = folders.plain_config(model_args.model_name_or_path)
+    blocks = families.blocks(model_config, model_args.block_size, model_args.shift_logits)
+    designs = [[*design, noise.drawing(design.estimator, blocks is not None)] for design in designs_of(blocks)]
     return {
         "data": packed.meta["fingerprint"],
         "model": folders.model_fingerprint(model_args.model_name_or_path),
@@ -24,6 +47,7 @@ def key(packed, model_args):
         "load_in_4bit": model_args.load_in_4bit,
         "shift_logits": model_args.shift_logits,
         "block_size": model_args.block_size,
+        "designs": files.fingerprint(designs),
     }
 
 
@@ -39,47 +63,55 @@ def settle(packed, model_args, noise_args):
     if not path.exists():
         raise InputError(f"--diffusion_steps auto: {packed.folder} holds no calibration of this model; run: {mend}")
     rows = files.read_json(path, mend)["rows"]
-    best = recommend([row for row in rows if noise_args.estimator in ("auto", row["estimator"])])
-    for name in ("estimator", "diffusion_steps", "trajectories"):
+    best = cheapest([row for row in rows if noise_args.estimator in ("auto", row["estimator"])])
+    for name in Design._fields:
         setattr(noise_args, name, best[name])
 
 
-def recommend(rows):
-    """The row with the least noise at equal cost among those with a small bias; if there is none, with the least bias.
+def fair(rows):
+    """The rows whose mean gradient is more right than wrong; if there are none, the one with the least bias.
 
-    Small: below the standard error of the mean margin of a step of STEP_PAIRS pairs, which that step has in any case.
+    A design that counts some levels too much can have more signal, and teaches less of what other levels decide.
     """
-    fair = []
+    return [row for row in rows if row["bias"] <= 1] or [min(rows, key=bias_of)]
+
+
+def cheapest(rows):
+    """Where pairs are the limit: of the fair rows within a standard error of the best signal, that of least passes.
+
+    The standard error is that of the difference: designs are measured on the same pairs.
+    """
+    rows = fair(rows)
+    best = max(rows, key=signal_of)
+    near = []
     for row in rows:
-        variance_of_step = (row["between_pairs"] + row["margin_variance"]) / STEP_PAIRS
-        if row["margin_bias"] ** 2 <= variance_of_step:
-            fair.append(row)
-    if fair:
-        return min(fair, key=lambda row: row["noise_x_cost"])
-    return min(rows, key=lambda row: row["margin_bias"])
+        error = signal.spread(np.subtract(best["without"], row["without"]))
+        if best["signal"] - row["signal"] <= error:
+            near.append(row)
+    return min(near, key=passes_and_signal)
 
 
-def margins(policy, reference):
-    """(pairs, D) of two (pairs, D, 2)."""
-    gain = policy - reference
-    return gain[..., 0] - gain[..., 1]
+def densest(rows):
+    """Where compute is the limit: the fair row with the most signal for each pass."""
+    return max(fair(rows), key=signal_per_pass)
 
 
-def variance(values):
-    """The mean over pairs of the variance over draws."""
-    return values.var(1, ddof=1).mean()
+def bias_of(row):
+    return row["bias"]
 
 
-def measure(policy, reference, truth_policy, truth_reference):
-    """Variance and bias of score and margin over draws: each argument (pairs, D, 2)."""
-    margin, truth = margins(policy, reference), margins(truth_policy, truth_reference)
-    bias = margin.mean(1) - truth.mean(1)  # (pairs,)
-    bias_by_chance = variance(margin) / margin.shape[1] + variance(truth) / truth.shape[1]  # squared
-    between_pairs = truth.mean(1).var(ddof=1) - variance(truth) / truth.shape[1]
-    return {
-        "score_variance": variance(policy),
-        "score_bias": (policy.mean(1) - truth_policy.mean(1)).mean(),
-        "margin_variance": variance(margin),
-        "margin_bias": max(0.0, (bias**2).mean() - bias_by_chance) ** 0.5,
-        "between_pairs": max(0.0, between_pairs),
-    }
+def signal_of(row):
+    return row["signal"]
+
+
+def passes_and_signal(row):
+    return row["passes"], -row["signal"]
+
+
+def signal_per_pass(row):
+    return row["signal"] / row["passes"]
+
+
+def is_finite(rows):
+    """Whether every number of the table is."""
+    return all(math.isfinite(row[name]) for row in rows for name in ("signal", "noise", "bias"))

@@ -6,7 +6,7 @@ how much each token's log-probability counts there; the score is sum(weight * lo
     stepwise         trajectories; a token counts in the state that reveals it
     spread           trajectories; the weight of what a state reveals is spread evenly over all that it hides. In random
                      order any of the hidden tokens may be next, so the mean is the same, with less noise
-    radau            the same with levels and weights of Radau's quadrature rule, whose bias is far smaller
+    radau            rotated windows at the nodes of Radau's quadrature rule (scoring/quadrature.py)
     elbo             iid levels l ~ U{1..n}, l random tokens hidden, each with weight n/l (arXiv 2505.19223; 2502.09992,
                      equation 6)
     elbo_stratified  the same with one level in each T-th of 1..n
@@ -22,15 +22,16 @@ be hidden. docs/method.md has the derivation.
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from files import InputError
+from scoring import quadrature
 
-ESTIMATORS = ("stepwise", "spread", "radau", "elbo", "elbo_stratified")
-STATES = {False: (3, 3), True: (4, 1)}  # default T and R of bidirectional and of block-causal models
-EPSILON = 1e-3  # SFT masks with probability (1 - EPSILON) t + EPSILON (LLaDA's GUIDELINES.md)
+SIZES = {"stepwise": (3, 3), "spread": (3, 3), "radau": (2, 3), "elbo": (8, 1), "elbo_stratified": (4, 1)}
+BLOCK_SIZE = (4, 1)  # default T and R of block-causal models; SIZES: of the others
 
 
 def generator(noise_seed, tokens, side, noise_set=0):
@@ -48,7 +49,18 @@ def automatic_estimator(order, has_blocks=False):
     """The estimator that `--estimator auto` stands for, unless a calibration chooses one."""
     if has_blocks:
         return "elbo_stratified"
-    return "stepwise" if order == "blocks" else "spread"
+    return "stepwise" if order == "blocks" else "radau"
+
+
+def default_size(estimator, has_blocks=False):
+    """(T, R) where they are not given."""
+    return BLOCK_SIZE if has_blocks else SIZES[estimator]
+
+
+def default_design(order="random", has_blocks=False):
+    """(estimator, T, R) where none is given."""
+    estimator = automatic_estimator(order, has_blocks)
+    return estimator, *default_size(estimator, has_blocks)
 
 
 def settle(noise_args, has_blocks):
@@ -58,68 +70,19 @@ def settle(noise_args, has_blocks):
     """
     if has_blocks and noise_args.order == "blocks":
         raise InputError("--order blocks is for bidirectional models; leave it out for a block-causal one")
-    if has_blocks and noise_args.estimator in ("stepwise", "spread", "radau"):
+    if has_blocks and noise_args.estimator not in ("auto", "elbo", "elbo_stratified"):
         raise InputError(
             f"--estimator {noise_args.estimator} is for bidirectional models; a block-causal one takes elbo_stratified "
             "or elbo"
         )
-    for name, default in zip(("diffusion_steps", "trajectories"), STATES[has_blocks]):
+    estimator = noise_args.estimator
+    if estimator == "auto":
+        estimator = automatic_estimator(noise_args.order, has_blocks)
+    for name, default in zip(("diffusion_steps", "trajectories"), default_size(estimator, has_blocks)):
         if getattr(noise_args, name) is None:
             setattr(noise_args, name, default)
-    if noise_args.estimator == "auto" and noise_args.diffusion_steps != "auto":
-        noise_args.estimator = automatic_estimator(noise_args.order, has_blocks)
-
-
-def side_of(estimator, side, has_blocks=False):
-    """The name of the noise of side 0 (chosen) or 1 (rejected), for generator().
-
-    Both responses of a pair share their trajectories, and the masks of their blocks: the same places are hidden in
-    both, so that the difference of their scores has less noise. has_blocks: the model is block-causal.
-    """
-    if estimator.startswith("elbo") and not has_blocks:
-        return ("chosen", "rejected")[side]
-    return "pair"
-
-
-def state_count(estimator, T, R):
-    """S."""
-    return T * R if estimator.startswith("elbo") else 1 + R * (T - 1)
-
-
-def step_of_state(estimator, T, R):
-    """(S,) int64: the denoising step before which each state stands, 0..T-1 (elbo: the number of its level).
-
-    >>> step_of_state("spread", 3, 2).tolist()
-    [0, 1, 2, 1, 2]
-    """
-    if estimator.startswith("elbo"):
-        return np.arange(T).repeat(R)
-    return np.append(0, np.tile(np.arange(1, T), R))
-
-
-def state_masks(n, estimator, T, R, rng, block_length=None, block=None, fixed=None):
-    """Draw the states of one response: masked (S, n) bool. block, fixed (n,): of a block-causal model."""
-    if block is not None:
-        return block_masks(np.asarray(block), fixed_of(fixed, n), T * R, rng, estimator == "elbo_stratified")
-    if estimator.startswith("elbo"):
-        return elbo_masks(n, T, R, rng, estimator == "elbo_stratified")
-    cuts = n - radau_levels(n, T)[1:] if estimator == "radau" else None
-    return trajectory_masks(trajectories(n, T, R, rng, block_length, cuts), T)
-
-
-def state_weights(masked, estimator, T, R, block=None, fixed=None):
-    """weight (S, n) float32 of each token's log-probability, from the masks alone, as they are stored."""
-    if block is not None:
-        return block_weights(masked, np.asarray(block), fixed_of(fixed, masked.shape[1]))
-    hidden = masked.sum(1, keepdims=True)  # (S, 1)
-    if estimator.startswith("elbo"):
-        return (masked * (masked.shape[1] / hidden / len(masked))).astype(np.float32)
-    if estimator == "radau":
-        return quadrature_weights(masked)
-    weight = trajectory_weights(masked, T, R)
-    if estimator == "spread":
-        weight = (masked * (weight.sum(1, keepdims=True) / np.maximum(hidden, 1))).astype(np.float32)
-    return weight
+    if noise_args.diffusion_steps != "auto":
+        noise_args.estimator = estimator
 
 
 def elbo_masks(n, T, R, rng, stratified):
@@ -171,22 +134,6 @@ def block_weights(masked, block, fixed):
     return (weight / len(masked)).astype(np.float32)
 
 
-def drawing(estimator, has_blocks):
-    """A digest of the masks and weights of a few responses: it changes when this file draws or weighs differently.
-
-    It depends on the estimator, and on whether the model is block-causal; weights are rounded, so that no machine's
-    last bits matter.
-    """
-    digest = hashlib.sha256()
-    for n, block_length in ((1, None), (2, None), (9, None), (40, None), (9, 4)):
-        if block_length is None or estimator == "stepwise":
-            divided = {"block": np.arange(n) // 4} if has_blocks else {}
-            masked = state_masks(n, estimator, 3, 2, generator(0, [n], "drawing"), block_length, **divided)
-            weight = state_weights(masked, estimator, 3, 2, **divided)
-            digest.update(np.packbits(masked).tobytes() + np.rint(weight * 1e4 / np.pi).astype("<i4").tobytes())
-    return digest.hexdigest()[:8]
-
-
 def gradient_states(masked, weight, k, rng):
     """Which k of the S states carry the gradient, and how much more each of them counts: factor (S,) float32.
 
@@ -209,13 +156,13 @@ def gradient_states(masked, weight, k, rng):
     return factor
 
 
-def trajectories(n, T, R, rng, block_length=None, cuts=None):
+def trajectories(n, T, R, rng, block_length=None):
     """Draw R rotated trajectories of T steps over n tokens, in random order or, given a block_length, block by block.
 
-    cuts (T-1,): the first rank of steps 1..T-1; default: steps of equal size, n*s//T. Returns reveal_step (R, n) int64
-    in 0..T-1: a token is revealed at the step that its rank falls into. Trajectory r shifts every rank by r*n//R, so a
-    token revealed early in one is revealed late in another. Blocks go from left to right, as the semi-autoregressive
-    sampler fills them, and ranks are random and shift inside each.
+    Returns reveal_step (R, n) int64 in 0..T-1: a token is revealed at the step that its rank falls into. Step s begins
+    with rank n*s//T. Trajectory r shifts every rank by r*n//R, so a token revealed early in one is revealed late in
+    another. Blocks go from left to right, as the semi-autoregressive sampler fills them, and ranks are random and shift
+    inside each.
 
     >>> trajectories(4, 2, 2, generator(0, [1], "chosen")).sum(0).tolist()   # early once, late once
     [1, 1, 1, 1]
@@ -228,8 +175,7 @@ def trajectories(n, T, R, rng, block_length=None, cuts=None):
     order = np.lexsort((rng.random(n), start))  # tokens by rank; a shorter response takes the first of the same numbers
     inside = np.argsort(order) - start  # (n,) rank within the block
     shifted = start + (inside + np.arange(R)[:, None] * size // R) % size  # (R, n)
-    cuts = n * np.arange(1, T) // T if cuts is None else cuts
-    return np.searchsorted(cuts, shifted, side="right")
+    return np.searchsorted(n * np.arange(1, T) // T, shifted, side="right")
 
 
 def trajectory_masks(reveal_step, T):
@@ -257,93 +203,139 @@ def trajectory_weights(masked, T, R):
     return np.concatenate((reveal[:, 0].sum(0, keepdims=True), reveal[:, 1:].reshape(S - 1, n)))
 
 
-def radau_levels(n, T):
-    """(T,) int64, falling: how many of n tokens a state of each step hides: all of them, then T - 1 further levels.
-
-    What is estimated is the sum over l = 1..n of f(l), f(l) the mean log-probability of a token hidden with l - 1
-    others. Gauss-Radau's rule of T nodes, one of them the end l = n, where every trajectory begins, has no error for
-    polynomials of degree 2T - 2. Its other nodes are those of Gauss's rule for the weight n - l, eigenvalues of a small
-    matrix (Golub, SIAM Review 15, 1973), and are rounded here to different whole numbers. With n <= T every level is
-    there, and what is left over hides nothing.
-
-    >>> radau_levels(30, 2).tolist(), radau_levels(30, 3).tolist(), radau_levels(2, 3).tolist()
-    ([30, 10], [30, 20, 5], [2, 1, 0])
-    """
-    if n <= T or T == 1:
-        return np.maximum(n - np.arange(T), 0)
-    others = np.arange(1, n)
-    powers = np.polynomial.legendre.legvander(2 * others / n - 1, T - 2)  # (n - 1, T - 1)
-    basis, _ = np.linalg.qr(np.sqrt(n - others)[:, None] * powers)
-    levels = np.rint(np.linalg.eigvalsh(basis.T * others @ basis)).astype(np.int64)  # rising
-    place = np.arange(T - 1)
-    levels = np.maximum.accumulate(np.maximum(levels, 1) - place) + place  # rising by at least 1
-    return np.append(np.minimum(levels, n - T + 1 + place), n)[::-1]
+def windows(n, nodes, R, rng):
+    """(R, nodes, n) bool: R windows of each node, rotated in one random order of n tokens."""
+    rank = rng.random(n).argsort().argsort()
+    shifted = (rank + np.arange(R)[:, None] * n // R) % n  # (R, n)
+    return shifted[:, None] >= n - nodes[:, None]
 
 
-def quadrature_weights(masked):
-    """weight (S, n) float32 of a quadrature rule whose nodes are the levels of these states, the tokens that they hide.
+def rule_weights(masked, power):
+    """weight (S, n) float32 of the quadrature rule whose nodes are the levels of these states, for w(l) ~ l^power.
 
-    A level k has the weight w with which sum_k w_k k^p is the mean of l^p over l = 1..n, for as many powers p as there
-    are levels. States of a level share it: each hidden token counts n w / k / (states of the level).
+    States of a level k share it: each token that they hide counts n share_k / k / (states of the level).
     """
     n, hidden = masked.shape[1], masked.sum(1)
     levels, place, states = np.unique(hidden[hidden > 0], return_inverse=True, return_counts=True)
-    rows = np.polynomial.legendre.legvander(2 * np.arange(1, n + 1) / n - 1, len(levels) - 1)  # (n, levels)
-    share = np.linalg.solve(rows[levels - 1].T, rows.mean(0))  # (levels,)
+    share = quadrature.shares(quadrature.weighting(n, power), levels)
     by_state = np.zeros(len(masked))
     by_state[hidden > 0] = (n * share / levels / states)[place]
     return (masked * by_state[:, None]).astype(np.float32)
 
 
-class SftRecipe(NamedTuple):
-    """How a family's SFT draws its noise: t ~ U(low, high), p = (1 - epsilon) t + epsilon, tokens hidden independently.
-
-    The loss of a row is sum over hidden tokens of -logp / p over its n tokens or, without is_weighted, their mean.
-    """
-
-    low: float = 0.0
-    high: float = 1.0
-    is_weighted: bool = True
-    is_by_block: bool = False  # every block has its own t
-    hides_one: bool = False  # if none is hidden, one token is
-    is_doubled: bool = False  # a second copy hides what the first one shows
-    hides_prompt: bool = False
-    fills_block: bool = False  # end tokens that count fill the last block
-
-    @property
-    def states(self):
-        """S, the copies of a row."""
-        return 2 if self.is_doubled else 1
+# --- the estimators ---------------------------------------------------------------------------------------
 
 
-LLADA_SFT = SftRecipe()  # GUIDELINES.md
-SFT_RECIPES = {  # by model_type, where it is not LLaDA's
-    "illada": SftRecipe(hides_prompt=True),
-    "sdar": SftRecipe(hides_one=True),
-    "llada2_moe": SftRecipe(low=0.3, high=0.8, is_weighted=False, fills_block=True),  # dFactory's
-    "a2d-qwen2": SftRecipe(fills_block=True),  # dllm's
-    "a2d-qwen3": SftRecipe(fills_block=True),
-    "a2d-llama": SftRecipe(fills_block=True),
-    "Fast_dLLM_Qwen": SftRecipe(is_weighted=False, is_by_block=True, is_doubled=True),
+class Estimator(NamedTuple):
+    """How the states of a response are drawn, and how much each token counts there."""
+
+    masks: Callable  # (n, T, R, rng) -> masked (S, n) bool; stepwise: block_length, too
+    weights: Callable  # (masked, T, R) -> weight (S, n) float32
+    steps: Callable  # (T, R) -> (S,) int64: the step before which each state stands, 0..T-1 (elbo: its level's number)
+    is_paired: bool = True  # chosen and rejected hide the same places
+
+
+def trajectory_steps(T, R):
+    return np.append(0, np.tile(np.arange(1, T), R))
+
+
+def level_steps(T, R):
+    return np.arange(T).repeat(R)
+
+
+def steps_of_equal_size(n, T, R, rng, block_length=None):
+    return trajectory_masks(trajectories(n, T, R, rng, block_length), T)
+
+
+def spread_weights(masked, T, R):
+    weight, hidden = trajectory_weights(masked, T, R), masked.sum(1, keepdims=True)
+    return (masked * (weight.sum(1, keepdims=True) / np.maximum(hidden, 1))).astype(np.float32)
+
+
+def radau(power):
+    """The Estimator of Radau's rule for w(l) ~ l^power."""
+
+    def masks(n, T, R, rng):
+        nodes = quadrature.radau_nodes(quadrature.weighting(n, power), T)
+        others = windows(n, nodes[1:], R, rng).reshape(R * (T - 1), n)
+        return np.concatenate((np.ones((1, n), bool), others))
+
+    def weights(masked, T, R):
+        return rule_weights(masked, power)
+
+    return Estimator(masks, weights, trajectory_steps)
+
+
+def elbo(stratified):
+    """The Estimator of T levels with R masks each."""
+
+    def masks(n, T, R, rng):
+        return elbo_masks(n, T, R, rng, stratified)
+
+    def weights(masked, T, R):
+        return (masked * (masked.shape[1] / masked.sum(1, keepdims=True) / len(masked))).astype(np.float32)
+
+    return Estimator(masks, weights, level_steps, is_paired=False)
+
+
+ESTIMATORS = {
+    "stepwise": Estimator(steps_of_equal_size, trajectory_weights, trajectory_steps),
+    "spread": Estimator(steps_of_equal_size, spread_weights, trajectory_steps),
+    "radau": radau(0),
+    "elbo": elbo(stratified=False),
+    "elbo_stratified": elbo(stratified=True),
 }
 
 
-def sft_noise(n, rng, recipe=LLADA_SFT, block=None, fixed=None):
-    """One draw of a recipe's noise for n tokens: masked (S, n) bool and weight (S, n) float32; S is 2 if it is doubled.
+def side_of(estimator, side, has_blocks=False):
+    """The name of the noise of side 0 (chosen) or 1 (rejected), for generator().
 
-    block, fixed (n,): of a block-causal model. What is fixed counts as one token, predicted in every state.
-    sum(weight * -logp) is the NLL per token.
+    Both responses of a pair share their trajectories, and the masks of their blocks: the same places are hidden in
+    both, so that the difference of their scores has less noise. has_blocks: the model is block-causal.
     """
-    fixed = fixed_of(fixed, n)
-    first = np.unique(block, return_index=True, return_inverse=True) if recipe.is_by_block else None
-    u = rng.random(n)[first[1]][first[2]] if recipe.is_by_block else rng.random()
-    p = (1 - EPSILON) * (recipe.low + (recipe.high - recipe.low) * u) + EPSILON
-    masked = (rng.random((1, n)) < p) & ~fixed  # (1, n)
-    if recipe.hides_one and not masked.any() and not fixed.all():
-        masked[0, rng.choice(np.flatnonzero(~fixed))] = True
-    if recipe.is_doubled:
-        masked = np.concatenate((masked, ~masked & ~fixed))
-    counted = masked + fixed / len(masked)  # (S, n)
-    if recipe.is_weighted:
-        return masked, (np.where(masked, 1 / p, counted) / n).astype(np.float32)
-    return masked, (counted / max(counted.sum(), 1)).astype(np.float32)
+    return "pair" if has_blocks or ESTIMATORS[estimator].is_paired else ("chosen", "rejected")[side]
+
+
+def state_count(estimator, T, R):
+    """S."""
+    return len(step_of_state(estimator, T, R))
+
+
+def step_of_state(estimator, T, R):
+    """(S,) int64: the denoising step before which each state stands, 0..T-1 (elbo: the number of its level).
+
+    >>> step_of_state("spread", 3, 2).tolist()
+    [0, 1, 2, 1, 2]
+    """
+    return ESTIMATORS[estimator].steps(T, R)
+
+
+def state_masks(n, estimator, T, R, rng, block_length=None, block=None, fixed=None):
+    """Draw the states of one response: masked (S, n) bool. block, fixed (n,): of a block-causal model."""
+    if block is not None:
+        return block_masks(np.asarray(block), fixed_of(fixed, n), T * R, rng, estimator == "elbo_stratified")
+    in_blocks = {"block_length": block_length} if block_length else {}
+    return ESTIMATORS[estimator].masks(n, T, R, rng, **in_blocks)
+
+
+def state_weights(masked, estimator, T, R, block=None, fixed=None):
+    """weight (S, n) float32 of each token's log-probability, from the masks alone, as they are stored."""
+    if block is not None:
+        return block_weights(masked, np.asarray(block), fixed_of(fixed, masked.shape[1]))
+    return ESTIMATORS[estimator].weights(masked, T, R)
+
+
+def drawing(estimator, has_blocks):
+    """A digest of the masks and weights of a few responses: it changes when this file draws or weighs differently.
+
+    It depends on the estimator, and on whether the model is block-causal; weights are rounded, so that no machine's
+    last bits matter.
+    """
+    digest = hashlib.sha256()
+    for n, block_length in ((1, None), (2, None), (9, None), (40, None), (9, 4)):
+        if block_length is None or estimator == "stepwise":
+            divided = {"block": np.arange(n) // 4} if has_blocks else {}
+            masked = state_masks(n, estimator, 3, 2, generator(0, [n], "drawing"), block_length, **divided)
+            weight = state_weights(masked, estimator, 3, 2, **divided)
+            digest.update(np.packbits(masked).tobytes() + np.rint(weight * 1e4 / np.pi).astype("<i4").tobytes())
+    return digest.hexdigest()[:8]

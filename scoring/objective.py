@@ -13,7 +13,7 @@ import torch
 
 import losses
 from files import InputError, fingerprint
-from scoring import noise, recipe
+from scoring import noise, recipe, sft_noise
 from scoring.states import response_states, tokens_of
 from scoring.window import Piece
 
@@ -109,7 +109,7 @@ class Preference(Objective):
 
     least_tokens, noun = 0, "pairs"  # of a response; what work is counted in
 
-    def __init__(self, args, noise_args, packed, reference, masking, sft=noise.LLADA_SFT):
+    def __init__(self, args, noise_args, packed, reference, masking, sft=sft_noise.LLADA):
         self.args, self.noise, self.masking, self.sft = args, noise_args, masking, sft
         self.packed, self.reference = packed, reference
         self.metrics = METRICS
@@ -239,7 +239,7 @@ class SFT(Objective):
 
     noun = "rows"
 
-    def __init__(self, args, noise_args, packed, masking, sft=noise.LLADA_SFT):
+    def __init__(self, args, noise_args, packed, masking, sft=sft_noise.LLADA):
         self.args, self.noise, self.packed, self.masking, self.sft = args, noise_args, packed, masking, sft
         self.metrics = METRICS[:1]
         # Rows of a micro-batch have prompts of similar length. Their responses must not matter: if rows were alike in
@@ -285,7 +285,7 @@ def numbers(*values):
     return torch.stack([value.detach().double() for value in values])
 
 
-def sft_rows(rows, packed, pad_to, noise_seed, masking, sft=noise.LLADA_SFT):
+def sft_rows(rows, packed, pad_to, noise_seed, masking, sft=sft_noise.LLADA):
     """[States] of SFT, one of each row (pair, epoch), with its own draw of noise; their score is -NLL per token.
 
     Responses are padded to `pad_to` tokens with end tokens that are masked and counted like any other token, so that
@@ -303,6 +303,6 @@ def sft_rows(rows, packed, pad_to, noise_seed, masking, sft=noise.LLADA_SFT):
             prompt, response = prompt[:0], np.concatenate((prompt, response))
         rng = noise.generator(noise_seed, packed.content(index), "sft", epoch)
         divided = recipe.partition(len(prompt), len(response), masking.blocks)
-        masked, weight = noise.sft_noise(len(response), rng, sft, **divided)
+        masked, weight = sft_noise.draw(len(response), rng, sft, **divided)
         made.append(response_states(prompt, response, masked, weight, *masking))
     return made

@@ -10,7 +10,7 @@ import numpy as np
 from files import InputError
 from models import families, folders
 from preferences.reuse import known_tokenizer
-from scoring import noise
+from scoring import noise, sft_noise
 from scoring.states import response_states
 
 # Names of the arguments that reference scores depend on: a run must have the same
@@ -83,6 +83,8 @@ def check(packed, model_args, noise_args):
         )
     if noise_args.order == "blocks" and noise_args.diffusion_steps == "auto":
         raise InputError("--diffusion_steps auto is measured in random order; give --order blocks a number")
+    if noise_args.estimator == "stepwise" and noise_args.diffusion_steps == "auto":
+        raise InputError("--diffusion_steps auto does not measure --estimator stepwise; give it a number")
     if noise_args.order == "blocks" and noise_args.estimator not in ("stepwise", "auto"):
         raise InputError(
             f"--estimator {noise_args.estimator} works in random order only; --order blocks goes with stepwise"
@@ -115,9 +117,9 @@ def partition(prompt_tokens, n, blocks):
 
 
 def sft_recipe(model_args):
-    """How the model's family draws the noise of SFT: noise.SftRecipe."""
+    """How the model's family draws the noise of SFT: sft_noise.Recipe."""
     model_type = folders.plain_config(model_args.model_name_or_path).model_type
-    return noise.SFT_RECIPES.get(model_type, noise.LLADA_SFT)
+    return sft_noise.RECIPES.get(model_type, sft_noise.LLADA)
 
 
 def draw(packed, index, side, noise_args, noise_set, blocks=None):

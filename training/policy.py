@@ -57,9 +57,8 @@ def start_policy(model_args, args, ds_config, ranks):
     )
     if ranks.first:
         print(families.attention_line(folders.plain_config(source), model_args.block_size), flush=True)
-    if model_args.gradient_checkpointing and model.supports_gradient_checkpointing:  # ALBERT does not
-        # Non-reentrant: the only kind that works under ZeRO-3 with several forwards a step
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    if model_args.gradient_checkpointing:
+        architecture.recompute_activations(model)
     if model_args.lora_r:
         targets = model_args.lora_targets
         model, words = lora.add(model, model_args.lora_r, model_args.lora_alpha, targets, args.seed, source)

@@ -4,13 +4,13 @@ from models import checkpoint
 from training import cards, deepspeed_config, engine
 
 
-def load(model_args, ranks, name=None):
-    """The model of the arguments, or of `name`, ready for forward passes.
+def load(model_args, ranks):
+    """The model of the arguments, ready for forward passes, and for backward passes through its activations.
 
     Under ZeRO-3 it is a DeepSpeed engine that streams the weights; otherwise they fit, and no engine is needed.
     """
     ds_config = deepspeed_config.scoring_config(deepspeed_config.read_ds_config(model_args.deepspeed), model_args)
-    name = name or model_args.model_name_or_path
+    name = model_args.model_name_or_path
     with cards.loading(name):
         model = checkpoint.load_model(
             name,
@@ -21,7 +21,7 @@ def load(model_args, ranks, name=None):
             model_args.load_in_4bit,
             model_args.block_size,
         )
+        model.requires_grad_(False)  # under ZeRO-3 a frozen embedding stays on the host
         if ds_config["zero_optimization"]["stage"] == 3:
-            model.requires_grad_(False)  # a frozen embedding stays on the host
             return engine.build(model, ds_config)
         return model.to(ranks.device)

@@ -123,8 +123,8 @@ def test_gpu_on_a_cpu(tmp_path):
     for row in found["table"]:
         assert row["tflops"] > 0 and 0 < row["of_ceiling"] < most
         assert row["gpu_gib"] is None and row["bus_gbs"] is None and row["card"] is None
-        assert row["tokens_per_forward"] == 2 * 2 * 7 * 24 and len(row["costs"]) == 3  # pairs, sides, states, tokens
-        assert row["tokens_per_second"] == pytest.approx(row["pairs_per_second"] * 2 * 7 * 24)
+        assert row["tokens_per_forward"] == 2 * 2 * 4 * 24 and len(row["costs"]) == 3  # pairs, sides, states, tokens
+        assert row["tokens_per_second"] == pytest.approx(row["pairs_per_second"] * 2 * 4 * 24)
         assert row["parameters"] == 2 * 512 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
     streamed, stays = found["table"]
     assert 0 < streamed["models_a_pair"] <= 1 and streamed["on_demand"] < 0.1  # both pairs in one pass, twice

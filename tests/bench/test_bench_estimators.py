@@ -53,7 +53,8 @@ def test_table(home, tmp_path, capsys):
 
 def test_policy_that_is_the_reference(home, tmp_path):
     """The same masks for both: no margin, whatever the noise of the score."""
-    rows = run(home, tmp_path / "same.json", "--only", "spread 2x3", policy=home[1])
+    rows = run(home, tmp_path / "same.json", "--only", "spread 2x3", "flat 2x3", policy=home[1])
+    assert {"spread 2x3", "flat 2x3"} <= set(rows)
     for row in rows.values():
         assert row["margin_variance"] < 1e-9 < row["score_variance"]
 

@@ -43,7 +43,7 @@ def test_rows(name):
         if name == "operation":
             assert c == result and op == "+" and int(c) == int(a) + int(b) and right.split()[1] in "-*"
         else:
-            assert last == right and 30 <= int(result) == int(c) - 1 and result[0] == c[0]
+            assert last == right and 10 <= int(result) == int(c) - 1 and result[0] == c[0]
     assert (wrong == 0) == (name == "none")
     if wrong:
         changed = sum(row["response"] != problems[row["prompt"]].solution for row in some)
@@ -127,13 +127,13 @@ def verdicts(values):
 def test_table(tmp_path, monkeypatch, capsys):
     [table], commands = run(tmp_path, monkeypatch, verdicts)
     assert table["model"] == "tiny" and table["base"] == 0.25
-    default, other = table["rows"]
-    assert (default["solved"], default["passes"], default["against_default"]["p"]) == (0.25, 9, 1)
+    first, other = table["rows"]
+    assert (first["solved"], first["passes"], first["against_first"]["p"]) == (0.25, 9, 1)
     assert (other["solved"], other["by_seed"], other["passes"]) == (0.375, [0.5, 0.25], 8)
-    assert other["against_default"] == {"won": 1, "lost": 0, "p": 1.0}
+    assert other["against_first"] == {"won": 1, "lost": 0, "p": 1.0}
     assert (other["seconds"], other["tokens"], other["pairs"]) == (4.0, 70, 5)
     said = capsys.readouterr().out
-    assert "1 won, 0 lost, p = 1" in said and "default" in said
+    assert "1 won, 0 lost, p = 1" in said and "first" in said
     # pairs are sampled once a seed; a design's flags replace those of the bench
     assert [command[0] for command in commands].count("make_prefs.py") == 2
     trained = [command for command in commands if command[0] == "train_dpo.py" and "elbo" in command]

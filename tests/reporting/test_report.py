@@ -294,7 +294,7 @@ frame.srcdoc = {inner};
 @pytest.mark.parametrize(
     "name, values, orders, expected",
     [
-        ("estimator", ["spread", "auto"], ["random", "random"], False),
+        ("estimator", ["radau", "auto"], ["random", "random"], False),
         ("estimator", ["stepwise", "auto"], ["blocks", "blocks"], False),
         ("estimator", ["stepwise", "auto"], ["random", "random"], True),
         ("tokens_per_forward", [700, "auto"], ["random", "random"], False),
@@ -308,11 +308,11 @@ def test_an_auto_equals_what_it_is_filled_in_with(name, values, orders, expected
 
 def test_estimator_is_no_difference(tmp_path):
     """A run whose auto was filled in differs neither from the default nor from an SFT run, which leaves it auto."""
-    one = write_run(tmp_path / "one")
+    one = write_run(tmp_path / "one", estimator="radau")
     two = write_run(tmp_path / "two", loss_type="sft", estimator="auto", diffusion_steps="auto")
     alone, both = page_of(one), page_of(one, two)
-    assert "<td>estimator</td><td>spread</td><td>auto</td>" in alone[alone.index("As by default") :]
-    assert "<td>estimator</td><td>spread</td><td>auto</td>" in both[both.index("The same in all") :]
+    assert "<td>estimator</td><td>radau</td><td>auto</td>" in alone[alone.index("As by default") :]
+    assert "<td>estimator</td><td>radau</td><td>auto</td>" in both[both.index("The same in all") :]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import losses
 import score
 import train_dpo
 from reporting import diagnosis, history, page
-from scoring import noise
+from scoring import noise, sft_noise
 
 # The arguments that each loss is tried with; beta 0.2
 GIVEN = {
@@ -146,7 +146,7 @@ def true_scores(home):
         policy = [plain.score(weights, prompt, side, each, T) for side, each in zip(sides, steps)]
         ref = [plain.score(reference, prompt, side, each, T).item() for side, each in zip(sides, steps)]
         rng = noise.generator(0, np.concatenate(home.pairs[index]), "sft", epoch)
-        masked, weight = (each[0] for each in noise.sft_noise(len(sides[0]), rng))
+        masked, weight = (each[0] for each in sft_noise.draw(len(sides[0]), rng))
         logp = plain.log_probs(weights, plain.hidden(masked, prompt, sides[0]))
         nll = -sum(float(weight[i]) * logp[len(prompt) + i, token] for i, token in enumerate(sides[0]))
         found[index, epoch] = policy, ref, nll

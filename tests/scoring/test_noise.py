@@ -8,8 +8,8 @@ import itertools
 import numpy as np
 import pytest
 
-from scoring import noise
-from scoring.noise import generator, sft_noise, trajectories, trajectory_masks, trajectory_weights
+from scoring import noise, sft_noise
+from scoring.noise import generator, trajectories, trajectory_masks, trajectory_weights
 
 GRID = list(itertools.product((1, 2, 3, 4, 7, 20), (1, 2, 3, 5)))  # T, R
 
@@ -203,43 +203,6 @@ def test_spread_has_the_mean_of_stepwise():
     assert totals["spread"] == pytest.approx(totals["stepwise"], rel=1e-5)
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 5, 8])
-def test_radau_integrates_polynomials(T):
-    """The states' weights sum f(l) = l^p over l = 1..n exactly, for p < T: and no weight is below 0."""
-    for n in (*range(1, 40), 100, 512):
-        masked = noise.state_masks(n, "radau", T, 3, generator(0, [n], "pair"))
-        weight, levels = noise.state_weights(masked, "radau", T, 3), masked.sum(1)
-        assert masked.shape == (1 + 3 * (T - 1), n) and levels[0] == n and len({*levels} - {0}) == min(n, T)
-        assert weight.dtype == np.float32 and weight.min() >= 0 and not weight[~masked].any()
-        for p in range(min(n, T)):
-            found = (weight.sum(1) * (levels / n) ** p).sum()
-            assert found == pytest.approx(((np.arange(1, n + 1) / n) ** p).sum(), rel=1e-4)
-
-
-def test_radau_is_exact_for_short_responses():
-    """With as many nodes as tokens, the mean over all orders is the sum over levels, for any log p(token | mask)."""
-    for n, T, R in ((2, 2, 3), (4, 4, 2), (3, 5, 1)):
-        table = np.random.default_rng(n).normal(size=(2,) * n + (n,))  # of each mask and token
-        by_level = [[] for _ in range(n)]  # of the mean log p of what a mask hides
-        for mask in itertools.product((0, 1), repeat=n):
-            if any(mask):
-                by_level[sum(mask) - 1].append(table[mask][np.array(mask, bool)].mean())
-        truth, found = sum(map(np.mean, by_level)), []
-        for order in itertools.permutations(range(n)):
-            masked = noise.state_masks(n, "radau", T, R, Ranks(order))
-            logp = np.stack([table[tuple(state.astype(int))] for state in masked])
-            found.append((noise.state_weights(masked, "radau", T, R) * logp).sum())
-        assert np.mean(found) == pytest.approx(truth, rel=1e-5)
-
-
-def test_radau_windows_divide_the_tokens():
-    """With two nodes and three trajectories each token is hidden twice: with all, and in one of three windows."""
-    for n in (12, 30, 33):
-        masked = noise.state_masks(n, "radau", 2, 3, generator(0, [n], "pair"))
-        assert masked.sum(1).tolist() == [n, n // 3, n // 3, n // 3] and (masked.sum(0) == 2).all()
-        np.testing.assert_allclose(noise.state_weights(masked, "radau", 2, 3).sum(0), 1, rtol=1e-5)
-
-
 @pytest.mark.parametrize("estimator", ["elbo", "elbo_stratified"])
 @pytest.mark.parametrize("n, N, R", [(1, 4, 1), (7, 4, 3), (20, 5, 1), (3, 8, 2)])
 def test_elbo(estimator, n, N, R):
@@ -303,7 +266,7 @@ def test_noise_never_changes():
     rng = generator(7, np.array([5, 4000000000], np.uint32), "rejected", 2)
     assert rng.permutation(10).tolist() == [5, 3, 0, 1, 2, 9, 7, 4, 6, 8]
     assert rng.random(3).tolist() == [0.9305252408444894, 0.20554084288535968, 0.5677126724859032]
-    [masked], [weight] = sft_noise(6, generator(0, [1], "sft"))
+    [masked], [weight] = sft_noise.draw(6, generator(0, [1], "sft"))
     assert masked.tolist() == [True, True, False, True, False, True]
     np.testing.assert_allclose(weight, [0.20876758, 0.20876758, 0, 0.20876758, 0, 0.20876758], rtol=1e-6)
     for name, want in (
@@ -325,18 +288,21 @@ def test_drawing_changes_with_the_code(monkeypatch):
     names = [(name, False) for name in noise.ESTIMATORS] + [("elbo", True), ("elbo_stratified", True)]
     before = [noise.drawing(*each) for each in names]
     assert len({*before}) == len(names)
-    for changed, of in (
-        ("trajectories", ["stepwise", "spread", "radau"]),
-        ("radau_levels", ["radau"]),
-        ("elbo_masks", ["elbo", "elbo_stratified"]),
-        ("quadrature_weights", ["radau"]),
-        ("trajectory_weights", ["stepwise"]),  # spread takes a state's sum
+
+    def changed(patch):
+        after = [noise.drawing(*each) for each in names]
+        patch.undo()
+        return [name for (name, _), old, new in zip(names, before, after) if old != new]
+
+    for owner, name, of in (
+        (noise, "trajectories", ["stepwise", "spread"]),
+        (noise, "elbo_masks", ["elbo", "elbo_stratified"]),
     ):
-        with monkeypatch.context() as patch:
-            original = getattr(noise, changed)
-            patch.setattr(noise, changed, turned(original))
-            after = [noise.drawing(*each) for each in names]
-        assert [name for (name, _), old, new in zip(names, before, after) if old != new] == of, changed
+        monkeypatch.setattr(owner, name, turned(getattr(owner, name)))
+        assert changed(monkeypatch) == of, name
+    for name, estimator in noise.ESTIMATORS.items():
+        monkeypatch.setitem(noise.ESTIMATORS, name, estimator._replace(weights=turned(estimator.weights)))
+        assert changed(monkeypatch) == [name]
 
 
 def turned(function):
@@ -371,25 +337,3 @@ def test_keys():
         (1, [5, 6, 7], "chosen", 11),
     ]
     assert len({first(*key) for key in keys}) == len(keys)
-
-
-# --- supervised fine-tuning -------------------------------------------------------------------------------
-
-
-def test_sft_noise_formula():
-    """weight = masked / (p n) with p = (1 - 1e-3) t + 1e-3 and t the first number drawn."""
-    for key in range(20):
-        [masked], [weight] = sft_noise(9, generator(0, [key], "sft"))
-        p = 0.999 * generator(0, [key], "sft").random() + 0.001
-        assert masked.dtype == bool and weight.dtype == np.float32
-        np.testing.assert_allclose(weight, masked / (p * 9), rtol=1e-6)
-
-
-def test_sft_noise_expectations():
-    draws = [sft_noise(50, generator(0, [key], "sft")) for key in range(4000)]
-    share = np.array([masked.mean() for masked, _ in draws])
-    assert abs(share.mean() - 0.5005) < 0.025  # E[p]; 5 sigma
-    np.testing.assert_allclose(np.quantile(share, [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.05)  # t is uniform
-    assert abs(np.mean([weight.sum() for _, weight in draws]) - 1) < 0.03  # unbiased: E[sum of weights] = 1
-    columns = np.mean([masked[0] for masked, _ in draws], 0)
-    np.testing.assert_allclose(columns, 0.5005, atol=0.045)  # no position is favoured

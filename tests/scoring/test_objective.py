@@ -23,7 +23,7 @@ from scoring import objective
 from training import engine
 
 T, R = 3, 2  # S = 5
-NOISE = flags(diffusion_steps=T, trajectories=R, noise_sets=2)
+NOISE = flags(estimator="spread", diffusion_steps=T, trajectories=R, noise_sets=2)
 BASE = [*NOISE, *flags(use_mixed_precision="no")]
 
 

@@ -43,7 +43,8 @@ from scoring import noise, passes, reference
 from scoring.states import response_states
 from training import engine
 
-NOISE = flags(diffusion_steps=4, trajectories=2)  # S = 7
+SIZE = flags(diffusion_steps=4, trajectories=2)  # S = 7
+NOISE = [*flags(estimator="spread"), *SIZE]
 FP32 = flags(use_mixed_precision="no")
 
 
@@ -318,15 +319,15 @@ def test_blocks(model_dir, tmp_path):
     with pytest.raises(
         InputError, match="order is random there and blocks in this run.*--order blocks --block_length 5"
     ):
-        train_dpo.prepare(train_dpo.read_arguments(list(map(str, ["--data", packed, *NOISE, *FP32, *blocks]))))
-    call(score.main, "--data", packed, *NOISE, *FP32, *blocks)
+        train_dpo.prepare(train_dpo.read_arguments(list(map(str, ["--data", packed, *SIZE, *FP32, *blocks]))))
+    call(score.main, "--data", packed, *SIZE, *FP32, *blocks)
     sets, scores = plain.read_reference(packed, order="blocks")
     assert np.isfinite(scores[0]).all()
     for response in (side for pair in sets[0] for side in pair):
         for steps in response:  # of one trajectory
             cut = [steps[first : first + 5] for first in range(0, len(steps), 5)]
             assert all(max(left) <= min(right) for left, right in zip(cut, cut[1:]))
-    train_dpo.prepare(train_dpo.read_arguments(list(map(str, ["--data", packed, *NOISE, *FP32, *blocks]))))
+    train_dpo.prepare(train_dpo.read_arguments(list(map(str, ["--data", packed, *SIZE, *FP32, *blocks]))))
 
 
 def files(packed):
@@ -403,6 +404,7 @@ def test_broken_model(model_dir, tmp_path, capsys):
     [
         (["--diffusion_steps", 0], "--diffusion_steps is 0"),
         (["--trajectories", 0], "--trajectories is 0"),
+        (["--estimator", "stepwise", "--diffusion_steps", "auto"], "does not measure --estimator stepwise"),
         (["--noise_sets", 0], "--noise_sets is 0"),
         (["--block_length", 0], "--block_length is 0"),
         (["--tokens_per_forward", 0], "--tokens_per_forward is 0"),

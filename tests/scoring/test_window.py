@@ -20,11 +20,11 @@ import train_dpo
 from models import checkpoint
 from models.families import Masking
 from preferences import packed as disk
-from scoring import noise, objective, passes
+from scoring import noise, objective, passes, sft_noise
 from training import engine, stopping
 
 T, R = 3, 2  # S = 5
-BASE = flags(diffusion_steps=T, trajectories=R, noise_sets=2, use_mixed_precision="no")
+BASE = flags(estimator="spread", diffusion_steps=T, trajectories=R, noise_sets=2, use_mixed_precision="no")
 ITEMS = {(0, 0): 0.5, (1, 1): 0.2, (2, 3): 0.3, (3, 0): 0.4}  # (pair, epoch): scale; 1 token beside 200
 ALONE = engine.Ranks(0, 1, torch.device("cpu"))
 # One row a pass; rows of several pairs in a pass; two pairs whole and two divided; all in one graph
@@ -110,7 +110,7 @@ def true_loss(home, weights, item, smoothing, sft_weight):
     loss = plain.pair_loss(weights, reference, home.pairs[index], reveal, T, 0.05, smoothing)
     if sft_weight:
         rng = noise.generator(0, np.concatenate(home.pairs[index]), "sft", epoch)
-        masked, weight = (each[0] for each in noise.sft_noise(len(chosen), rng))
+        masked, weight = (each[0] for each in sft_noise.draw(len(chosen), rng))
         logp = plain.log_probs(weights, plain.hidden(masked, prompt, chosen))
         for i in range(len(chosen)):
             loss = loss - sft_weight * float(weight[i]) * logp[len(prompt) + i, chosen[i]]

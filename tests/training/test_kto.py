@@ -18,7 +18,7 @@ import train_dpo
 from preferences import packed
 
 T, R = 3, 2
-STATES = flags(diffusion_steps=T, trajectories=R, use_mixed_precision="no")
+STATES = flags(estimator="spread", diffusion_steps=T, trajectories=R, use_mixed_precision="no")
 WEIGHTS = 0.75, 1.5  # of an undesirable row and of a desirable one
 RUN = flags(
     loss_type="kto",

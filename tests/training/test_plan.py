@@ -27,6 +27,7 @@ from training.shapes import model_shape
 
 PARAMETERS = 8_015_581_184  # LLaDA-8B: 2 * 126464 * 4096 + 32 * 218,112,000 + 4096
 STATES = ("parameters", "master weights", "moments", "gradients", "gradient accumulation buffer")
+SEVEN_STATES = ("--estimator", "spread", "--diffusion_steps", "3", "--trajectories", "3")
 LARGE = footprint.Machine(gpu_gib=16, host_gib=256)
 
 
@@ -140,7 +141,7 @@ def test_verdict_names_what_to_change(folder):
 
 def test_tokens_per_forward(folder):
     """auto takes more on a larger card, up to a whole pair in one graph, and the bus then carries the weights less."""
-    argv = ("--max_length", "4096", "--lora_r", "16")
+    argv = ("--max_length", "4096", "--lora_r", "16", *SEVEN_STATES)
     small, large = (
         planned(folder, "zero3_offload_4080", *argv, machine=footprint.Machine(gib, 256)) for gib in (16, 80)
     )
@@ -156,7 +157,7 @@ def test_costs_are_those_of_the_passes(folder):
     """Weights cross the bus once in a pass without a graph and twice in one with a graph, the head once, the embedding
     never."""
     lengths, states, pairs = costs.Lengths(100, 200), 7, 8
-    argv = ("--lora_r", "16", "--tokens_per_forward")
+    argv = (*SEVEN_STATES, "--lora_r", "16", "--tokens_per_forward")
     small = 65 * 4096 + 32 * 16 * 4096 * (4 * 2 + 3)  # the norms, and adapters of width 4096: they stay on the card
     once = 2 * (PARAMETERS - 126464 * 4096 + 41_943_040 - small)  # bytes
     step = 4 * 41_943_040  # of the adapters' gradients in float32
@@ -400,7 +401,7 @@ def test_sft_padding_counts(folder):
         (["--diffusion_steps", "-3"], "--diffusion_steps is -3"),
         (["--lora_r", "-1"], "--lora_r is -1"),
         (["--trajectories", "0"], "at least 1"),
-        (["--backprop_steps", "100"], "at most the 7 states"),
+        (["--backprop_steps", "100"], "at most the 4 states"),
         (["--learning_rate", "nan"], "--learning_rate"),
         (["--max_length", "0"], "--max_length"),
         (["--prompt_tokens", "-1"], "--prompt_tokens is -1"),

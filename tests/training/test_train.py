@@ -45,7 +45,7 @@ from preferences import packed
 from scoring import objective, passes
 
 T, R = 3, 2  # S = 5
-STATES = flags(diffusion_steps=T, trajectories=R)
+STATES = flags(estimator="spread", diffusion_steps=T, trajectories=R)
 FP32, BF16 = (STATES + flags(use_mixed_precision=name) for name in ("no", "bf16"))
 ADAM = {"eps": 1e-3}  # smooth: with 1e-8 a first step is the gradient's sign, and rounding decides it
 RUN = flags(
