@@ -51,7 +51,7 @@ def loss(scores):
 
 
 def states_of(prompt, sides, rng):
-    """[States] of a pair's responses by the default estimator."""
+    """[States] of a pair's responses by spread."""
     made = []
     for side in sides:
         masked = noise.state_masks(len(side), "spread", T, R, rng)

@@ -15,7 +15,7 @@ runs a script with these estimators beside its own; learned.py and estimators.py
               (MIRROR, arXiv 2511.18159)
 
 P-POTS draws a level in proportion to the root of the second moment of what it would add, and divides by the chance.
-The moment is modelled as (l / n)^2 + NOISE / l, with NOISE from the embedded model.
+The moment is modelled as (l / n)^2 + NOISE / l; NOISE was not fitted to a model.
 
 n response tokens, l of them hidden, S states.
 """
@@ -54,10 +54,6 @@ def halves_masks(n, T, R, rng):
     return noise.windows(n, quadrature.gauss_nodes(quadrature.weighting(n), 1), R, rng)[:, 0]
 
 
-def uniform_rule_weights(masked, T, R):
-    return noise.rule_weights(masked, 0)
-
-
 # --- pairs of masks ---------------------------------------------------------------------------------------
 
 
@@ -78,29 +74,25 @@ def density(n):
     return p / p.sum()
 
 
-def iid_weights(masked, T, R):
-    return (masked * (masked.shape[1] / masked.sum(1, keepdims=True) / len(masked))).astype(np.float32)
-
-
 def mirrored_weights(masked, T, R):
     level = masked.sum(1)
     return (masked / (level * density(masked.shape[1])[level - 1] * len(masked))[:, None]).astype(np.float32)
 
 
 def pair_steps(T, R):
-    return np.arange(T).repeat(2)
+    return noise.level_steps(T, 2)
 
 
+by_rule, by_chance = noise.ESTIMATORS["radau"].weights, noise.ESTIMATORS["elbo"].weights
 RIVALS = {
     "flat": noise.radau(1),
     "steep": noise.radau(2),
-    "sdmc": noise.Estimator(sdmc_masks, uniform_rule_weights, noise.level_steps, is_paired=False),
-    "halves": noise.Estimator(halves_masks, uniform_rule_weights, noise.level_steps),
-    "coupled": noise.Estimator(coupled_masks, iid_weights, pair_steps, is_paired=False),
-    "mirror": noise.Estimator(mirrored_masks, mirrored_weights, pair_steps, is_paired=False),
+    "sdmc": noise.Estimator(sdmc_masks, by_rule, noise.level_steps, (3, 1), is_paired=False),
+    "halves": noise.Estimator(halves_masks, by_rule, noise.level_steps, (1, 2)),
+    "coupled": noise.Estimator(coupled_masks, by_chance, pair_steps, (2, 1), is_paired=False),
+    "mirror": noise.Estimator(mirrored_masks, mirrored_weights, pair_steps, (2, 1), is_paired=False),
 }
 noise.ESTIMATORS.update(RIVALS)
-noise.SIZES.update(flat=(2, 3), steep=(2, 3), sdmc=(3, 1), halves=(1, 2), coupled=(2, 1), mirror=(2, 1))
 
 
 def main(argv=None):

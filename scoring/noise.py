@@ -30,8 +30,7 @@ import numpy as np
 from files import InputError
 from scoring import quadrature
 
-SIZES = {"stepwise": (3, 3), "spread": (3, 3), "radau": (2, 3), "elbo": (8, 1), "elbo_stratified": (4, 1)}
-BLOCK_SIZE = (4, 1)  # default T and R of block-causal models; SIZES: of the others
+BLOCK_SIZE = (4, 1)  # default T and R of block-causal models; ESTIMATORS has those of the others
 
 
 def generator(noise_seed, tokens, side, noise_set=0):
@@ -54,7 +53,7 @@ def automatic_estimator(order, has_blocks=False):
 
 def default_size(estimator, has_blocks=False):
     """(T, R) where they are not given."""
-    return BLOCK_SIZE if has_blocks else SIZES[estimator]
+    return BLOCK_SIZE if has_blocks else ESTIMATORS[estimator].size
 
 
 def default_design(order="random", has_blocks=False):
@@ -232,6 +231,7 @@ class Estimator(NamedTuple):
     masks: Callable  # (n, T, R, rng) -> masked (S, n) bool; stepwise: block_length, too
     weights: Callable  # (masked, T, R) -> weight (S, n) float32
     steps: Callable  # (T, R) -> (S,) int64: the step before which each state stands, 0..T-1 (elbo: its level's number)
+    size: tuple[int, int]  # default T and R
     is_paired: bool = True  # chosen and rejected hide the same places
 
 
@@ -263,7 +263,7 @@ def radau(power):
     def weights(masked, T, R):
         return rule_weights(masked, power)
 
-    return Estimator(masks, weights, trajectory_steps)
+    return Estimator(masks, weights, trajectory_steps, (2, 3))
 
 
 def elbo(stratified):
@@ -275,12 +275,12 @@ def elbo(stratified):
     def weights(masked, T, R):
         return (masked * (masked.shape[1] / masked.sum(1, keepdims=True) / len(masked))).astype(np.float32)
 
-    return Estimator(masks, weights, level_steps, is_paired=False)
+    return Estimator(masks, weights, level_steps, (4, 1) if stratified else (8, 1), is_paired=False)
 
 
 ESTIMATORS = {
-    "stepwise": Estimator(steps_of_equal_size, trajectory_weights, trajectory_steps),
-    "spread": Estimator(steps_of_equal_size, spread_weights, trajectory_steps),
+    "stepwise": Estimator(steps_of_equal_size, trajectory_weights, trajectory_steps, (3, 3)),
+    "spread": Estimator(steps_of_equal_size, spread_weights, trajectory_steps, (3, 3)),
     "radau": radau(0),
     "elbo": elbo(stratified=False),
     "elbo_stratified": elbo(stratified=True),
