@@ -202,9 +202,7 @@ def plan(model_config, data_args, model_args, noise_args, train_args, ds, machin
     noise.settle(noise_args, shape.blocks is not None)
     diffusion_steps = noise_args.diffusion_steps
     if diffusion_steps == "auto":  # not yet calibrated; main says so
-        estimator = noise_args.estimator
-        if estimator == "auto":
-            estimator = noise.automatic_estimator(noise_args.order, shape.blocks is not None)
+        estimator = noise.chosen_estimator(noise_args, shape.blocks is not None)
         diffusion_steps, _ = noise.default_size(estimator, shape.blocks is not None)
     longest = Lengths(0, data_args.max_length + train_args.sft_pad_to)
     work = work_of(lengths or longest, noise_args, train_args, diffusion_steps, shape.blocks)

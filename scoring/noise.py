@@ -51,6 +51,13 @@ def automatic_estimator(order, has_blocks=False):
     return "stepwise" if order == "blocks" else "radau"
 
 
+def chosen_estimator(noise_args, has_blocks):
+    """The estimator of the arguments, auto filled in."""
+    if noise_args.estimator == "auto":
+        return automatic_estimator(noise_args.order, has_blocks)
+    return noise_args.estimator
+
+
 def default_size(estimator, has_blocks=False):
     """(T, R) where they are not given."""
     return BLOCK_SIZE if has_blocks else ESTIMATORS[estimator].size
@@ -74,9 +81,7 @@ def settle(noise_args, has_blocks):
             f"--estimator {noise_args.estimator} is for bidirectional models; a block-causal one takes elbo_stratified "
             "or elbo"
         )
-    estimator = noise_args.estimator
-    if estimator == "auto":
-        estimator = automatic_estimator(noise_args.order, has_blocks)
+    estimator = chosen_estimator(noise_args, has_blocks)
     for name, default in zip(("diffusion_steps", "trajectories"), default_size(estimator, has_blocks)):
         if getattr(noise_args, name) is None:
             setattr(noise_args, name, default)

@@ -191,9 +191,7 @@ def work_of(lengths, noise_args, train_args, diffusion_steps, blocks=None):
 
 def drawn_states(lengths, noise_args, diffusion_steps, blocks):
     """The States of one response, with masks as they may be drawn."""
-    estimator, R = noise_args.estimator, noise_args.trajectories
-    if estimator == "auto":
-        estimator = noise.automatic_estimator(noise_args.order, blocks is not None)
+    estimator, R = noise.chosen_estimator(noise_args, blocks is not None), noise_args.trajectories
     divided = recipe.partition(lengths.prompt, lengths.response, blocks)
     rng = np.random.default_rng(0)
     masked = noise.state_masks(lengths.response, estimator, diffusion_steps, R, rng, **divided)  # (S, n)
