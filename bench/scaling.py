@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from step import BETA, MASK, PER_FORWARD, add_gradient, build, flops, wait
+from step import BETA, MASK, add_gradient, build, flops, wait
 from torch.nn.functional import logsigmoid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +46,7 @@ class Sizes(NamedTuple):
 
 FULL = Sizes((4, 8, 16, 32), (64, 128, 256, 512), (100, 250, 400), 8192, 256, 4)
 QUICK = Sizes((2, 4), (8, 16), (2, 4), 512, 32, 1)
+PER_FORWARD = 4  # states of a forward pass
 
 
 def pair_of(length, T, V):

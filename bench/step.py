@@ -6,8 +6,8 @@ guide       its pseudocode to the letter but for teacher forcing: a deep-copied 
             the other with their graph, logits of the whole row, a batch of one
 ours        reference scores from disk, rows of both responses in one pass, the head where a token is scored; the same
             pair and masks as the plain loop's, both stepwise with T steps of one trajectory
-calibrated  ours again, with the design and k of CALIBRATED, whose gradient has less error than 20 steps of one
-            trajectory (bench/estimators.py has both)
+calibrated  ours again, with the default estimator, whose gradient has less error than 20 steps of one trajectory
+            (bench/estimators.py has both)
 limit       seconds of the arithmetic that the gradient needs (forward, and twice that backward) at the rate of a large
             matrix product, measured in the same process
 
@@ -42,7 +42,7 @@ from training.engine import Ranks
 
 MASK, BETA = 3, 0.1
 KINDS = ("guide", "ours", "calibrated")
-PER_FORWARD = 4  # rows of a forward pass, of ours
+PER_FORWARD = 8  # rows of a forward pass, of ours
 
 
 class Design(NamedTuple):
@@ -61,7 +61,7 @@ class Row(NamedTuple):
     layers: int
 
 
-CALIBRATED = Design("spread", 2, 3, 0)
+CALIBRATED = Design(*noise.default_design(), k=0)
 ROWS = [  # the first is the headline
     Row(20, 32, 96, 126464, 64, 2),
     Row(4, 32, 96, 126464, 64, 2),

@@ -71,7 +71,7 @@ def settle(packed, model_args, noise_args):
 def fair(rows):
     """The rows whose mean gradient is more right than wrong; if there are none, the one with the least bias.
 
-    A design that counts some levels too much can have more signal, and teaches less of what other levels decide.
+    A design that counts some levels too much can have more signal, and may teach less of what other levels decide.
     """
     return [row for row in rows if row["bias"] <= 1] or [min(rows, key=bias_of)]
 
